@@ -72,7 +72,7 @@ gpu-%:
 # Environments. Each stamp says that a step is done; it is redone when the files that it read change.
 $(READY)-torch: constraints.txt
 	@$(PYTHON) -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null || { \
-		echo "lowrank needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1 || true)." >&2; \
+		echo "lowrank needs Python 3.11 or newer; '$(PYTHON) --version' says: $$($(PYTHON) --version 2>&1)" >&2; \
 		echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@echo "Making $(VENV), once: torch first (a big download)"
 	$(PYTHON) -m venv $(VENV)
