@@ -1,0 +1,135 @@
+"""What calibration and training both ask of a user's batches: loss, mask, counts, the move to a device.
+
+A batch is whatever the user's loss understands; only the defaults here want a mapping. No adapter is known.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""``loss(model, batch)`` runs the model and gives a scalar."""
+
+Mask = Callable[[Any], Tensor]
+"""``mask(batch)`` says which tokens count: (batch, tokens), bool."""
+
+IGNORED_LABEL = -100  # cross_entropy's ignore_index
+
+
+def output_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The default loss: ``model(**batch).loss``, for mapping batches that hold labels.
+
+    Raises ValueError where the batch is no mapping or the output has no loss.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"the default loss calls model(**batch) and so wants mappings, not {type(batch).__name__}; "
+            "pass loss=, a function (model, batch) -> scalar"
+        )
+    output = model(**batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError(
+            f"{type(model).__name__} returned no loss for a batch with keys {sorted(map(str, batch))}; "
+            "add labels to the batch, or pass loss=, a function (model, batch) -> scalar"
+        )
+    return loss
+
+
+def scalar_loss(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
+    """``loss(model, batch)``; ValueError where that is no scalar tensor. It may still be NaN or infinite."""
+    value = loss(model, batch)
+    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+        tensor = isinstance(value, Tensor)
+        got = f"{value.dtype} of shape {tuple(value.shape)}" if tensor else type(value).__name__
+        raise ValueError(f"the loss is to be a scalar floating-point tensor, such as a mean, and is {got}")
+    return value
+
+
+def attention_mask(batch: Any) -> Tensor | None:
+    """Which tokens are real, (batch, tokens) bool, from a mapping batch's ``attention_mask``; None where it
+    has none.
+
+    Raises ValueError for a mask of another shape, which cannot say which tokens are padding.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask is {shape} where (batch, tokens) is wanted to tell padding; "
+            "pass mask=, a function batch -> (batch, tokens) bool"
+        )
+    return mask > 0
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The same batch with its tensors on ``device``; the one given is left as it was.
+
+    Mappings (a tokenizer's BatchEncoding too), lists, tuples and named tuples are walked and keep their type.
+    Anything else moves by its own ``.to``; what has none, dataclasses included, is passed on as it is.
+    """
+    if isinstance(batch, Mapping):
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return moved
+        same = copy.copy(batch)
+        same.update(moved)
+        return same
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if type(batch) in (list, tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def count_tokens(batch: Any) -> int:
+    """How many tokens a batch has, padding apart; examples, where it has no tokens. For reports of speed."""
+    if isinstance(batch, Mapping):
+        mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return int((mask > 0).sum())
+        if isinstance(ids, Tensor):
+            return ids.numel()
+    return count_examples(batch)
+
+
+def count_examples(batch: Any) -> int:
+    """The leading size of the first tensor in a batch; 1 where it has none."""
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 1)
+
+
+def count_targets(batch: Any) -> int:
+    """How many terms a mean loss averages over: label tokens that are not ignored (-100), else examples.
+
+    It weighs the batches of one accumulated step. A causal language model skips each example's first label,
+    which this counts where it is not ignored.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
+        return int((labels != IGNORED_LABEL).sum())
+    return count_examples(batch)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where a model's inputs go: the device of its first parameter or buffer; the CPU where it has none."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        yield from chain.from_iterable(map(_tensors, batch.values()))
+    elif isinstance(batch, list | tuple):
+        yield from chain.from_iterable(map(_tensors, batch))

@@ -1,0 +1,122 @@
+"""The optimizer and its learning rate over time: AdamW over what requires grad, warm-up, then a decay.
+
+It knows parameters, not what they are part of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The share of the peak learning rate at each step, a factor in (0, 1].
+
+    It rises linearly over ``warmup`` steps (an int), or over that fraction of all (a float), and then falls
+    towards
+    zero: ``(1 + cos πt)/2`` or ``1 − t``, with t the share of the other steps that are done. Neither the
+    first step nor the last has a rate of zero, so that none is wasted.
+    """
+
+    kind: str
+    steps: int
+    warmup: int | float = 0.03
+
+    def __post_init__(self) -> None:
+        if self.kind not in SCHEDULES:
+            raise ValueError(f"schedule is {self.kind!r}; it is one of {', '.join(map(repr, SCHEDULES))}")
+        if isinstance(self.warmup, float):
+            if not 0 <= self.warmup <= 1:
+                raise ValueError(
+                    f"warmup as a float is a fraction of the steps, from 0 to 1, and is {self.warmup}"
+                )
+        elif (
+            isinstance(self.warmup, bool)
+            or not isinstance(self.warmup, int)
+            or not 0 <= self.warmup <= self.steps
+        ):
+            raise ValueError(
+                f"warmup is a fraction, or an int from 0 to the {self.steps} steps, not {self.warmup!r}"
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.warmup * self.steps) if isinstance(self.warmup, float) else self.warmup
+
+    def __call__(self, step: int) -> float:
+        """The factor of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.kind == "constant":
+            return 1.0
+        done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
+        return 1 - done if self.kind == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+def adamw(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.AdamW:
+    """AdamW over ``parameters``, or over everything in ``model`` that requires grad.
+
+    ``parameters`` are parameters, or groups as torch.optim takes them, which may have an ``lr`` and a
+    ``weight_decay`` of their own. The fused kernel is used where there is one. Raises ValueError where an
+    option is bad, where nothing is to be trained, or where something that is named does not require grad.
+    """
+    _check_options(lr, weight_decay, betas)
+    groups = _groups(
+        [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
+    )
+    for group in groups:
+        _check_options(
+            group.get("lr", lr), group.get("weight_decay", weight_decay), group.get("betas", betas)
+        )
+    every = [parameter for group in groups for parameter in group["params"]]
+    if not every:
+        raise ValueError(
+            "nothing requires grad, so there is nothing to train; wrap the model or unfreeze a part"
+        )
+    frozen = [tuple(parameter.shape) for parameter in every if not parameter.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"{len(frozen)} of the parameters to train do not require grad; their shapes are {frozen}"
+        )
+    if len(set(every)) < len(every):
+        raise ValueError("a parameter is named twice in parameters; leave one of the two out")
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in every)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=betas, fused=fused)
+
+
+def _groups(parameters: list[Any]) -> list[dict[str, Any]]:
+    if all(isinstance(item, Mapping) and "params" in item for item in parameters):
+        shared = [dict(item) for item in parameters]
+        for group in shared:
+            group["params"] = (
+                [group["params"]] if isinstance(group["params"], nn.Parameter) else list(group["params"])
+            )
+        return [group for group in shared if group["params"]]
+    if all(isinstance(item, nn.Parameter) for item in parameters):
+        return [{"params": parameters}]
+    kinds = sorted({type(item).__name__ for item in parameters})
+    raise ValueError(f"parameters are nn.Parameters, or dicts with 'params', and not a mixture; got {kinds}")
+
+
+def _check_options(lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr is a positive number, not {lr}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay is zero or more, not {weight_decay}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas are two numbers from 0 to below 1, not {betas}")
