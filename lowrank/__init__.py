@@ -1,0 +1,51 @@
+"""Low-rank adaptation of pretrained PyTorch models: plan, then apply."""
+
+from lowrank import allocate, init, layers, presets, train
+from lowrank.calibrate import calibrate
+from lowrank.checkpoint import AdapterError, load_adapter, save_adapter
+from lowrank.init import Factors
+from lowrank.layers import LoRALinear, lora_linear
+from lowrank.plan import Allocation, Plan
+from lowrank.policy import Policy
+from lowrank.projections import Projection, Role, find_projections
+from lowrank.wrap import (
+    adapted_layers,
+    adapter_parameters,
+    disable_adapters,
+    merge,
+    plan_model,
+    plan_of,
+    unwrap,
+    wrap_model,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "Allocation",
+    "Factors",
+    "LoRALinear",
+    "Plan",
+    "Policy",
+    "Projection",
+    "Role",
+    "adapted_layers",
+    "adapter_parameters",
+    "allocate",
+    "calibrate",
+    "disable_adapters",
+    "find_projections",
+    "init",
+    "layers",
+    "load_adapter",
+    "lora_linear",
+    "merge",
+    "plan_model",
+    "plan_of",
+    "presets",
+    "save_adapter",
+    "train",
+    "unwrap",
+    "wrap_model",
+]

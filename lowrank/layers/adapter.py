@@ -1,0 +1,133 @@
+"""One low-rank update of some rows of one weight: its parameters and what they add up to.
+
+It does not know the layer that it sits in, nor multiply any activation: that is `ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.layers.ops import Block
+
+
+class Adapter(nn.Module):
+    """``ΔW = scaling · B·A`` on the output rows ``[start, stop)`` of a weight ``(out, in)``.
+
+    A start with B ≠ 0 is an anchor: the start ``(A0, B0)`` is kept beside the parameters ``A`` and
+    ``B``, which then hold the offsets from it, zero at first:
+    ``ΔW = scaling · (B·(A0 + A) + B0·A)``. That trains as W − scaling·B0·A0 in place of W would (same
+    gradients), while W is never written, and zero offsets add exact zeros.
+
+    Args:
+        A: (rank, in), the start.
+        B: (rows, rank), the start.
+        scaling: the factor of B·A.
+        rows: the output rows that it updates.
+        frozen: of {"A", "B"}: what is not trained.
+        dtype: of the parameters; fp32 also on a half-precision base.
+
+    Raises:
+        ValueError: the shapes do not fit, nothing is trained, or a factor is not finite.
+    """
+
+    A0: Tensor | None
+    B0: Tensor | None
+
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        *,
+        rows: tuple[int, int],
+        frozen: Collection[str] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        rank = A.shape[0]
+        if A.dim() != 2 or B.shape != (rows[1] - rows[0], rank):
+            raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not make an update of rows {rows}")
+        if set(frozen) - {"A", "B"} or {"A", "B"} <= set(frozen):
+            raise ValueError(f'of "A" and "B" at most one can be frozen, not {sorted(frozen)}')
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise ValueError("the initializer made factors that are not finite")
+        A, B = (factor.detach().to(dtype).contiguous().clone() for factor in (A, B))
+        anchored = bool(B.any())
+        if "B" in frozen and not anchored:
+            raise ValueError("a frozen B of zeros never adds anything")
+        if anchored and "A" in frozen:
+            # B·A − B0·A is (B − B0)·A: with A fixed the offset alone is an ordinary adapter.
+            B, anchored = torch.zeros_like(B), False
+        self.rank, self.scaling, self.rows = rank, float(scaling), rows
+        if anchored:
+            self._hold(torch.zeros_like(A), torch.zeros_like(B), A, B, frozen)
+        else:
+            self._hold(A, B, None, None, frozen)
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Tensor], scaling: float, *, rows: tuple[int, int], frozen: Collection[str] = ()
+    ) -> Adapter:
+        """The adapter whose ``state_dict()`` was ``state``, bit for bit."""
+        adapter = cls.__new__(cls)
+        nn.Module.__init__(adapter)
+        adapter._hold(state["A"], state["B"], state.get("A0"), state.get("B0"), frozen)
+        adapter.rank, adapter.scaling, adapter.rows = state["A"].shape[0], float(scaling), rows
+        return adapter
+
+    def _hold(
+        self, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, frozen: Collection[str]
+    ) -> None:
+        self.A = nn.Parameter(A, requires_grad="A" not in frozen)
+        self.B = nn.Parameter(B, requires_grad="B" not in frozen)
+        self.register_buffer("A0", A0)
+        self.register_buffer("B0", B0)
+
+    @property
+    def anchored(self) -> bool:
+        return self.A0 is not None
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The factors that are not trained."""
+        return frozenset(name for name in ("A", "B") if not getattr(self, name).requires_grad)
+
+    @property
+    def block(self) -> Block:
+        """What the fused product takes."""
+        return Block(self.rows, self.A, self.B, self.scaling, self.A0, self.B0)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A ``(rank, in)`` and B ``(rows, rank)`` in full, anchors added."""
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return self.A0 + self.A, self.B0 + self.B
+
+    def product(self) -> Tensor:
+        """``ΔW`` (rows, in) in fp32 (fp64 for fp64 parameters), differentiable; exactly zero at zero offsets."""
+        dtype = torch.promote_types(torch.float32, self.A.dtype)
+        with torch.autocast(self.A.device.type, enabled=False):
+            A, B = self.A.to(dtype), self.B.to(dtype)
+            if self.A0 is None or self.B0 is None:
+                return (self.scaling * B) @ A
+            return (self.scaling * B) @ (self.A0.to(dtype) + A) + (self.scaling * self.B0.to(dtype)) @ A
+
+    def extra_repr(self) -> str:
+        out, rank = self.B.shape
+        notes = [f"({out}, {self.A.shape[1]}), rank={rank}, scaling={self.scaling:.4g}"]
+        notes += ["anchored"] if self.anchored else []
+        notes += [f"{name} frozen" for name in sorted(self.frozen)]
+        return ", ".join(notes)
+
+
+@torch.no_grad()
+def full_delta(adapters: Sequence[Adapter], rows: int) -> Tensor:
+    """``ΔW`` (rows, in) of a whole weight in fp32 (fp64 for fp64 adapters), detached."""
+    products = [adapter.product() for adapter in adapters]
+    delta = products[0].new_zeros(rows, products[0].shape[1])
+    for adapter, product in zip(adapters, products, strict=True):
+        delta[slice(*adapter.rows)] += product
+    return delta

@@ -1,0 +1,118 @@
+"""`LoRALinear`: a frozen linear layer with its low-rank updates beside it.
+
+It runs any Linear-like base and never writes to it. The product itself is in `ops`, the parameters
+in `adapter`; it knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.layers.adapter import Adapter, full_delta
+from lowrank.layers.ops import add_lora, fused_lora
+
+
+class LoRALinear(nn.Module):
+    """``y = base(x) + Σ scaling · x·Aᵀ·Bᵀ``, each term on its own rows of the output.
+
+    The base may be an ``nn.Linear``, a Conv1D (weight stored as ``(in, out)``), a quantized layer, or
+    any module that maps ``(..., in)`` to ``(..., out)``. A plain one is multiplied in one fused
+    operation; any other is called, with its hooks, and the update is added. The output has the base's
+    dtype. `weight` and `bias` are the base's, for code that asks a layer for its dtype or device.
+
+    Args:
+        base: the layer to adapt; it stays as it is and should not require grad.
+        adapters: one or more, on rows that do not overlap.
+        in_features, out_features: the base's shape.
+        dropout: on the adapters' input, in training.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        adapters: Iterable[Adapter],
+        *,
+        in_features: int,
+        out_features: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleList(adapters)
+        self.in_features, self.out_features = in_features, out_features
+        self.dropout = dropout
+        self.enabled = True
+        self.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.base(x)
+        blocks = [adapter.block for adapter in self.adapters]  # type: ignore[attr-defined]
+        dropout = self.dropout if self.training else 0.0
+        weight = plain_weight(self.base)
+        if weight is None:
+            return add_lora(self.base(x), x, blocks, dropout=dropout)
+        return fused_lora(x, weight, self.base.bias, blocks, dropout=dropout)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, without the update: see `delta_weight`."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+    @property
+    def rank(self) -> int:
+        """The rank of the update: the sum over its row blocks."""
+        return sum(adapter.rank for adapter in self.adapters)  # type: ignore[misc]
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B·A; raises ValueError where the row blocks have several."""
+        scalings = {adapter.scaling for adapter in self.adapters}
+        if len(scalings) > 1:
+            raise ValueError(f"the row blocks have scalings of their own: {sorted(scalings)}; see .adapters")  # type: ignore[type-var]
+        return scalings.pop()  # type: ignore[return-value]
+
+    def delta_weight(self) -> Tensor:
+        """``ΔW`` (out, in) in fp32 (fp64 for fp64 adapters), detached: what the adapters add to the weight."""
+        return full_delta(list(self.adapters), self.out_features)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, dropout={self.dropout}"
+
+
+def plain_weight(base: nn.Module) -> Tensor | None:
+    """The weight ``(out, in)`` of a base that the fused product may read, else None.
+
+    Plain means: nothing but ``x·Wᵀ + b`` happens when it is called. Subclasses, hooks, parametrizations,
+    replaced forwards and tensor subclasses (quantized, distributed) keep their own call.
+    """
+    parameters = base._parameters
+    weight = parameters.get("weight")
+    if (
+        weight is None
+        or type(weight) not in (nn.Parameter, Tensor)
+        or not weight.is_floating_point()
+        or base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+        or "forward" in base.__dict__
+    ):
+        return None
+    if type(base) is nn.Linear:
+        return weight
+    if type(base).__name__ == "Conv1D" and getattr(base, "nf", None) == weight.shape[1]:
+        return weight.t()
+    return None
+
+
+def master_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of an adapter's parameters: fp32, and fp64 on an fp64 base."""
+    return torch.float64 if weight_dtype == torch.float64 else torch.float32

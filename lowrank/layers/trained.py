@@ -1,0 +1,38 @@
+"""A module trained in full: a copy that learns, beside the original that does not change."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from torch import nn
+
+
+class TrainedModule(nn.Module):
+    """Calls a trainable copy of ``base``; while it is not enabled, ``base`` itself.
+
+    What it does not define itself is looked up on the module in use, so that code that asks a head for
+    its ``out_features`` still gets an answer.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.copy = deepcopy(base).requires_grad_(True)
+        self.enabled = True
+        self.training = base.training
+
+    @property
+    def in_use(self) -> nn.Module:
+        return self.copy if self.enabled else self.base
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.in_use(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_modules" not in self.__dict__ or "copy" not in self._modules:
+                raise  # still being built or unpickled
+            return getattr(self.in_use, name)

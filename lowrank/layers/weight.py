@@ -1,0 +1,106 @@
+"""Adapts a tensor on the weight itself: for weights that no Linear holds, or that are read without a call.
+
+`nn.MultiheadAttention` and stacks of experts are such. The module keeps its place, its parameters and
+their names; its class is exchanged for a subclass on which the adapted name reads as W + ΔW. Unlike
+`torch.nn.utils.parametrize` the subclass is never changed afterwards, so copies do not depend on each
+other, and it pickles. The price is a full ΔW (out, in) for each forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.layers.adapter import Adapter, full_delta
+
+ADAPTERS = "lora"  # the child module that holds them, in state dicts too
+
+
+class WeightAdapters(nn.ModuleDict):
+    """The adapters of one module's tensors, by parameter name."""
+
+    enabled = True
+
+    def of(self, param: str) -> list[Adapter]:
+        return list(self[param])  # type: ignore[arg-type]
+
+
+class AdaptedWeight:
+    """Marks a module whose parameters, or some of them, read as W + ΔW. See `adapt_weights`."""
+
+    lora: WeightAdapters
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original forward, in which each adapted tensor is computed once however often it is read."""
+        self.__dict__["_adapted"] = {}
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.__dict__.pop("_adapted", None)
+
+    def delta_weight(self, param: str | None = None) -> Tensor:
+        """``ΔW`` (rows, in) in fp32, detached, of ``param`` (the only adapted one where it is not said)."""
+        (name,) = [param] if param else self.lora.keys()
+        weight = self._parameters[name]  # type: ignore[attr-defined]
+        return full_delta(self.lora.of(name), weight.numel() // weight.shape[-1])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restore, (type(self).__mro__[2], tuple(self.lora)), self.__dict__
+
+
+def adapt_weights(module: nn.Module, adapters: Mapping[str, Sequence[Adapter]]) -> None:
+    """From now on each named parameter of ``module`` reads as itself plus its adapters' update."""
+    made = WeightAdapters({param: nn.ModuleList(each) for param, each in adapters.items()})
+    module.add_module(ADAPTERS, made.train(module.training))
+    module.__class__ = _adapted_class(type(module), tuple(adapters))
+
+
+def release_weights(module: nn.Module) -> None:
+    """Undoes `adapt_weights`: the class and the parameters are the original ones."""
+    del module._modules[ADAPTERS]
+    module.__class__ = type(module).__mro__[2]
+
+
+def effective_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """W + ΔW in W's dtype and shape, differentiable in the adapters; a zero ΔW gives W's own values."""
+    rows = weight.reshape(-1, weight.shape[-1])
+    parts, done = [], 0
+    for adapter in sorted(adapters, key=lambda each: each.rows):
+        start, stop = adapter.rows
+        if start > done:
+            parts.append(rows[done:start])
+        parts.append(rows[start:stop] + adapter.product().to(weight.dtype))
+        done = stop
+    if done < len(rows):
+        parts.append(rows[done:])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(weight.shape)
+
+
+def _read(module: Any, param: str) -> Tensor:
+    weight = module._parameters[param]
+    if not module.lora.enabled:
+        return weight
+    cache = module.__dict__.get("_adapted")
+    if cache is None:
+        return effective_weight(weight, module.lora.of(param))
+    if param not in cache:
+        cache[param] = effective_weight(weight, module.lora.of(param))
+    return cache[param]
+
+
+@lru_cache(maxsize=None)
+def _adapted_class(original: type, params: tuple[str, ...]) -> type:
+    def reader(param: str) -> property:
+        return property(lambda self: _read(self, param))
+
+    members = {param: reader(param) for param in params}
+    return type(f"LoRA{original.__name__}", (AdaptedWeight, original), members)
+
+
+def _restore(original: type, params: tuple[str, ...]) -> nn.Module:
+    cls = _adapted_class(original, params)
+    return cls.__new__(cls)

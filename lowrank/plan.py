@@ -1,0 +1,291 @@
+"""A plan: how much rank each projection gets, and what wrapping needs beside that.
+
+It is data. It can be printed, saved, compared, and carried to another tool; it touches no model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank.projections import Projection, Role
+
+FORMAT, VERSION = "lowrank-plan", 1
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What one projection gets: ``rank`` (0: left alone) and the ``scaling`` of B·A."""
+
+    rank: int
+    scaling: float
+
+
+class Plan(Mapping[Projection, Allocation]):
+    """Projection → `Allocation`, with the choices that turn it into adapters.
+
+    Args:
+        allocations: what each projection gets; rank 0 leaves it alone.
+        costs: trainable parameters of one rank; ``in + out`` where it is not said.
+        budget: trainable adapter parameters that could be spent, or None where nothing was set.
+        init: the initializer, or None: `wrap_model` then starts as plain LoRA does.
+        dropout: on the adapters' inputs.
+        train: paths of the modules that are trained in full.
+        seed: of every random draw.
+        energies: share of the squared singular values that the start holds, where it is known.
+
+    Raises:
+        ValueError: a rank below 0 or above ``min(in, out)``, or no rank anywhere.
+    """
+
+    def __init__(
+        self,
+        allocations: Mapping[Projection, Allocation],
+        *,
+        costs: Mapping[Projection, int] | None = None,
+        budget: int | None = None,
+        init: Any = None,
+        dropout: float = 0.0,
+        train: Sequence[str] = (),
+        seed: int = 0,
+        energies: Mapping[Projection, float] | None = None,
+    ) -> None:
+        for projection, allocation in allocations.items():
+            most = min(projection.shape)
+            if not 0 <= allocation.rank <= most:
+                raise ValueError(f"{projection.name}: rank {allocation.rank} is not between 0 and {most}")
+        if not any(allocation.rank for allocation in allocations.values()):
+            raise ValueError("the plan gives no projection any rank")
+        self._allocations = dict(allocations)
+        self.costs = {p: (costs or {}).get(p, sum(p.shape)) for p in self._allocations}
+        self.budget = budget
+        self.init = init
+        self.dropout = dropout
+        self.train = tuple(train)
+        self.seed = seed
+        self.energies = dict(energies or {})
+
+    def __getitem__(self, projection: Projection) -> Allocation:
+        return self._allocations[projection]
+
+    def __iter__(self) -> Iterator[Projection]:
+        return iter(self._allocations)
+
+    def __len__(self) -> int:
+        return len(self._allocations)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._state() == other._state()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _state(self) -> tuple[Any, ...]:
+        settings = (self.budget, self.init, self.dropout, self.train, self.seed)
+        return self._allocations, self.costs, settings
+
+    @property
+    def adapted(self) -> list[Projection]:
+        """The projections that get rank."""
+        return [p for p, allocation in self.items() if allocation.rank]
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Trainable adapter parameters: frozen factors and modules trained in full do not count."""
+        return sum(self._parameters(p) for p in self)
+
+    def _parameters(self, projection: Projection) -> int:
+        return self[projection].rank * self.costs[projection]
+
+    def __repr__(self) -> str:
+        return f"<Plan: {len(self.adapted)} of {len(self)} projections, {self.trainable_parameters:,} parameters>"
+
+    def __str__(self) -> str:
+        """A table: projection, role, shape, rank, scaling, trainable parameters, share, energy of the start."""
+        whole = self.budget or self.trainable_parameters
+        header = ["projection", "role", "out × in", "rank", "scaling", "parameters", "share"]
+        if self.energies:
+            header.append("energy")
+        lines = [header]
+        for p, allocation in self.items():
+            line = [p.name, p.role.value, f"{p.out_features} × {p.in_features}", str(allocation.rank)]
+            if allocation.rank:
+                spent = self._parameters(p)
+                line += [f"{allocation.scaling:.4g}", f"{spent:,}", f"{spent / whole:.1%}"]
+            else:
+                line += ["–", "0", "left alone"]
+            if self.energies:
+                line.append(f"{self.energies[p]:.4f}" if p in self.energies else "–")
+            lines.append(line)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = [
+            "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+            for line in lines
+        ]
+        rows.insert(1, "  ".join("-" * w for w in widths))
+        spent = f"{self.trainable_parameters:,} trainable adapter parameters"
+        rows.append(spent + (f" of a budget of {self.budget:,}" if self.budget else ""))
+        if self.train:
+            rows.append(f"trained in full: {', '.join(self.train)}")
+        return "\n".join(row.rstrip() for row in rows)
+
+    # -- JSON ---------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` makes an equal plan of it."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "budget": self.budget,
+            "init": _encode(self.init),
+            "dropout": self.dropout,
+            "train": list(self.train),
+            "seed": self.seed,
+            "projections": [
+                {
+                    **asdict(p),
+                    **asdict(allocation),
+                    "cost": self.costs[p],
+                    **({"energy": self.energies[p]} if p in self.energies else {}),
+                }
+                for p, allocation in self.items()
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Raises ValueError where ``data`` is no plan, or one of another version."""
+        try:
+            if data["format"] != FORMAT or data["version"] != VERSION:
+                raise ValueError(f"this is {data['format']} version {data['version']}, not {FORMAT} {VERSION}")
+            allocations: dict[Projection, Allocation] = {}
+            costs, energies = {}, {}
+            for row in data["projections"]:
+                p = Projection(
+                    module=_typed(row["module"], str),
+                    param=_typed(row["param"], str),
+                    rows=(_typed(row["rows"][0], int), _typed(row["rows"][1], int)),
+                    role=Role(row["role"]),
+                    in_features=_typed(row["in_features"], int),
+                    out_features=_typed(row["out_features"], int),
+                    block=_typed(row["block"], str),
+                )
+                if p in allocations:
+                    raise ValueError(f"{p.name} is listed twice")
+                allocations[p] = Allocation(_typed(row["rank"], int), float(_typed(row["scaling"], (int, float))))
+                costs[p] = _typed(row["cost"], int)
+                if "energy" in row:
+                    energies[p] = float(_typed(row["energy"], (int, float)))
+            return cls(
+                allocations,
+                costs=costs,
+                budget=None if data["budget"] is None else _typed(data["budget"], int),
+                init=_decode(data["init"]),
+                dropout=float(_typed(data["dropout"], (int, float))),
+                train=[_typed(name, str) for name in data["train"]],
+                seed=_typed(data["seed"], int),
+                energies=energies,
+            )
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"this is no plan: {type(error).__name__}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads what `save` wrote; raises ValueError where it is something else."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        return cls.from_json(data)
+
+    # -- PEFT ---------------------------------------------------------------------------------------
+
+    def to_peft(self) -> dict[str, Any]:
+        """Keyword arguments for ``peft.LoraConfig``: this allocation, started and trained as PEFT does.
+
+        PEFT adapts a fused weight whole: its blocks' ranks add up, and their scalings are averaged by
+        rank. Every value is spelled per module, by its full path.
+
+        Raises:
+            ValueError: a projection lies in a tensor that no Linear holds.
+        """
+        ranks: dict[str, int] = {}
+        alphas: dict[str, float] = {}
+        for p in self.adapted:
+            if p.param != "weight":
+                raise ValueError(f"{p.name}: PEFT's LoraConfig cannot name a tensor that no Linear holds")
+            rank, scaling = self[p].rank, self[p].scaling
+            ranks[p.module] = ranks.get(p.module, 0) + rank
+            alphas[p.module] = alphas.get(p.module, 0.0) + rank * scaling
+        return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas)}
+
+
+def peft_patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """``r``, ``lora_alpha`` and the two patterns, for ranks and alphas by full module path.
+
+    Both dictionaries hold the same keys, one per module that differs from the commonest pair. A path
+    that another one ends with is anchored, since PEFT matches suffixes.
+    """
+    pairs = {path: (ranks[path], alphas[path]) for path in ranks}
+    (rank, alpha), _ = Counter(pairs.values()).most_common(1)[0]
+    suffixes = {path.split(".", i)[-1] for path in ranks for i in range(1, path.count(".") + 1)}
+    rest = {path: pair for path, pair in pairs.items() if pair != (rank, alpha)}
+    keys = {path: ("^" if path in suffixes else "") + re.escape(path) for path in rest}
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {keys[path]: pair[0] for path, pair in rest.items()},
+        "alpha_pattern": {keys[path]: pair[1] for path, pair in rest.items()},
+    }
+
+
+# -- initializers as data: dataclasses of lowrank.init, by name ----------------------------------------
+
+
+def _encode(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value if not isinstance(value, Role) else {"role": value.value}
+    if isinstance(value, (tuple, list)):
+        return [_encode(item) for item in value]
+    if isinstance(value, Mapping):
+        return {"mapping": [[_encode(k), _encode(v)] for k, v in value.items()]}
+    if is_dataclass(value) and type(value).__module__.startswith("lowrank.init."):
+        return {
+            "class": type(value).__name__,
+            "fields": {f.name: _encode(getattr(value, f.name)) for f in fields(value) if f.init},
+        }
+    raise ValueError(
+        f"{value!r} cannot be written as JSON: only the initializers of lowrank.init can; "
+        "save the plan with init=None, and set plan.init after loading it"
+    )
+
+
+def _decode(data: Any) -> Any:
+    if isinstance(data, list):
+        return tuple(_decode(item) for item in data)
+    if not isinstance(data, dict):
+        return data
+    if "role" in data:
+        return Role(data["role"])
+    if "mapping" in data:
+        return {_decode(k): _decode(v) for k, v in data["mapping"]}
+    offered = importlib.import_module("lowrank.init")  # by name, so that a plan stays below its makers
+    name = _typed(data["class"], str)
+    if name not in offered.__all__:
+        raise ValueError(f"the plan's initializer {name!r} is unknown to this version")
+    return getattr(offered, name)(**{k: _decode(v) for k, v in data["fields"].items()})
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not {getattr(kind, '__name__', 'a number')}")
+    return value

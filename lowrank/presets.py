@@ -1,0 +1,48 @@
+"""The methods by name: each is a `Policy`, and any field can be overridden by keyword."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowrank.allocate import Sensitivity
+from lowrank.init import ByRole, Kaiming, Minor, Orthogonal, Principal, TaskAligned
+from lowrank.policy import Policy
+from lowrank.projections import Role
+
+
+def lora(**overrides: Any) -> Policy:
+    """LoRA (2106.09685): A Kaiming-uniform, B zero."""
+    return _policy({"init": Kaiming()}, overrides)
+
+
+def pissa(**overrides: Any) -> Policy:
+    """PiSSA (2404.02948): the principal singular triplets of each weight are what is trained."""
+    return _policy({"init": Principal()}, overrides)
+
+
+def milora(**overrides: Any) -> Policy:
+    """MiLoRA (2406.09044): the minor singular triplets are what is trained."""
+    return _policy({"init": Minor()}, overrides)
+
+
+def olora(**overrides: Any) -> Policy:
+    """OLoRA (2406.01775): the factors start from W = QR."""
+    return _policy({"init": Orthogonal()}, overrides)
+
+
+def ailora(**overrides: Any) -> Policy:
+    """AILoRA (2510.08034): principal triplets for queries, minor ones for values; targets only these."""
+    init = ByRole({Role.QUERY: Principal(), Role.VALUE: Minor()}, otherwise=Kaiming())
+    return _policy({"target": ("query", "value"), "init": init}, overrides)
+
+
+def tlora(**overrides: Any) -> Policy:
+    """TLoRA (2604.18124): A from the covariance of each input, frozen; rank where the loss is sensitive.
+
+    Needs calibration batches; the authors use 256 training examples.
+    """
+    return _policy({"init": TaskAligned(), "allocate": Sensitivity()}, overrides)
+
+
+def _policy(defaults: dict[str, Any], overrides: dict[str, Any]) -> Policy:
+    return Policy(**{**defaults, **overrides})

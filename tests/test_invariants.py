@@ -1,0 +1,126 @@
+"""What holds for every preset on every layout. A new preset or layout adds one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests import zoo
+from torch import Tensor, nn
+
+import lowrank
+from lowrank import presets
+from lowrank.layers.trained import TrainedModule
+from lowrank.projections import Role
+
+PRESETS: dict[str, Callable[..., lowrank.Policy]] = {
+    "lora": presets.lora,
+    "pissa": presets.pissa,
+    "milora": presets.milora,
+    "olora": presets.olora,
+    "ailora": presets.ailora,
+    "tlora": presets.tlora,
+}
+LAYOUTS = ["minilm", "llama", "gpt2", "t5", "vit", "torch_encoder"]
+HEADS = {"minilm": "classifier", "vit": "classifier", "torch_encoder": "head"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def policy_for(preset: str, layout: str) -> lowrank.Policy:
+    return PRESETS[preset](rank=4, train=(HEADS[layout],) if layout in HEADS else ())
+
+
+def wrap(model: nn.Module, preset: str, layout: str, dtype: torch.dtype) -> nn.Module:
+    batches = [zoo.batch(layout, dtype, seed) for seed in (1, 2)]
+    return lowrank.wrap_model(model, policy_for(preset, layout), batches=batches, progress=False)
+
+
+def train_a_little(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_wrap_train_save_and_take_out(preset: str, layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, batch = zoo.build(layout, dtype), zoo.batch(layout, dtype)
+    modules, before, base = dict(model.named_modules()), snapshot(model), output(model, batch)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    assert wrap(model, preset, layout, dtype) is model
+    assert torch.equal(output(model, batch), base), "wrapping changed the output"
+
+    train_a_little(model, batch)
+    trained = output(model, batch)
+    assert not torch.equal(trained, base), "training changed nothing"
+    with lowrank.disable_adapters(model):
+        assert torch.equal(output(model, batch), base), "disabled adapters still act"
+    assert torch.equal(output(model, batch), trained)
+
+    lowrank.save_adapter(model, tmp_path / "adapter")
+    fresh = lowrank.load_adapter(zoo.build(layout, dtype), tmp_path / "adapter")
+    assert torch.equal(output(fresh, batch), trained), "the reloaded adapter has other bits"
+    assert lowrank.plan_of(fresh) == lowrank.plan_of(model)
+
+    assert lowrank.unwrap(model) is model
+    assert torch.equal(output(model, batch), base)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert dict(model.named_modules()) == modules, "other module objects are back"
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+    merged = lowrank.merge(fresh)
+    assert not any(isinstance(m, (lowrank.LoRALinear, TrainedModule)) for m in merged.modules())
+    if dtype == torch.float32:
+        assert (output(merged, batch) - trained).abs().max() < 1e-4 * trained.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_wrapped_base_is_frozen_and_adapters_train(preset: str, layout: str) -> None:
+    model, batch = zoo.build(layout), zoo.batch(layout)
+    wrap(model, preset, layout, torch.float32)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    adapters = {id(p) for p in lowrank.adapter_parameters(model)}
+    heads = {id(p) for m in model.modules() if isinstance(m, TrainedModule) for p in m.copy.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == adapters | heads
+    assert sum(p.numel() for p in lowrank.adapter_parameters(model)) == lowrank.plan_of(model).trainable_parameters
+
+    model(**batch).loss.backward()
+    named = dict(model.named_parameters())
+    assert all(p.grad is None for name, p in named.items() if name not in trainable)
+    # A factor beside a zero factor has a zero gradient at the first step, so one of each pair must move.
+    for layer in lowrank.adapted_layers(model).values():
+        own = [p for name, p in layer.named_parameters() if p.requires_grad and p.grad is not None]
+        assert any(p.grad.abs().sum() > 0 for p in own)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ailora_touches_query_and_value_only(layout: str) -> None:
+    model = wrap(zoo.build(layout), "ailora", layout, torch.float32)
+    assert {p.role for p in lowrank.plan_of(model).adapted} == {Role.QUERY, Role.VALUE}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tlora_does_not_train_a(layout: str) -> None:
+    model, batch = zoo.build(layout), zoo.batch(layout)
+    wrap(model, "tlora", layout, torch.float32)
+    adapters = [m for m in model.modules() if isinstance(m, lowrank.layers.Adapter)]
+    before = [adapter.A.clone() for adapter in adapters]
+    train_a_little(model, batch)
+    assert all(torch.equal(adapter.A, start) for adapter, start in zip(adapters, before, strict=True))
+    assert any(adapter.B.any() for adapter in adapters)

@@ -1,0 +1,93 @@
+"""A target means what it says, and one that means nothing is an error."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowrank.projections import Role
+from lowrank.targets import select, trained_modules
+from tests import zoo
+
+
+def leaves(family: str, *args: object, **kwargs: object) -> set[str]:
+    return {p.name.split(".")[-1] for p in select(zoo.build(family), *args, **kwargs)}
+
+
+def test_all_linear_leaves_heads_out() -> None:
+    assert leaves("llama", "all-linear") == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    assert leaves("bert", "all-linear") == {"query", "key", "value", "dense"}
+
+
+def test_all_linear_leaves_trained_modules_out() -> None:
+    names = {p.module for p in select(zoo.build("bert"), "all-linear", train=("pooler", "classifier"))}
+    assert not any("pooler" in name or "classifier" in name for name in names)
+
+
+def test_roles_patterns_and_predicates() -> None:
+    assert leaves("gpt2", "query") == {"c_attn[query]"}
+    assert leaves("llama", ["q_proj", "value"]) == {"q_proj", "v_proj"}
+    assert [p.module for p in select(zoo.build("llama"), "layers.1*.mlp.up_proj")] == ["model.layers.1.mlp.up_proj"]
+    assert leaves("llama", lambda p: p.role == Role.DOWN) == {"down_proj"}
+    assert leaves("torch_encoder", "in_proj_weight") == {f"in_proj_weight[{r}]" for r in ("query", "key", "value")}
+    assert leaves("gpt2", "transformer.h.0.attn.c_attn[key]") == {"c_attn[key]"}
+
+
+def test_order_is_the_models() -> None:
+    chosen = [p.name for p in select(zoo.build("llama"), ["v_proj", "q_proj"])]
+    assert chosen == sorted(chosen, key=lambda name: (name.split(".")[2], name))
+
+
+def test_a_tied_or_output_weight_is_adapted_when_named() -> None:
+    assert leaves("tied_llama", "lm_head") == {"lm_head"}
+
+
+def test_exclude_takes_projections_and_modules_around_them() -> None:
+    assert "up_proj" not in leaves("llama", "all-linear", exclude=("up_proj",))
+    assert leaves("llama", "all-linear", exclude=("mlp",)) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("q_porj", {}, "target='q_porj' matches no projection; the nearest names are q_proj"),
+        (["q_proj", "nothing"], {}, "target='nothing' matches no projection"),
+        ((), {}, "no target: name projections"),
+        ("", {}, "target takes names"),
+        (lambda p: False, {}, "accepts none of the model's 15 projections"),
+        ("q_proj", {"exclude": ("q_proj",)}, r"leaves nothing of target='q_proj'"),
+        ("q_proj", {"exclude": ("v_porj",)}, "exclude='v_porj' matches no projection; the nearest names are v_proj"),
+        ("q_proj", {"train": ("hed",)}, "train='hed' names no module; the nearest names are"),
+    ],
+)
+def test_a_name_that_means_nothing_is_an_error(target: object, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        select(zoo.build("llama"), target, **options)
+
+
+def test_a_model_without_projections() -> None:
+    import torch
+
+    with pytest.raises(ValueError, match="ReLU has no linear projection"):
+        select(torch.nn.ReLU(), "all-linear")
+
+
+@pytest.mark.parametrize("family", ["phi3", "neox"])
+def test_an_undivided_weight_is_an_error_only_where_it_is_meant(family: str) -> None:
+    name = {"phi3": "qkv_proj", "neox": "query_key_value"}[family]
+    with pytest.raises(ValueError, match=f"exclude=.'{name}',. .and 1 more like it"):
+        select(zoo.build(family), "all-linear")
+    assert select(zoo.build(family), "all-linear", exclude=(name,))
+    with pytest.raises(ValueError, match="matches no projection.*a fused weight could not be divided"):
+        select(zoo.build(family), "query")
+
+
+def test_the_error_says_how_to_spell_fused() -> None:
+    with pytest.raises(ValueError, match=r'Policy\(fused=\{"qkv_proj": \{"query": rows'):
+        select(zoo.build("phi3"), "all-linear")
+    assert leaves("phi3", "query", fused={"qkv_proj": {"query": 32, "key": 16, "value": 16}}) == {"qkv_proj[query]"}
+
+
+def test_trained_modules_are_the_outermost() -> None:
+    assert trained_modules(zoo.build("bert"), ("pooler", "pooler.dense")) == ["bert.pooler"]
