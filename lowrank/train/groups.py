@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,14 @@ class Groups:
     @classmethod
     def plan(cls, batches: Iterable[Any], epochs: int, steps: int | None, size: int) -> Groups:
         """Raises ValueError where batches are none, or cannot be gone over as often as is asked."""
-        if not isinstance(batches, Iterable):
-            raise ValueError(
-                f"batches are to be iterated over (a DataLoader, a list), not {type(batches).__name__}"
-            )
+        if not isinstance(batches, Iterable) or isinstance(batches, Mapping | Tensor):
+            raise ValueError(f"batches are a DataLoader, a list or an iterator, not {type(batches).__name__}")
         length = _length(batches)
         if length == 0:
             raise ValueError("there are no batches")
         per_epoch = None if length is None else -(-length // size)
         if steps is not None and epochs != 1:
-            raise ValueError(
-                "give epochs= or steps=, not both: steps= goes over the batches as often as it needs"
-            )
+            raise ValueError("give epochs= or steps=, not both: steps= takes as many epochs as it needs")
         if steps is None and isinstance(batches, Iterator):
             raise ValueError(
                 "batches is an iterator, which can be gone over once and has no length: "

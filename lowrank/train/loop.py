@@ -89,16 +89,21 @@ def fit(
     every = evaluate_every or (groups.per_epoch if steps is None else None) or groups.steps
     history = History()
 
+    def clear() -> None:
+        """No gradient anywhere: in what is trained, and in what the loss reaches besides."""
+        optimizer.zero_grad()
+        model.zero_grad()
+
     with ExitStack() as scope:
         file = scope.enter_context(_opened(log)) if log is not None else None
         scope.enter_context(mode(model, training=True))
         if seed is not None:
             scope.enter_context(forked_generators(seed))
         scope.enter_context(_carried(history))
-        scope.callback(optimizer.zero_grad)
+        scope.callback(clear)
         bar = scope.enter_context(tqdm(total=groups.steps, unit="step", disable=not progress))
 
-        optimizer.zero_grad()
+        clear()
         seconds, clock = 0.0, perf_counter()
         for step, (epoch, place, group) in enumerate(groups, start=1):
             for target, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -110,7 +115,7 @@ def fit(
                     "freeze it, or pass allow_unused=True if a later batch may reach it"
                 )
             optimizer.step()
-            optimizer.zero_grad()
+            clear()
 
             spent = perf_counter() - clock
             seconds += spent
@@ -150,7 +155,7 @@ def _scores(evaluate: Callable[[nn.Module], Mapping[str, float]], model: nn.Modu
 
 
 def _opened(log: str | PathLike[str]) -> IO[str]:
-    """The log, empty; each line that is written is on disk at once."""
+    """The log, empty; each line goes into the file as it is written."""
     path = Path(log)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("w", buffering=1, encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
@@ -71,6 +72,8 @@ def test_a_stream_needs_steps_and_repeats() -> None:
         (iter([1]), 1, None, "can be gone over once and has no length: give steps="),
         (iter([1]), 2, None, "can be gone over once"),
         (7, 1, None, "not int"),
+        ({"input_ids": [1]}, 1, None, "are a DataLoader, a list or an iterator, not dict"),
+        (torch.ones(2), 1, None, "not Tensor"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(

@@ -340,6 +340,18 @@ def test_bad_options_are_refused_before_anything_is_touched(
     assert torch.equal(generator, torch.random.get_rng_state()) and not (tmp_path / "run.jsonl").exists()
 
 
+def test_gradients_of_what_is_not_trained_do_not_pile_up() -> None:
+    model, data = problem()
+    before, seen = state(model[0]), []
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        seen.append(model[0].weight.grad)
+        return regression(model, batch)
+
+    quiet(model, DataLoader(data, 16), loss, parameters=model[3].parameters())
+    assert seen == [None] * 4 and model[0].weight.grad is None and same(before, state(model[0]))
+
+
 def test_gradients_of_before_do_not_count() -> None:
     model, data = problem()
     twin = copy.deepcopy(model)
