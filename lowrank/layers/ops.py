@@ -78,27 +78,6 @@ def add_lora(y: Tensor, x: Tensor, blocks: Sequence[Block], *, dropout: float = 
     return _apply(x.to(y.dtype), y, None, None, blocks, dropout)
 
 
-def _check(x: Tensor, out_features: int, in_features: int, blocks: Sequence[Block]) -> None:
-    if x.shape[-1] != in_features:
-        raise ValueError(f"x {tuple(x.shape)} must end in the weight's {in_features} input features")
-    for (start, stop), A, B, _, A0, B0 in blocks:
-        if not 0 <= start < stop <= out_features:
-            raise ValueError(f"rows ({start}, {stop}) must lie within the weight's {out_features} rows")
-        rank = A.shape[0]
-        if A.shape != (rank, in_features) or B.shape != (stop - start, rank):
-            raise ValueError(
-                f"A {tuple(A.shape)} and B {tuple(B.shape)} must be ({rank}, {in_features}) and "
-                f"({stop - start}, {rank}) to update rows ({start}, {stop})"
-            )
-        if (A0 is None) != (B0 is None):
-            raise ValueError("an anchor needs both A0 and B0")
-        if A0 is not None and B0 is not None and (A0.shape != A.shape or B0.shape != B.shape):
-            raise ValueError(
-                f"the anchor's A0 {tuple(A0.shape)} and B0 {tuple(B0.shape)} must have the shapes "
-                f"of its offsets, {tuple(A.shape)} and {tuple(B.shape)}"
-            )
-
-
 def _apply(
     x: Tensor,
     y: Tensor | None,
@@ -107,10 +86,22 @@ def _apply(
     blocks: Sequence[Block],
     dropout: float,
 ) -> Tensor:
+    mask = _mask(x, dropout) if dropout > 0 else None
+    # What dropout keeps is to weigh more: the scaling does that, and no pass over x has to.
+    scalings = tuple(block.scaling / (1 - dropout) for block in blocks)
     rows = tuple(block.rows for block in blocks)
-    scalings = tuple(block.scaling for block in blocks)
     factors = [factor for block in blocks for factor in (block.A, block.B, block.A0, block.B0)]
-    return _LoRA.apply(x, y, weight, bias, rows, scalings, dropout, *factors)
+    return _LoRA.apply(x, y, weight, bias, mask, rows, scalings, *factors)
+
+
+def _mask(x: Tensor, dropout: float) -> Tensor:
+    """True where x is kept, ``(tokens, in)``. It is kept for backward: drawing it again takes longer."""
+    shape = (x.shape[:-1].numel(), x.shape[-1])
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
+    # bernoulli_ draws one number an entry; here each draw makes four, to the nearest 1/65536.
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    return draws.view(torch.int16)[: x.numel()].view(shape) >= round(dropout * 2**16) - 2**15
 
 
 def _blocks(rows: Sequence[tuple[int, int]], scalings: Sequence[float], factors: Sequence) -> list[Block]:
@@ -134,9 +125,17 @@ def _down(blocks: Sequence[Block], dtype: torch.dtype) -> Tensor:
 
 
 def _up(block: Block, dtype: torch.dtype) -> Tensor:
-    """What multiplies the block's columns of S, ``(rows, width)``: s·B, or ``s·[B, B0]`` beside an anchor."""
-    B = block.B if block.B0 is None else torch.cat((block.B, block.B0), 1)
-    return (B if block.scaling == 1 else B * block.scaling).to(dtype)
+    """What multiplies the block's columns of S, ``(rows, width)``: B, or ``[B, B0]`` beside an anchor."""
+    return (block.B if block.B0 is None else torch.cat((block.B, block.B0), 1)).to(dtype)
+
+
+def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """``alpha·a·b``: with beta = 0 the scale rides along, where mm and mul_ would be two passes."""
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
 _FACTORS = 7  # where they begin among the arguments of _LoRA
@@ -152,32 +151,29 @@ class _LoRA(torch.autograd.Function):
         base: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
+        mask: Tensor | None,
         rows: tuple[tuple[int, int], ...],
         scalings: tuple[float, ...],
-        dropout: float,
         *factors: Tensor | None,
     ) -> Tensor:
         blocks = _blocks(rows, scalings, factors)
         y = base.clone() if weight is None else F.linear(x, weight, bias)  # type: ignore[union-attr]
         y = y.contiguous()
-        y2, x2, mask = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), None
-        if dropout > 0:
-            x2, mask = torch.native_dropout(x2, dropout, True)
-        S = x2 @ _down(blocks, x.dtype).t()
+        y2, x2 = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        S = (x2 if mask is None else x2 * mask) @ _down(blocks, x.dtype).t()
         for block, part in zip(blocks, S.split([_width(b) for b in blocks], 1), strict=True):
-            y2[:, slice(*block.rows)].addmm_(part, _up(block, x.dtype).t())
+            y2[:, slice(*block.rows)].addmm_(part, _up(block, x.dtype).t(), alpha=block.scaling)
 
         needs = ctx.needs_input_grad
         needs_A, needs_B = any(needs[_FACTORS::4]), any(needs[_FACTORS + 1 :: 4])
-        ctx.rows, ctx.scalings, ctx.dropout = rows, scalings, dropout
+        ctx.rows, ctx.scalings, ctx.shape = rows, scalings, x.shape
         ctx.save_for_backward(
             x if needs_A or needs[2] else None,
             weight if needs[0] else None,
-            S if needs_B else None,
             mask if needs_A or needs[0] else None,
+            S if needs_B else None,
             *factors,
         )
-        ctx.shape = x.shape
         return y
 
     @staticmethod
@@ -189,51 +185,61 @@ class _LoRA(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, S, mask, *factors = ctx.saved_tensors
+    x, weight, mask, S, *factors = ctx.saved_tensors
     needs_x, needs_base, needs_weight, needs_bias = ctx.needs_input_grad[:4]
     needs_A, needs_B = ctx.needs_input_grad[_FACTORS::4], ctx.needs_input_grad[_FACTORS + 1 :: 4]
     blocks = _blocks(ctx.rows, ctx.scalings, factors)
-    widths = [_width(block) for block in blocks]
+    ranks, widths = [b.A.shape[0] for b in blocks], [_width(b) for b in blocks]
     dy = dY.reshape(-1, dY.shape[-1]).contiguous()
-    dX = dW = db = None
-    grads: list[Tensor | None] = [None] * len(factors)
+    dys = [dy[:, slice(*b.rows)] for b in blocks]
+    x2 = None if x is None else x.reshape(-1, x.shape[-1])
+    dX = None
+    dFactors: list[Tensor | None] = [None] * len(factors)
 
-    if x is not None:
-        x2 = x.reshape(-1, x.shape[-1])
-        if needs_weight:
-            dW = dy.t() @ x2
-    if needs_bias:
-        db = dy.sum(0)
-    dS = [dy[:, slice(*b.rows)] @ _up(b, dy.dtype) for b in blocks] if needs_x or any(needs_A) else []
-    pairs = list(zip(blocks, dS, strict=False))
     if any(needs_B):
-        for i, (block, part) in enumerate(zip(blocks, S.split(widths, 1), strict=True)):
+        for i, part in enumerate(S.split(widths, 1)):
             if needs_B[i]:
-                # (Sᵀ·dY)ᵀ, not dYᵀ·S: the same numbers, and the long dimension stays the contiguous one.
-                grad = (part[:, : block.A.shape[0]].t() @ dy[:, slice(*block.rows)]).t()
-                grads[4 * i + 1] = grad.to(block.B.dtype).mul_(block.scaling).contiguous()
+                # (Sᵀ·dY)ᵀ, not dYᵀ·S: the same numbers, but it reads dY along its rows.
+                dB = _product(part[:, : ranks[i]].t(), dys[i], blocks[i].scaling).t()
+                dFactors[4 * i + 1] = dB.to(blocks[i].B.dtype).contiguous()
+    if needs_x or any(needs_A):
+        parts = [_product(d, _up(b, dy.dtype), b.scaling) for b, d in zip(blocks, dys, strict=True)]
+        dS = _join(parts)
     if any(needs_A):
-        if mask is not None:
-            x2 = torch.ops.aten.native_dropout_backward(x2, mask, 1 / (1 - ctx.dropout))
-        # Beside an anchor, A meets x twice, in A0 + A and in A: its gradient is the sum of the two.
-        sums = [d if b.A0 is None else d[:, : b.A.shape[0]] + d[:, b.A.shape[0] :] for b, d in pairs]
-        dA = _join(sums).t() @ x2
-        for i, (block, grad) in enumerate(zip(blocks, dA.split([b.A.shape[0] for b in blocks]), strict=True)):
+        # Beside an anchor A meets x twice, in A0 + A and in A, and its gradient is the sum.
+        sums = [d if d.shape[1] == r else d[:, :r] + d[:, r:] for d, r in zip(parts, ranks, strict=True)]
+        dA = (dS if ranks == widths else _join(sums)).t() @ (x2 if mask is None else x2 * mask)
+        for i, part in enumerate(dA.split(ranks)):
             if needs_A[i]:
-                grads[4 * i] = grad.to(block.A.dtype)
+                dFactors[4 * i] = part.to(blocks[i].A.dtype)
     if needs_x:
-        down = _down(blocks, dy.dtype)
+        dX = dS @ _down(blocks, dy.dtype)
         if mask is not None:
-            dX = torch.ops.aten.native_dropout_backward(_join(dS) @ down, mask, 1 / (1 - ctx.dropout))
-            if weight is not None:
-                dX.addmm_(dy, weight)
-        elif weight is None:
-            dX = _join(dS) @ down
-        else:
-            dX = (dy @ weight).addmm_(_join(dS), down)
+            dX.mul_(mask)
+        if weight is not None:
+            dX.addmm_(dy, weight)  # the large product accumulates onto the small one: no pass of its own
         dX = dX.view(ctx.shape)
-    return dX, dY if needs_base else None, dW, db, None, None, None, *grads
+    dW = dy.t() @ x2 if needs_weight else None
+    db = dy.sum(0) if needs_bias else None
+    return dX, dY if needs_base else None, dW, db, None, None, None, *dFactors
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+def _check(x: Tensor, out_features: int, in_features: int, blocks: Sequence[Block]) -> None:
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x {tuple(x.shape)} must end in the weight's {in_features} input features")
+    for (start, stop), A, B, _, A0, B0 in blocks:
+        if not 0 <= start < stop <= out_features:
+            raise ValueError(f"rows ({start}, {stop}) must lie within the weight's {out_features} rows")
+        rank = A.shape[0]
+        if A.shape != (rank, in_features) or B.shape != (stop - start, rank):
+            raise ValueError(
+                f"A {tuple(A.shape)} and B {tuple(B.shape)} must be ({rank}, {in_features}) and "
+                f"({stop - start}, {rank}) to update rows ({start}, {stop})"
+            )
+        if (A0 is None) != (B0 is None):
+            raise ValueError("an anchor needs both A0 and B0")
+        if A0 is not None and B0 is not None and (A0.shape != A.shape or B0.shape != B.shape):
+            raise ValueError(
+                f"the anchor's A0 {tuple(A0.shape)} and B0 {tuple(B0.shape)} must have the shapes "
+                f"of its offsets, {tuple(A.shape)} and {tuple(B.shape)}"
+            )
