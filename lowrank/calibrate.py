@@ -68,7 +68,7 @@ def calibrate(
             with torch.set_grad_enabled(session.needs_backward):
                 value = scalar_loss(loss, model, batch)
                 if not torch.isfinite(value):
-                    raise ValueError(f"the loss of calibration batch {number} is not finite: {float(value)}")
+                    raise ValueError(f"the loss of calibration batch {number} is not finite: {value.item()}")
                 if session.needs_backward and value.requires_grad:
                     session.in_backward = True
                     value.backward()
@@ -256,12 +256,17 @@ class _Session:
 
     def _by_example(self, path: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x as ``(examples, tokens, features)``, and the mask of its tokens where one fits."""
+        if self._tokens_first(x):
+            x = x.transpose(0, 1)
         mask = self._mask(path)
         if mask is not None and mask.numel() == x.shape[:-1].numel():
             return x.reshape(*mask.shape, x.shape[-1]), mask
         if x.dim() < 3:
             return x.reshape(1, -1, x.shape[-1]), None
         return x.reshape(x.shape[0], -1, x.shape[-1]), None
+
+    def _tokens_first(self, x: Tensor) -> bool:
+        return x.dim() == 3 and x.shape[1] == self.batch_size != x.shape[0]
 
     def _mask(self, path: str) -> Tensor | None:
         parts = path.split(".")
@@ -286,7 +291,9 @@ class _Session:
 
     @torch.no_grad()
     def _see_gradient(self, path: str, held: Sequence[Projection], x: Tensor, dy: Tensor) -> None:
-        x, mask = self._by_example(path, x)
+        if self._tokens_first(x):
+            dy = dy.transpose(0, 1)
+        x, _ = self._by_example(path, x)
         dy = dy.reshape(*x.shape[:-1], dy.shape[-1])
         examples = self.batch_size
         for p in held:
@@ -316,8 +323,7 @@ class _Session:
             named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             self.batch_size = self.batch_size or named["query"].shape[0 if module.batch_first else 1]
             for p in held:
-                x = named[p.role.value]
-                self._see_block_input(p, x if module.batch_first or x.dim() < 3 else x.transpose(0, 1))
+                self._see_block_input(p, named[p.role.value])
 
         handle = module.register_forward_pre_hook(before, with_kwargs=True)
         stack.callback(handle.remove)
@@ -341,13 +347,9 @@ class _Session:
             finally:
                 own["weight"], own["bias"] = weight, bias
             y = nn.functional.linear(x, weight, bias)
-            turned = x.dim() == 3 and not attention.batch_first
-            self._see_input(path, held, x.transpose(0, 1) if turned else x)
-            y_by_example = y.transpose(0, 1) if turned else y
-            seen = self._see_output(path, held, x.transpose(0, 1) if turned else x, y_by_example)
-            if seen is not None:
-                y_by_example = seen
-            return y_by_example.transpose(0, 1) if turned else y_by_example, attention_weights
+            self._see_input(path, held, x)
+            seen = self._see_output(path, held, x, y)
+            return y if seen is None else seen, attention_weights
 
         attention.__dict__["forward"] = forward
         stack.callback(attention.__dict__.pop, "forward")

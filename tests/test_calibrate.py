@@ -1,0 +1,314 @@
+"""Statistics against the definitions written out plainly, one example at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lowrank.calibrate import calibrate
+from lowrank.projections import Projection, find_projections, stored_transposed
+from lowrank.targets import select
+from tests import zoo
+
+ALL = ("covariance", "sensitivity", "gradient")
+
+
+def singles(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The batch's examples one by one, without their padding."""
+    made = []
+    for i in range(len(next(iter(batch.values())))):
+        example = {key: value[i : i + 1] for key, value in batch.items()}
+        if "attention_mask" in batch:
+            kept = batch["attention_mask"][i].bool()
+            example = {
+                key: value[:, kept] if value.shape[1:2] == kept.shape else value
+                for key, value in example.items()
+            }
+        made.append(example)
+    return made
+
+
+def by_definition(model: nn.Module, projections: list[Projection], examples: list[Any]) -> dict[Projection, dict]:
+    """Covariance, sensitivity and gradient of linear layers, by autograd on the weights themselves."""
+    inputs: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(p.module).register_forward_pre_hook(
+            lambda m, args, path=p.module: inputs.__setitem__(path, args[0].detach())
+        )
+        for p in projections
+    ]
+    found = {p: {"covariance": 0.0, "sensitivity": 0.0, "gradient": 0.0} for p in projections}
+    for example in examples:
+        model.zero_grad()
+        model(**example).loss.backward()
+        for p in projections:
+            x = inputs[p.module].reshape(-1, p.in_features)
+            centred = x - x.mean(0)
+            module = model.get_submodule(p.module)
+            stored = module.weight.grad.T if stored_transposed(module) else module.weight.grad
+            gradient = stored[slice(*p.rows)]
+            found[p]["covariance"] += centred.T @ centred / len(examples)
+            found[p]["sensitivity"] += (p.weight(model) * gradient).abs().mean() / len(examples)
+            found[p]["gradient"] += gradient / len(examples)
+    for handle in handles:
+        handle.remove()
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "vit"])
+def test_batches_of_one_follow_the_definitions(family: str) -> None:
+    model = zoo.build(family)
+    projections = select(model, "all-linear")
+    examples = [one for seed in (0, 1) for one in singles(zoo.batch(family, seed=seed))]
+    wanted = by_definition(model, projections, examples)
+    got = calibrate(model, projections, ALL, examples, progress=False)
+    for p in projections:
+        torch.testing.assert_close(got[p].covariance, wanted[p]["covariance"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[p].gradient, wanted[p]["gradient"], rtol=1e-4, atol=1e-6)
+        assert got[p].sensitivity == pytest.approx(float(wanted[p]["sensitivity"]), rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_padded_batches_measure_what_single_examples_do(family: str) -> None:
+    model, batch = zoo.build(family), zoo.batch(family)
+    projections = select(model, "all-linear", exclude=("pooler",) if family == "bert" else ())
+    one, many = (
+        calibrate(model, projections, ALL, batches, progress=False) for batches in (singles(batch), [batch])
+    )
+    for p in projections:
+        torch.testing.assert_close(many[p].covariance, one[p].covariance, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(many[p].gradient, one[p].gradient, rtol=1e-4, atol=1e-6)
+        assert many[p].sensitivity == pytest.approx(one[p].sensitivity, rel=1e-4)
+
+
+def test_a_row_an_example_needs_no_gradient_of_each() -> None:
+    model, batch = zoo.build("perceptron"), zoo.batch("perceptron")
+    projections = select(model, "all-linear")
+    one = calibrate(model, projections, ["sensitivity"], singles(batch), progress=False)
+    many = calibrate(model, projections, ["sensitivity"], [batch], progress=False)
+    for p in projections:
+        assert many[p].sensitivity == pytest.approx(one[p].sensitivity, rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_weights_that_no_linear_holds(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    model = nn.ModuleDict({"attention": attention, "after": nn.Linear(8, 8)})
+    x = torch.randn(1, 5, 8) if batch_first else torch.randn(5, 1, 8)
+
+    def loss(model: Any, x: Tensor) -> Tensor:
+        y, _ = model["attention"](x, x, x)
+        return model["after"](y).square().mean()
+
+    projections = find_projections(model)
+    got = calibrate(model, projections, ALL, [x], loss=loss, progress=False)
+
+    loss(model, x).backward()
+    tokens = x.reshape(5, 8)
+    centred = tokens - tokens.mean(0)
+    for p in projections:
+        holder = model.get_submodule(p.module)
+        gradient = getattr(holder, p.param).grad[slice(*p.rows)]
+        torch.testing.assert_close(got[p].gradient, gradient)
+        assert got[p].sensitivity == pytest.approx(float((p.weight(model) * gradient).abs().mean()), rel=1e-5)
+        if p.param == "in_proj_weight":
+            torch.testing.assert_close(got[p].covariance, centred.T @ centred)
+
+    values = tokens @ attention.in_proj_weight[16:].T  # the output projection mixes these
+    out = next(p for p in projections if p.module == "attention.out_proj")
+    assert got[out].covariance.shape == (8, 8) and torch.linalg.matrix_rank(values) >= 4
+    y, _ = attention(x, x, x)
+    seen = torch.linalg.solve(attention.out_proj.weight, (y.reshape(5, 8) - attention.out_proj.bias).T).T
+    seen = (seen - seen.mean(0)).detach()
+    torch.testing.assert_close(got[out].covariance, seen.T @ seen, rtol=1e-3, atol=1e-4)
+
+
+def test_projections_that_read_one_input_share_one_covariance() -> None:
+    model = zoo.build("llama")
+    projections = [p for p in select(model, "all-linear") if "layers.0" in p.module]
+    got = calibrate(model, projections, ["covariance"], [zoo.batch("llama", seed=s) for s in (0, 1)], progress=False)
+    storages = {p.module.split(".")[-1]: got[p].covariance.data_ptr() for p in projections}
+    assert storages["q_proj"] == storages["k_proj"] == storages["v_proj"]
+    assert storages["gate_proj"] == storages["up_proj"]
+    assert len(set(storages.values())) == 4
+
+
+def test_sharing_is_checked_in_each_batch() -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, apart: bool) -> Tensor:
+            return (self.a(x) + self.b(x * 2 if apart else x)).sum()
+
+    model = Fickle()
+    batches = [{"x": torch.randn(2, 3, 4), "apart": apart} for apart in (False, True)]
+    with pytest.raises(ValueError, match="read the same input at first, but not in batch 1"):
+        calibrate(
+            model, find_projections(model), ["covariance"], batches, loss=lambda m, b: m(**b), progress=False
+        )
+
+
+def test_a_projection_out_of_the_losss_reach_has_sensitivity_zero() -> None:
+    model = zoo.build("deberta")
+    model.register_module("unused", nn.Linear(4, 4))
+    projections = find_projections(model)
+    got = calibrate(model, projections, ["sensitivity"], [zoo.batch("deberta")], progress=False)
+    assert got[next(p for p in projections if p.module == "unused")].sensitivity == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails: bool) -> None:
+    model, batch = zoo.build("bert"), zoo.batch("bert")
+    model.train()
+    model.bert.encoder.eval()
+    model.bert.embeddings.requires_grad_(False)
+    model.classifier.weight.grad = torch.full_like(model.classifier.weight, 7)
+
+    def state() -> tuple:
+        return (
+            {name: tensor.clone() for name, tensor in model.state_dict().items()},
+            {name: module.training for name, module in model.named_modules()},
+            {name: p.requires_grad for name, p in model.named_parameters()},
+            {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
+            {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()},
+            torch.get_rng_state(),
+            torch.backends.mha.get_fastpath_enabled(),
+        )
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        torch.rand(3)
+        value = model(**batch).loss
+        if fails:
+            raise RuntimeError("the loss gave up")
+        return value
+
+    before = state()
+    projections = select(model, "all-linear")
+    if fails:
+        with pytest.raises(RuntimeError, match="gave up"):
+            calibrate(model, projections, ALL, [batch], loss=loss, progress=False)
+    else:
+        calibrate(model, projections, ALL, [batch], loss=loss, progress=False)
+    assert all(same(a, b) for a, b in zip(before, state(), strict=True))
+
+
+def test_attention_is_left_as_it_was() -> None:
+    model = zoo.build("torch_encoder")
+    attention = model.encoder.layers[0].self_attn
+    weights = attention.in_proj_weight, attention.out_proj.weight, attention.out_proj.bias
+    calibrate(model, select(model, "all-linear"), ALL, [zoo.batch("torch_encoder")], progress=False)
+    after = attention.in_proj_weight, attention.out_proj.weight, attention.out_proj.bias
+    assert all(a is b for a, b in zip(weights, after, strict=True))
+    assert "forward" not in attention.__dict__
+
+
+def test_every_gradient_of_the_base_stays_unset() -> None:
+    model = zoo.build("llama").requires_grad_(False)
+    got = calibrate(model, select(model, "all-linear"), ALL, [zoo.batch("llama")], progress=False)
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert all(each.sensitivity > 0 for each in got.values())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_are_counted_once(reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, on: bool) -> None:
+            super().__init__()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.first, self.second = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
+            self.on = on
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            if self.on:
+                return checkpoint(self.second, x, use_reentrant=reentrant).square().mean()
+            return self.second(x).square().mean()
+
+    x = torch.randn(3, 5, 4)
+    plain, saved = (
+        calibrate(m, find_projections(m), ALL, [x], loss=lambda m, b: m(b), progress=False)
+        for m in (Checkpointed(False), Checkpointed(True))
+    )
+    for p, each in plain.items():
+        torch.testing.assert_close(saved[p].covariance, each.covariance)
+        torch.testing.assert_close(saved[p].gradient, each.gradient)
+        assert saved[p].sensitivity == pytest.approx(each.sensitivity)
+
+
+def test_statistics_of_half_precision_models_are_fp32() -> None:
+    model = zoo.build("llama", torch.bfloat16)
+    got = calibrate(model, select(model, "query"), ALL, [zoo.batch("llama")], progress=False)
+    assert {each.covariance.dtype for each in got.values()} == {torch.float32}
+    assert {each.gradient.dtype for each in got.values()} == {torch.float32}
+
+
+def test_covariance_alone_needs_no_gradient() -> None:
+    model = zoo.build("llama")
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        assert not torch.is_grad_enabled()
+        return model(**batch).loss
+
+    calibrate(model, select(model, "query"), ["covariance"], [zoo.batch("llama")], loss=loss, progress=False)
+
+
+def test_a_mask_of_ones_own() -> None:
+    model, batch = zoo.build("bert"), zoo.batch("bert")
+    projections = select(model, "query")
+    own = calibrate(
+        model, projections, ["covariance"], [batch], mask=lambda b: b["input_ids"] >= 0, progress=False
+    )
+    default = calibrate(model, projections, ["covariance"], [batch], progress=False)
+    p = projections[0]
+    assert not torch.allclose(own[p].covariance, default[p].covariance)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda m, b: m(**b).loss * float("nan"), "loss of calibration batch 0 is not finite"),
+        (lambda m, b: m(**b).logits, "scalar"),
+        (lambda m, b: 1.0, "scalar"),
+    ],
+)
+def test_a_loss_must_be_a_finite_scalar(loss: Any, message: str) -> None:
+    model = zoo.build("llama")
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, select(model, "query"), ALL, [zoo.batch("llama")], loss=loss, progress=False)
+
+
+def test_an_empty_loader() -> None:
+    model = zoo.build("llama")
+    with pytest.raises(ValueError, match="calibration needs batches, and got none"):
+        calibrate(model, select(model, "query"), ALL, [], progress=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_an_input_names_module_and_batch(value: float) -> None:
+    model, good = zoo.build("perceptron"), zoo.batch("perceptron")
+    bad = {**good, "x": good["x"].clone()}
+    bad["x"][1, 2] = value
+    with pytest.raises(ValueError, match=r"NaN or Inf in the input of layers.0 in calibration batch 1"):
+        calibrate(
+            model, select(model, "all-linear"), ["covariance"], [good, bad],
+            loss=lambda m, b: m(**b).logits.nan_to_num().sum(), progress=False,
+        )  # fmt: skip
+
+
+def test_an_unknown_statistic() -> None:
+    with pytest.raises(ValueError, match="unknown statistics"):
+        calibrate(zoo.build("perceptron"), [], ["variance"], [])
