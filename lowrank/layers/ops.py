@@ -57,7 +57,7 @@ def fused_lora(
     product of x with the A's. The gradients are those of LoRA (2106.09685, section 4.1). It can be
     differentiated once: a second derivative raises RuntimeError. Shapes that do not fit: ValueError.
     """
-    _check(x, weight.shape[0], weight.shape[1], blocks)
+    _check(x, weight.shape[0], weight.shape[1], blocks, dropout)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -70,7 +70,7 @@ def add_lora(y: Tensor, x: Tensor, blocks: Sequence[Block], *, dropout: float = 
     y ``(..., out)`` is what the base made of x ``(..., in)``; it is not written to. The update is computed
     in y's dtype, and an update of zero returns y bit for bit. Otherwise as `fused_lora`.
     """
-    _check(x, y.shape[-1], x.shape[-1], blocks)
+    _check(x, y.shape[-1], x.shape[-1], blocks, dropout)
     if x.shape[:-1] != y.shape[:-1]:
         raise ValueError(
             f"x {tuple(x.shape)} and y {tuple(y.shape)} must agree in all but the last dimension"
@@ -134,6 +134,20 @@ def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
 
 
+def _accumulate(C: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """``C += alpha·a·b`` in place, compiled or not."""
+    if torch.compiler.is_compiling():
+        _addmm_(C, a, b, alpha)
+    else:
+        C.addmm_(a, b, alpha=alpha)
+
+
+# The compiler makes addmm_ functional, and then copies all of C; an operation of ours it leaves in place.
+@torch.library.custom_op("lowrank::addmm_", mutates_args={"C"})
+def _addmm_(C: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    C.addmm_(a, b, alpha=alpha)
+
+
 def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
@@ -162,7 +176,7 @@ class _LoRA(torch.autograd.Function):
         y2, x2 = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         S = (x2 if mask is None else x2 * mask) @ _down(blocks, x.dtype).t()
         for block, part in zip(blocks, S.split([_width(b) for b in blocks], 1), strict=True):
-            y2[:, slice(*block.rows)].addmm_(part, _up(block, x.dtype).t(), alpha=block.scaling)
+            _accumulate(y2[:, slice(*block.rows)], part, _up(block, x.dtype).t(), block.scaling)
 
         needs = ctx.needs_input_grad
         needs_A, needs_B = any(needs[_FACTORS::4]), any(needs[_FACTORS + 1 :: 4])
@@ -217,14 +231,18 @@ def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         if mask is not None:
             dX.mul_(mask)
         if weight is not None:
-            dX.addmm_(dy, weight)  # the large product accumulates onto the small one: no pass of its own
+            _accumulate(dX, dy, weight, 1.0)  # the large product onto the small one: no pass of its own
         dX = dX.view(ctx.shape)
     dW = dy.t() @ x2 if needs_weight else None
     db = dy.sum(0) if needs_bias else None
     return dX, dY if needs_base else None, dW, db, None, None, None, *dFactors
 
 
-def _check(x: Tensor, out_features: int, in_features: int, blocks: Sequence[Block]) -> None:
+def _check(x: Tensor, out_features: int, in_features: int, blocks: Sequence[Block], dropout: float) -> None:
+    if not blocks:
+        raise ValueError("without blocks there is nothing to add: call the base alone")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is a share of x in [0, 1), not {dropout}")
     if x.shape[-1] != in_features:
         raise ValueError(f"x {tuple(x.shape)} must end in the weight's {in_features} input features")
     for (start, stop), A, B, _, A0, B0 in blocks:
