@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
@@ -89,11 +89,15 @@ def run(name: str, policy: Policy, data: dict[str, Any], lr: float, out: Path) -
 
 
 def table(runs: list[Run], tests: int) -> str:
-    lines = ["method   set-up s   training s   adapter parameters   loss first → middle → last tenth   accuracy"]
+    lines = [
+        "method   set-up s   training s   adapter parameters   loss first → middle → last tenth   accuracy"
+    ]
     for r in runs:
         tenth = max(1, len(r.losses) // 10)
         middle = (len(r.losses) - tenth) // 2
-        losses = [mean(part) for part in (r.losses[:tenth], r.losses[middle : middle + tenth], r.losses[-tenth:])]
+        losses = [
+            mean(part) for part in (r.losses[:tenth], r.losses[middle : middle + tenth], r.losses[-tenth:])
+        ]
         error = (r.accuracy * (1 - r.accuracy) / tests) ** 0.5
         lines.append(
             f"{r.name:<8} {r.setup:8.1f}   {r.training:10.1f}   {r.plan.trainable_parameters:18,}   "
@@ -118,7 +122,13 @@ def draw(runs: list[Run], file: Path) -> None:
     plan = runs[-1].plan
     roles = list(dict.fromkeys(p.role.value for p in plan))
     layers = sorted({layer_of(p.module) for p in plan})
-    grid = [[sum(a.rank for p, a in plan.items() if (layer_of(p.module), p.role) == (layer, role)) for layer in layers] for role in roles]
+    grid = [
+        [
+            sum(a.rank for p, a in plan.items() if (layer_of(p.module), p.role) == (layer, role))
+            for layer in layers
+        ]
+        for role in roles
+    ]
     image = ranks.imshow(grid, aspect="auto", cmap="viridis")
     ranks.set(xlabel="layer", title=f"Ranks that {runs[-1].name} gave", xticks=range(len(layers)))
     ranks.set_yticks(range(len(roles)), roles)
@@ -131,12 +141,16 @@ def layer_of(module: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=3200, help="training sentences (default: %(default)s)")
     parser.add_argument("--tests", type=int, default=1000, help="test sentences (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--data", type=Path, default=Path(".cache/data"), help="where the reviews are")
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where results go (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="where results go (default: %(default)s)"
+    )
     options = parser.parse_args()
     logging.set_verbosity_error()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -155,14 +169,20 @@ def main() -> None:
     budget = lowrank.plan_model(fresh_model(), presets.lora(rank=RANK, train=HEAD)).trainable_parameters
     runs = [run(name, policy, data, options.lr, options.out) for name, policy in policies(budget).items()]
     majority = max(mean(r.label for r in test), 1 - mean(r.label for r in test))
-    print(f"\n{table(runs, len(test))}\n(always the commoner class: {majority:.3f}; ± is one standard error; one seed)")
+    print(
+        f"\n{table(runs, len(test))}\n"
+        f"(always the commoner class: {majority:.3f}; ± is one standard error; one seed)"
+    )
     draw(runs, options.out / "curves.png")
 
     last = runs[-1]
     print(f"\nThe plan of {last.name}:\n\n{last.plan}\n")
     adapter = options.out / f"{last.name.lower()}-adapter"
     again = accuracy(lowrank.load_adapter(fresh_model(), adapter), data["test"])
-    print(f"{adapter} loaded onto a fresh model: accuracy {again:.3f}, {'the same' if again == last.accuracy else 'NOT the same'}")
+    print(
+        f"{adapter} loaded onto a fresh model: accuracy {again:.3f}, "
+        f"{'the same' if again == last.accuracy else 'NOT the same'}"
+    )
     print(f"Written to {options.out}: curves.png, and for each method its plan, its adapter and its log")
     if again != last.accuracy:
         raise SystemExit(1)

@@ -42,7 +42,9 @@ def load_reviews(folder: Path) -> tuple[list[Review], list[Review]]:
     return train, test
 
 
-def batched(reviews: list[Review], tokenizer: Any, size: int, seed: int | None = None) -> list[dict[str, Tensor]]:
+def batched(
+    reviews: list[Review], tokenizer: Any, size: int, seed: int | None = None
+) -> list[dict[str, Tensor]]:
     """Padded batches of sentences of like length, which wastes little padding; shuffled if seeded."""
     by_length = sorted(reviews, key=lambda review: len(review.text))
     groups = [by_length[i : i + size] for i in range(0, len(by_length), size)]
@@ -50,7 +52,9 @@ def batched(reviews: list[Review], tokenizer: Any, size: int, seed: int | None =
         Random(seed).shuffle(groups)
     return [
         {
-            **tokenizer([r.text for r in group], padding=True, truncation=True, max_length=96, return_tensors="pt"),
+            **tokenizer(
+                [r.text for r in group], padding=True, truncation=True, max_length=96, return_tensors="pt"
+            ),
             "labels": torch.tensor([r.label for r in group]),
         }
         for group in groups

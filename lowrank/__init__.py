@@ -1,6 +1,14 @@
 """Low-rank adaptation of pretrained PyTorch models: plan, then apply."""
 
 from lowrank import allocate, init, layers, presets, train
+from lowrank.adapted import (
+    adapted_layers,
+    adapter_parameters,
+    disable_adapters,
+    merge,
+    plan_of,
+    unwrap,
+)
 from lowrank.calibrate import calibrate
 from lowrank.checkpoint import AdapterError, load_adapter, save_adapter
 from lowrank.init import Factors
@@ -8,16 +16,7 @@ from lowrank.layers import LoRALinear, lora_linear
 from lowrank.plan import Allocation, Plan
 from lowrank.policy import Policy
 from lowrank.projections import Projection, Role, find_projections
-from lowrank.wrap import (
-    adapted_layers,
-    adapter_parameters,
-    disable_adapters,
-    merge,
-    plan_model,
-    plan_of,
-    unwrap,
-    wrap_model,
-)
+from lowrank.wrap import plan_model, wrap_model
 
 __version__ = "0.1.0"
 

@@ -6,7 +6,7 @@ after an error. What it measures is data of `statistics`; what that is for, it d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +62,9 @@ def calibrate(
     loss = loss or output_loss
     device = model_device(model)
     with _undisturbed(model), session:
-        for number, batch in enumerate(tqdm(batches, "calibrating", disable=not progress, delay=2, leave=False)):
+        for number, batch in enumerate(
+            tqdm(batches, "calibrating", disable=not progress, delay=2, leave=False)
+        ):
             batch = to_device(batch, device)
             session.begin(number, batch, mask)
             with torch.set_grad_enabled(session.needs_backward):
@@ -74,13 +76,15 @@ def calibrate(
                     value.backward()
             session.end()
     if not session.batches:
-        raise ValueError("calibration needs batches, and got none: the loader is empty or was consumed before")
+        raise ValueError(
+            "calibration needs batches, and got none: the loader is empty or was consumed before"
+        )
     return session.statistics()
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen parameters inside; modes, gradients, flags and random state as before after."""
+    """Evaluation mode and frozen parameters inside; modes, flags and random state as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     learning = [p for p in model.parameters() if p.requires_grad]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -149,7 +153,7 @@ class _Session:
                     self._watch_linear(stack, path, module, held)
                 else:
                     raise ValueError(
-                        f"{held[0].name} cannot be calibrated: its module does not show what enters the tensor; "
+                        f"{held[0].name} cannot be calibrated: its module does not show what enters it; "
                         f"choose an initializer and an allocator that need no statistics, or leave it out"
                     )
             self.stack = stack.pop_all()
@@ -271,7 +275,9 @@ class _Session:
     def _mask(self, path: str) -> Tensor | None:
         parts = path.split(".")
         if self.encoder_decoder and "decoder" in parts:
-            crosses = any("cross" in part.lower() or part in ("EncDecAttention", "encoder_attn") for part in parts)
+            crosses = any(
+                "cross" in part.lower() or part in ("EncDecAttention", "encoder_attn") for part in parts
+            )
             keys = all(p.role in (Role.KEY, Role.VALUE) for p in self.by_module[path])
             return self.masks["tokens"] if crosses and keys else self.masks["decoder"]
         return self.masks["tokens"]
@@ -312,7 +318,9 @@ class _Session:
                 measured.sensitivity += size
                 if gradient is not None and "gradient" in self.needs:
                     scaled = gradient * examples
-                    measured.gradient = scaled if measured.gradient is None else measured.gradient.add_(scaled)
+                    measured.gradient = (
+                        scaled if measured.gradient is None else measured.gradient.add_(scaled)
+                    )
 
     # -- attention, whose weights no Linear holds ----------------------------------------------------
 
@@ -384,7 +392,9 @@ class _Session:
                 measured = self.measured[p]
                 measured.sensitivity += float((weight.to(own.dtype) * own).abs().mean())
                 if "gradient" in self.needs:
-                    measured.gradient = own.clone() if measured.gradient is None else measured.gradient.add_(own)
+                    measured.gradient = (
+                        own.clone() if measured.gradient is None else measured.gradient.add_(own)
+                    )
 
         stand_in.register_post_accumulate_grad_hook(reduce)
         module._parameters[param] = stand_in

@@ -19,11 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from lowrank.layers.adapter import Adapter
-from lowrank.layers.trained import TrainedModule
-from lowrank.plan import Plan
-from lowrank.projections import Projection, as_rows
-from lowrank.wrap import (
+from lowrank.adapted import (
     adapters_of,
     check_unwrapped,
     holder,
@@ -32,6 +28,10 @@ from lowrank.wrap import (
     projection_problems,
     wrapped_root,
 )
+from lowrank.layers.adapter import Adapter
+from lowrank.layers.trained import TrainedModule
+from lowrank.plan import Plan
+from lowrank.projections import Projection, as_rows
 
 FORMAT, VERSION = "lowrank-adapter", 1
 CONFIG = "adapter.json"
@@ -68,7 +68,9 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or Inf: this adapter is not worth saving")
 
-    blob = save_tensors({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, {"format": "pt"})
+    blob = save_tensors(
+        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, {"format": "pt"}
+    )
     digest = hashlib.sha256(blob).hexdigest()
     config = {
         "format": FORMAT,
@@ -109,7 +111,9 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             raise AdapterError(f"{folder} was made for another base:\n  " + "\n  ".join(problems))
         problems = _weight_problems(model, plan, config["fingerprint"])
         if problems:
-            raise AdapterError(f"{folder} was made for a base with other weights:\n  " + "\n  ".join(problems))
+            raise AdapterError(
+                f"{folder} was made for a base with other weights:\n  " + "\n  ".join(problems)
+            )
         adapters = {p: _adapter(model, p, plan, tensors, config["frozen"][p.name]) for p in plan.adapted}
         trained = {name: _trained_state(model, name, tensors) for name in plan.train}
     except AdapterError:
@@ -155,7 +159,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise AdapterError(f"{folder / CONFIG} describes no lowrank adapter")
     if config.get("version") != VERSION:
-        raise AdapterError(f"{folder} has format version {config.get('version')}; this library reads {VERSION}")
+        raise AdapterError(
+            f"{folder} has format version {config.get('version')}; this library reads {VERSION}"
+        )
     return config
 
 
@@ -167,7 +173,10 @@ def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     if not file.is_file():
         raise AdapterError(f"{file} is missing")
     if file.stat().st_size != config["bytes"]:
-        raise AdapterError(f"{file} has {file.stat().st_size} bytes instead of {config['bytes']}: it is truncated or not its own")
+        raise AdapterError(
+            f"{file} has {file.stat().st_size} bytes instead of {config['bytes']}: "
+            "it is truncated, or another adapter's"
+        )
     blob = file.read_bytes()
     if hashlib.sha256(blob).hexdigest() != config["sha256"]:
         raise AdapterError(f"{file} is damaged: its content does not match the hash in {CONFIG}")
@@ -177,14 +186,27 @@ def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
         raise AdapterError(f"{file} is not a safetensors file: {error}") from error
 
 
-def _adapter(model: nn.Module, p: Projection, plan: Plan, tensors: dict[str, Tensor], frozen: list[str]) -> Adapter:
+def _adapter(
+    model: nn.Module, p: Projection, plan: Plan, tensors: dict[str, Tensor], frozen: list[str]
+) -> Adapter:
     """The adapter of ``p`` with its saved state; takes what it uses out of ``tensors``."""
-    state = {name: tensors.pop(f"{p.name}.{name}") for name in ("A", "B", "A0", "B0") if f"{p.name}.{name}" in tensors}
+    state = {
+        name: tensors.pop(f"{p.name}.{name}")
+        for name in ("A", "B", "A0", "B0")
+        if f"{p.name}.{name}" in tensors
+    }
     for name, tensor in state.items():
         rank = plan[p].rank
         wanted = (rank, p.in_features) if name.startswith("A") else (p.out_features, rank)
-        if tuple(tensor.shape) != wanted or tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            raise AdapterError(f"{p.name}.{name} is {tuple(tensor.shape)} {tensor.dtype}, not {wanted} floating point")
+        if tuple(tensor.shape) != wanted or tensor.dtype not in (
+            torch.float32,
+            torch.float64,
+            torch.bfloat16,
+            torch.float16,
+        ):
+            raise AdapterError(
+                f"{p.name}.{name} is {tuple(tensor.shape)} {tensor.dtype}, not {wanted} floating point"
+            )
         if not tensor.isfinite().all():
             raise AdapterError(f"{p.name}.{name} holds NaN or Inf")
     if state.keys() not in ({"A", "B"}, {"A", "B", "A0", "B0"}):
@@ -233,5 +255,8 @@ def _weight_problems(model: nn.Module, plan: Plan, saved: Mapping[str, Any]) -> 
         distance = float((a - b).norm() / b.norm().clamp_min(1e-30))
         allowed = 0.0 if here["dtype"] == there["dtype"] else 0.02
         if not distance <= allowed:
-            problems.append(f"{p.name}: its weights differ by {distance:.2%} ({there['dtype']} then, {here['dtype']} here)")
+            problems.append(
+                f"{p.name}: its weights differ by {distance:.2%} "
+                f"({there['dtype']} then, {here['dtype']} here)"
+            )
     return problems

@@ -103,10 +103,11 @@ class Plan(Mapping[Projection, Allocation]):
         return self[projection].rank * self.costs[projection]
 
     def __repr__(self) -> str:
-        return f"<Plan: {len(self.adapted)} of {len(self)} projections, {self.trainable_parameters:,} parameters>"
+        adapted = f"{len(self.adapted)} of {len(self)} projections"
+        return f"<Plan: {adapted}, {self.trainable_parameters:,} parameters>"
 
     def __str__(self) -> str:
-        """A table: projection, role, shape, rank, scaling, trainable parameters, share, energy of the start."""
+        """A table: projection, role, shape, rank, scaling, parameters, share of the budget, energy."""
         whole = self.budget or self.trainable_parameters
         header = ["projection", "role", "out × in", "rank", "scaling", "parameters", "share"]
         if self.energies:
@@ -123,13 +124,15 @@ class Plan(Mapping[Projection, Allocation]):
                 line.append(f"{self.energies[p]:.4f}" if p in self.energies else "–")
             lines.append(line)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        rows = [
-            "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-            for line in lines
-        ]
+        rows = []
+        for line in lines:
+            cells = [
+                c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            ]
+            rows.append("  ".join(cells))
         rows.insert(1, "  ".join("-" * w for w in widths))
-        spent = f"{self.trainable_parameters:,} trainable adapter parameters"
-        rows.append(spent + (f" of a budget of {self.budget:,}" if self.budget else ""))
+        total = f"{self.trainable_parameters:,} trainable adapter parameters"
+        rows.append(total + (f" of a budget of {self.budget:,}" if self.budget else ""))
         if self.train:
             rows.append(f"trained in full: {', '.join(self.train)}")
         return "\n".join(row.rstrip() for row in rows)
@@ -162,7 +165,9 @@ class Plan(Mapping[Projection, Allocation]):
         """Raises ValueError where ``data`` is no plan, or one of another version."""
         try:
             if data["format"] != FORMAT or data["version"] != VERSION:
-                raise ValueError(f"this is {data['format']} version {data['version']}, not {FORMAT} {VERSION}")
+                raise ValueError(
+                    f"this is {data['format']} version {data['version']}, not {FORMAT} {VERSION}"
+                )
             allocations: dict[Projection, Allocation] = {}
             costs, energies = {}, {}
             for row in data["projections"]:
@@ -177,7 +182,9 @@ class Plan(Mapping[Projection, Allocation]):
                 )
                 if p in allocations:
                     raise ValueError(f"{p.name} is listed twice")
-                allocations[p] = Allocation(_typed(row["rank"], int), float(_typed(row["scaling"], (int, float))))
+                allocations[p] = Allocation(
+                    _typed(row["rank"], int), float(_typed(row["scaling"], (int, float)))
+                )
                 costs[p] = _typed(row["cost"], int)
                 if "energy" in row:
                     energies[p] = float(_typed(row["energy"], (int, float)))

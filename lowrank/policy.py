@@ -66,7 +66,8 @@ class Policy:
         for name in ("init", "allocate"):
             choice = getattr(self, name)
             if not callable(choice) or isinstance(choice, type) or not hasattr(choice, "needs"):
-                raise ValueError(f"{name} takes an instance, such as {name}={'Kaiming' if name == 'init' else 'Uniform'}(): {choice!r}")
+                example = "Kaiming()" if name == "init" else "Uniform()"
+                raise ValueError(f"{name} takes an instance, such as {name}={example}: {choice!r}")
 
     @property
     def needs(self) -> frozenset[str]:

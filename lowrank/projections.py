@@ -80,7 +80,9 @@ def stored_transposed(module: nn.Module) -> bool:
     """True for a Conv1D, which keeps its weight as ``(in, out)``: told by shape and attributes."""
     weight = getattr(module, "weight", None)
     out = getattr(module, "nf", None)
-    return isinstance(out, int) and isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == out
+    return (
+        isinstance(out, int) and isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == out
+    )
 
 
 # -- names ------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ def _linear(
     model: nn.Module, path: str, module: nn.Module, fused: Mapping[str, Mapping[str, int]]
 ) -> Iterator[tuple[Projection, str]]:
     if stored_transposed(module):
-        columns, rows = module.weight.shape  # type: ignore[union-attr, misc]
+        columns, rows = module.weight.shape  # type: ignore[misc]
     else:
         columns, rows = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     blocks = _blocks(model, path, rows, columns, fused)
@@ -246,7 +248,8 @@ def _blocks(
     for pattern, sizes in fused.items():
         if matches(path, pattern):
             if sum(sizes.values()) != rows or min(sizes.values(), default=0) < 1:
-                raise ValueError(f"fused[{pattern!r}] = {dict(sizes)} must add up to the {rows} rows of {path}")
+                said = f"fused[{pattern!r}] = {dict(sizes)}"
+                raise ValueError(f"{said} must add up to the {rows} rows of {path}")
             return [(Role(role), size) for role, size in sizes.items()]
     if leaf == "in_proj" and not any("att" in part for part in parent_path.lower().split(".")):
         return [(Role.OTHER, rows)]  # a state-space block's
@@ -273,7 +276,7 @@ def _blocks(
 def _ask_for_rows(path: str, name: str, rows: int) -> str:
     return (
         f"{path}: its shape does not tell where query, key and value lie in its {rows} rows; say it with "
-        f'Policy(fused={{"{name}": {{"query": rows, "key": rows, "value": rows}}}}), in the order of storage, '
+        f'Policy(fused={{"{name}": {{"query": rows, "key": rows, "value": rows}}}}), as they are stored, '
         f"or leave it out with exclude=({name!r},)"
     )
 

@@ -1,4 +1,4 @@
-"""Plans and applies: from a policy to a plan, from a plan to layers in the model, and back out again.
+"""Plans and applies: from a policy to a plan, from a plan to adapters in the model.
 
 All or nothing: whatever can go wrong goes wrong before the model is touched.
 """
@@ -6,39 +6,27 @@ All or nothing: whatever can go wrong goes wrong before the model is touched.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
+from lowrank.adapted import check_unwrapped, install, make_adapter, on_weight, projection_problems
 from lowrank.batches import Loss, Mask
 from lowrank.calibrate import calibrate
 from lowrank.init import Factors, Initializer, Kaiming
 from lowrank.init.base import frozen_factors
 from lowrank.layers.adapter import Adapter
-from lowrank.layers.linear import LoRALinear, master_dtype
-from lowrank.layers.trained import TrainedModule
-from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
 from lowrank.plan import Plan
 from lowrank.policy import Policy
-from lowrank.projections import Projection, as_rows, is_linear, read_by_weight
+from lowrank.projections import Projection
 from lowrank.statistics import ProjectionStatistics
 from lowrank.targets import select, trained_modules
 
 Statistics = Mapping[Projection, ProjectionStatistics]
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """What was done to a model, kept on it as ``_lowrank``: enough to undo it and to save it."""
-
-    plan: Plan
-    required_grad: frozenset[str]  # parameters that required grad before, by their names then
 
 
 # -- planning -----------------------------------------------------------------------------------------
@@ -163,7 +151,15 @@ def wrap_model(
         _check_layers(model, plan.adapted, plan.train, plan.dropout)
         statistics = _measure(model, plan.adapted, init.needs, batches, loss, mask, progress)
     else:
-        plan, statistics = _plan(model, policy, policy.needs if isinstance(policy, Policy) else frozenset(), batches, loss, mask, progress)
+        plan, statistics = _plan(
+            model,
+            policy,
+            policy.needs if isinstance(policy, Policy) else frozenset(),
+            batches,
+            loss,
+            mask,
+            progress,
+        )
         init = policy.init
     adapters, energies = _start(model, plan, init, statistics, progress)
     plan.energies = energies
@@ -188,32 +184,6 @@ def _fitted(model: nn.Module, plan: Plan) -> Plan:
     )
 
 
-def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> list[str]:
-    """A line for each of ``projections`` that ``model`` does not have in that shape."""
-    problems = []
-    modules = dict(model.named_modules())
-    for p in projections:
-        module = modules.get(p.module)
-        tensor = None if module is None else module._parameters.get(p.param)
-        if module is None or tensor is None:
-            problems.append(f"{p.name}: the model has no such weight")
-            continue
-        rows, columns = weight_shape(module, p.param)
-        if columns != p.in_features or p.rows[1] > rows or p.rows[1] - p.rows[0] != p.out_features:
-            problems.append(f"{p.name}: rows {p.rows} of width {p.in_features} in a weight of shape {(rows, columns)}")
-    return problems
-
-
-def weight_shape(module: nn.Module, param: str) -> tuple[int, int]:
-    """``(rows, in)`` of a weight as `as_rows` would give it, also where it is stored packed."""
-    if param == "weight" and isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    tensor = getattr(module, param)
-    if getattr(module, "nf", None) == tensor.shape[-1]:
-        return tensor.shape[1], tensor.shape[0]
-    return tensor.numel() // tensor.shape[-1], tensor.shape[-1]
-
-
 def _start(
     model: nn.Module, plan: Plan, init: Initializer, statistics: Statistics | None, progress: bool
 ) -> tuple[dict[Projection, Adapter], dict[Projection, float]]:
@@ -235,26 +205,17 @@ def _start(
     return adapters, energies
 
 
-def make_adapter(
-    model: nn.Module, p: Projection, A: Tensor, B: Tensor, scaling: float, frozen: Iterable[str] = ()
-) -> Adapter:
-    """An adapter for ``p`` with the full factors A, B, on the device of its weight."""
-    weight = model.get_submodule(p.module)._parameters[p.param]
-    assert weight is not None
-    return Adapter(
-        A, B, scaling, rows=p.rows, frozen=frozenset(frozen), dtype=master_dtype(weight.dtype)
-    ).to(weight.device)
-
-
 def _check_factors(p: Projection, factors: Factors, rank: int, declared: frozenset[str]) -> None:
     wanted = (rank, p.in_features), (p.out_features, rank)
     if (tuple(factors.A.shape), tuple(factors.B.shape)) != wanted:
         raise ValueError(
-            f"{p.name}: the initializer made A {tuple(factors.A.shape)} and B {tuple(factors.B.shape)}, not {wanted}"
+            f"{p.name}: the initializer made A {tuple(factors.A.shape)} and B {tuple(factors.B.shape)}, "
+            f"not {wanted}"
         )
     if factors.frozen != declared:
         raise ValueError(
-            f"{p.name}: the initializer freezes {sorted(factors.frozen)} but its frozen(role) says {sorted(declared)}"
+            f"{p.name}: the initializer freezes {sorted(factors.frozen)}, "
+            f"but its frozen(role) says {sorted(declared)}"
         )
 
 
@@ -264,59 +225,7 @@ def _seed(seed: int, p: Projection) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def install(model: nn.Module, plan: Plan, adapters: Mapping[Projection, Adapter]) -> None:
-    """Puts ready-made adapters into ``model``. Everything was checked: this only assigns."""
-    layers: dict[str, LoRALinear | TrainedModule] = {}
-    on_weights: dict[str, dict[str, list[Adapter]]] = {}
-    for p, adapter in adapters.items():
-        if on_weight(model, p):
-            on_weights.setdefault(p.module, {}).setdefault(p.param, []).append(adapter)
-        elif p.module in layers:
-            layers[p.module].adapters.append(adapter)  # type: ignore[operator, union-attr]
-        else:
-            base = model.get_submodule(p.module)
-            rows, columns = weight_shape(base, p.param)
-            layers[p.module] = LoRALinear(
-                base, [adapter], in_features=columns, out_features=rows, dropout=plan.dropout
-            )
-    for path in plan.train:
-        layers[path] = TrainedModule(model.get_submodule(path))
-
-    required_grad = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    own = {id(p) for layer in layers.values() for name, p in layer.named_parameters() if not name.startswith("base.")}
-    _exchange(model, {model.get_submodule(path): layer for path, layer in layers.items()})
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            parameter.requires_grad_(False)
-    for path, held in on_weights.items():
-        adapt_weights(model.get_submodule(path), held)
-    model.__dict__["_lowrank"] = Adaptation(plan, required_grad)
-
-
-def on_weight(model: nn.Module, p: Projection) -> bool:
-    """Is ``p`` adapted on the weight itself, because nothing calls a layer that holds it?"""
-    return p.param != "weight" or read_by_weight(model, p.module)
-
-
-def _exchange(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Replaces modules wherever they hang, so that a shared one stays shared."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in replacements:
-                parent._modules[name] = replacements[child]
-
-
 # -- checks that need a model ---------------------------------------------------------------------------
-
-
-def check_unwrapped(model: nn.Module) -> None:
-    """Raises ValueError where ``model`` cannot be wrapped at all, or is wrapped already."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"expected a torch.nn.Module, not {type(model).__name__}")
-    if any(isinstance(m, (LoRALinear, AdaptedWeight, TrainedModule)) for m in model.modules()):
-        raise ValueError("the model is wrapped already: unwrap(model) or merge(model) first")
-    if is_linear(model):
-        raise ValueError("the model is itself one projection, which cannot be replaced in place: wrap its parent")
 
 
 def _check_layers(
@@ -326,8 +235,8 @@ def _check_layers(
         held = [p.name for p in projections if on_weight(model, p)]
         if held:
             raise ValueError(
-                f"dropout={dropout} cannot act on {held[0]} ({len(held)} in all), which is adapted on the weight: "
-                "use dropout=0, or leave these out with exclude="
+                f"dropout={dropout} cannot act on {held[0]} ({len(held)} in all), which is adapted on the "
+                "weight: use dropout=0, or leave these out with exclude="
             )
     for path in train:
         module = model.get_submodule(path)
@@ -346,129 +255,3 @@ def _tied_outside(model: nn.Module, module: nn.Module) -> str | None:
         if other not in inside and any(id(p) in own for p in other.parameters(recurse=False)):
             return path or type(other).__name__
     return None
-
-
-# -- a wrapped model --------------------------------------------------------------------------------------
-
-
-def wrapped_root(model: nn.Module) -> nn.Module:
-    """The module that `wrap_model` was given: ``model``, or the one inside it (a compiled or parallel wrapper)."""
-    for module in model.modules():
-        if "_lowrank" in module.__dict__:
-            return module
-    raise ValueError("the model is not wrapped: call wrap_model(model, policy) first")
-
-
-def plan_of(model: nn.Module) -> Plan:
-    """The plan that a wrapped model was built by, with the energy of each start where it is known."""
-    return wrapped_root(model).__dict__["_lowrank"].plan
-
-
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The adapted modules by path: `LoRALinear`s, and modules adapted on the weight."""
-    kinds = (LoRALinear, AdaptedWeight)
-    return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
-
-
-def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The trainable parameters of the adapters; modules trained in full are not among them."""
-    for module in model.modules():
-        if isinstance(module, Adapter):
-            yield from (p for p in module.parameters() if p.requires_grad)
-
-
-def adapters_of(model: nn.Module) -> dict[Projection, Adapter]:
-    """Projection → its adapter, in the plan's order, of the wrapped ``model``."""
-    root = wrapped_root(model)
-    found = {}
-    for p in plan_of(root).adapted:
-        module = root.get_submodule(p.module)
-        held = module.lora.of(p.param) if isinstance(module, AdaptedWeight) else module.adapters
-        (found[p],) = [adapter for adapter in held if adapter.rows == p.rows]  # type: ignore[union-attr]
-    return found
-
-
-@contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, ``model`` is exactly the base model, modules trained in full included."""
-    root = wrapped_root(model)
-    switches = [m for m in root.modules() if isinstance(m, (LoRALinear, WeightAdapters, TrainedModule))]
-    before = [switch.enabled for switch in switches]
-    for switch in switches:
-        switch.enabled = False
-    try:
-        yield model
-    finally:
-        for switch, enabled in zip(switches, before, strict=True):
-            switch.enabled = enabled
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Takes the adapters out again: the original modules are back, with their original bits.
-
-    What was trained is dropped: `save_adapter` keeps it, `merge` keeps it in the weights.
-    """
-    root = wrapped_root(model)
-    _remove(root, lambda module: module.base)
-    return model
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Adds ΔW to the weights, in fp32 and rounded once, and takes the adapters out.
-
-    Modules trained in full hand their weights to the original modules.
-
-    Raises:
-        ValueError: a weight is tied to another module's, or is stored quantized; nothing was changed.
-    """
-    root = wrapped_root(model)
-    adapters = adapters_of(root)
-    holders: dict[int, set[nn.Module]] = {}
-    for module in root.modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(id(parameter), set()).add(module)
-    for p in adapters:
-        weight = _stored(root, p)
-        if len(holders[id(weight)]) > 1:
-            raise ValueError(f"{p.name} is tied to another module's weight, which merging would change too")
-        if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            raise ValueError(
-                f"{p.name} is stored as {type(weight).__name__} of {weight.dtype}; adding ΔW would mean to quantize "
-                "again: keep the adapter beside it, or merge into a base loaded in floating point"
-            )
-    with torch.no_grad():
-        for p, adapter in adapters.items():
-            part = as_rows(holder(root, p), p.param)[slice(*p.rows)]
-            delta = adapter.product()
-            part.copy_(part.to(delta.dtype) + delta)
-    _remove(root, _with_trained_weights)
-    return model
-
-
-def holder(root: nn.Module, p: Projection) -> nn.Module:
-    """The base's own module that holds ``p``'s weight, in a wrapped model."""
-    module = root.get_submodule(p.module)
-    return module.base if isinstance(module, LoRALinear) else module
-
-
-def _stored(root: nn.Module, p: Projection) -> nn.Parameter:
-    return holder(root, p)._parameters[p.param]  # type: ignore[return-value]
-
-
-def _with_trained_weights(module: LoRALinear | TrainedModule) -> nn.Module:
-    if isinstance(module, TrainedModule):
-        module.base.load_state_dict(module.copy.state_dict())
-    return module.base
-
-
-def _remove(root: nn.Module, original: Callable[[Any], nn.Module]) -> None:
-    required_grad = root.__dict__["_lowrank"].required_grad
-    modules = list(root.modules())
-    for module in modules:
-        if isinstance(module, AdaptedWeight):
-            release_weights(module)  # type: ignore[arg-type]
-    replaced = [m for m in modules if isinstance(m, (LoRALinear, TrainedModule))]
-    _exchange(root, {m: original(m) for m in replaced})
-    for name, parameter in root.named_parameters():
-        parameter.requires_grad_(name in required_grad)
-    del root.__dict__["_lowrank"]

@@ -32,7 +32,9 @@ def singles(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return made
 
 
-def by_definition(model: nn.Module, projections: list[Projection], examples: list[Any]) -> dict[Projection, dict]:
+def by_definition(
+    model: nn.Module, projections: list[Projection], examples: list[Any]
+) -> dict[Projection, dict]:
     """Covariance, sensitivity and gradient of linear layers, by autograd on the weights themselves."""
     inputs: dict[str, Tensor] = {}
     handles = [
@@ -132,7 +134,9 @@ def test_attention_weights_that_no_linear_holds(batch_first: bool) -> None:
 def test_projections_that_read_one_input_share_one_covariance() -> None:
     model = zoo.build("llama")
     projections = [p for p in select(model, "all-linear") if "layers.0" in p.module]
-    got = calibrate(model, projections, ["covariance"], [zoo.batch("llama", seed=s) for s in (0, 1)], progress=False)
+    got = calibrate(
+        model, projections, ["covariance"], [zoo.batch("llama", seed=s) for s in (0, 1)], progress=False
+    )
     storages = {p.module.split(".")[-1]: got[p].covariance.data_ptr() for p in projections}
     assert storages["q_proj"] == storages["k_proj"] == storages["v_proj"]
     assert storages["gate_proj"] == storages["up_proj"]
@@ -229,7 +233,10 @@ def test_checkpointed_layers_are_counted_once(reentrant: bool) -> None:
             super().__init__()
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                self.first, self.second = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
+                self.first, self.second = (
+                    nn.Linear(4, 4),
+                    nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)),
+                )
             self.on = on
 
         def forward(self, x: Tensor) -> Tensor:

@@ -47,7 +47,10 @@ def test_a_reload_has_the_same_bits_and_settings(folder: Path) -> None:
     assert torch.equal(logits(model, zoo.batch("bert")), torch.load(folder.parent / "logits.pt"))
     assert lowrank.plan_of(model).dropout == 0.1 == next(iter(lowrank.adapted_layers(model).values())).dropout
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name for name in names if "adapters" not in name} == {"classifier.copy.weight", "classifier.copy.bias"}
+    assert {name for name in names if "adapters" not in name} == {
+        "classifier.copy.weight",
+        "classifier.copy.bias",
+    }
 
 
 def test_saving_what_was_loaded_writes_the_same_tensors(folder: Path, tmp_path: Path) -> None:
@@ -130,7 +133,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "JSON of absurd depth": (lambda f: (f / CONFIG).write_text("[" * 100_000), "cannot be read"),
     "another format": (lambda f: edit(f, lambda c: c.update(format="x")), "describes no lowrank adapter"),
     "another version": (lambda f: edit(f, lambda c: c.update(version=99)), "has format version 99"),
-    "a file elsewhere": (lambda f: edit(f, lambda c: c.update(tensors="../x.safetensors")), "outside its folder"),
+    "a file elsewhere": (
+        lambda f: edit(f, lambda c: c.update(tensors="../x.safetensors")),
+        "outside its folder",
+    ),
     "a key is missing": (lambda f: edit(f, lambda c: c.pop("plan")), "does not hold a whole adapter"),
     "a plan of nonsense": (
         lambda f: edit(f, lambda c: c["plan"]["projections"][0].update(rank="two")),

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import zoo
 from torch import Tensor, nn
 
 import lowrank
 from lowrank import presets
 from lowrank.layers.trained import TrainedModule
 from lowrank.projections import Role
+from tests import zoo
 
 PRESETS: dict[str, Callable[..., lowrank.Policy]] = {
     "lora": presets.lora,
@@ -98,7 +98,10 @@ def test_a_wrapped_base_is_frozen_and_adapters_train(preset: str, layout: str) -
     adapters = {id(p) for p in lowrank.adapter_parameters(model)}
     heads = {id(p) for m in model.modules() if isinstance(m, TrainedModule) for p in m.copy.parameters()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == adapters | heads
-    assert sum(p.numel() for p in lowrank.adapter_parameters(model)) == lowrank.plan_of(model).trainable_parameters
+    assert (
+        sum(p.numel() for p in lowrank.adapter_parameters(model))
+        == lowrank.plan_of(model).trainable_parameters
+    )
 
     model(**batch).loss.backward()
     named = dict(model.named_parameters())

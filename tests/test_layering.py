@@ -17,7 +17,7 @@ LAYERS = [
     {"batches", "projections"},
     {"statistics", "targets"},
     {"plan", "layers"},
-    {"init", "allocate", "calibrate"},
+    {"init", "allocate", "calibrate", "adapted"},
     {"policy"},
     {"wrap"},
     {"presets", "checkpoint", "peft_format"},

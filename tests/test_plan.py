@@ -17,12 +17,16 @@ from lowrank.projections import Projection, Role
 from tests import zoo
 
 
-def projection(module: str, out: int = 8, into: int = 6, role: Role = Role.QUERY, **more: object) -> Projection:
+def projection(
+    module: str, out: int = 8, into: int = 6, role: Role = Role.QUERY, **more: object
+) -> Projection:
     return Projection(module, "weight", (0, out), role, into, out, **more)
 
 
 A, B, C = projection("a"), projection("b", 4, 4, Role.UP), projection("c", 8, 6, Role.OTHER)
-PLAN = Plan({A: Allocation(2, 1.5), B: Allocation(3, 0.5), C: Allocation(0, 1.0)}, budget=60, energies={A: 0.25})
+PLAN = Plan(
+    {A: Allocation(2, 1.5), B: Allocation(3, 0.5), C: Allocation(0, 1.0)}, budget=60, energies={A: 0.25}
+)
 
 
 def test_a_plan_is_a_mapping() -> None:
@@ -47,7 +51,9 @@ def test_frozen_factors_do_not_count() -> None:
     assert plan.trainable_parameters == 16
 
 
-@pytest.mark.parametrize("policy", [presets.lora(), presets.pissa(), presets.ailora(), presets.olora(), presets.milora()])
+@pytest.mark.parametrize(
+    "policy", [presets.lora(), presets.pissa(), presets.ailora(), presets.olora(), presets.milora()]
+)
 def test_plans_survive_json(policy: lowrank.Policy, tmp_path: Path) -> None:
     plan = lowrank.plan_model(zoo.build("gpt2"), policy)
     plan.save(tmp_path / "plan.json")
@@ -75,7 +81,10 @@ def test_an_initializer_of_ones_own_is_not_written_as_json() -> None:
         (lambda d: d["projections"][0].update(role="cook"), "cook"),
         (lambda d: d["projections"].append(d["projections"][0]), "a is listed twice"),
         (lambda d: d.update(projections=[]), "no projection any rank"),
-        (lambda d: d.update(init={"class": "Factors", "fields": {}, "x": 1}), "unknown to this version|takes"),
+        (
+            lambda d: d.update(init={"class": "Factors", "fields": {}, "x": 1}),
+            "unknown to this version|takes",
+        ),
     ],
 )
 def test_what_is_no_plan(change, message: str, tmp_path: Path) -> None:
@@ -105,13 +114,18 @@ def peft_values(paths: list[str], said: dict) -> dict[str, tuple[int, float]]:
         return otherwise
 
     return {
-        path: (look(said["rank_pattern"], path, said["r"]), look(said["alpha_pattern"], path, said["lora_alpha"]))
+        path: (
+            look(said["rank_pattern"], path, said["r"]),
+            look(said["alpha_pattern"], path, said["lora_alpha"]),
+        )
         for path in paths
     }
 
 
 PATHS = st.lists(
-    st.lists(st.sampled_from(["a", "b", "layers", "0", "1", "10", "q_proj", "x.y"]), min_size=1, max_size=5).map(".".join),
+    st.lists(
+        st.sampled_from(["a", "b", "layers", "0", "1", "10", "q_proj", "x.y"]), min_size=1, max_size=5
+    ).map(".".join),
     min_size=1,
     max_size=12,
     unique=True,

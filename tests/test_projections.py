@@ -11,14 +11,14 @@ from torch import nn
 from lowrank.projections import Projection, Role, find_projections, output_heads, role_of, undivided
 from tests import zoo
 
-Q, K, V, O = Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT
+Q, K, V, OUT = Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT
 GATE, UP, DOWN, OTHER = Role.GATE, Role.UP, Role.DOWN, Role.OTHER
 
 LLAMA = {
     "model.layers.N.self_attn.q_proj": Q,
     "model.layers.N.self_attn.k_proj": K,
     "model.layers.N.self_attn.v_proj": V,
-    "model.layers.N.self_attn.o_proj": O,
+    "model.layers.N.self_attn.o_proj": OUT,
     "model.layers.N.mlp.gate_proj": GATE,
     "model.layers.N.mlp.up_proj": UP,
     "model.layers.N.mlp.down_proj": DOWN,
@@ -31,7 +31,7 @@ def bert_like(name: str, **rest: Role) -> dict[str, Role]:
         f"{name}.encoder.layer.N.attention.self.query": Q,
         f"{name}.encoder.layer.N.attention.self.key": K,
         f"{name}.encoder.layer.N.attention.self.value": V,
-        f"{name}.encoder.layer.N.attention.output.dense": O,
+        f"{name}.encoder.layer.N.attention.output.dense": OUT,
         f"{name}.encoder.layer.N.intermediate.dense": UP,
         f"{name}.encoder.layer.N.output.dense": DOWN,
         **{key.replace("__", "."): role for key, role in rest.items()},
@@ -44,14 +44,14 @@ def clip_tower(name: str) -> dict[str, Role]:
         f"{layer}.self_attn.q_proj": Q,
         f"{layer}.self_attn.k_proj": K,
         f"{layer}.self_attn.v_proj": V,
-        f"{layer}.self_attn.out_proj": O,
+        f"{layer}.self_attn.out_proj": OUT,
         f"{layer}.mlp.fc1": UP,
         f"{layer}.mlp.fc2": DOWN,
     }
 
 
 def t5_attention(name: str) -> dict[str, Role]:
-    return {f"{name}.{leaf}": role for leaf, role in {"q": Q, "k": K, "v": V, "o": O}.items()}
+    return {f"{name}.{leaf}": role for leaf, role in {"q": Q, "k": K, "v": V, "o": OUT}.items()}
 
 
 def t5_stack(name: str, feed_forward: int) -> dict[str, Role]:
@@ -71,7 +71,7 @@ EXPECTED: dict[str, dict[str, Role]] = {
         "distilbert.transformer.layer.N.attention.q_lin": Q,
         "distilbert.transformer.layer.N.attention.k_lin": K,
         "distilbert.transformer.layer.N.attention.v_lin": V,
-        "distilbert.transformer.layer.N.attention.out_lin": O,
+        "distilbert.transformer.layer.N.attention.out_lin": OUT,
         "distilbert.transformer.layer.N.ffn.lin1": UP,
         "distilbert.transformer.layer.N.ffn.lin2": DOWN,
         "pre_classifier": OTHER,
@@ -83,7 +83,7 @@ EXPECTED: dict[str, dict[str, Role]] = {
         "deberta.encoder.layer.N.attention.self.value_proj": V,
         "deberta.encoder.layer.N.attention.self.pos_key_proj": OTHER,
         "deberta.encoder.layer.N.attention.self.pos_query_proj": OTHER,
-        "deberta.encoder.layer.N.attention.output.dense": O,
+        "deberta.encoder.layer.N.attention.output.dense": OUT,
         "deberta.encoder.layer.N.intermediate.dense": UP,
         "deberta.encoder.layer.N.output.dense": DOWN,
         "pooler.dense": OTHER,
@@ -99,25 +99,30 @@ EXPECTED: dict[str, dict[str, Role]] = {
         "vit.layers.N.attention.q_proj": Q,
         "vit.layers.N.attention.k_proj": K,
         "vit.layers.N.attention.v_proj": V,
-        "vit.layers.N.attention.o_proj": O,
+        "vit.layers.N.attention.o_proj": OUT,
         "vit.layers.N.mlp.fc1": UP,
         "vit.layers.N.mlp.fc2": DOWN,
         "classifier": OTHER,
     },
-    "clip": {**clip_tower("text"), **clip_tower("vision"), "visual_projection": OTHER, "text_projection": OTHER},
+    "clip": {
+        **clip_tower("text"),
+        **clip_tower("vision"),
+        "visual_projection": OTHER,
+        "text_projection": OTHER,
+    },
     **dict.fromkeys(["llama", "tied_llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"], LLAMA),
     "phi": {
         "model.layers.N.self_attn.q_proj": Q,
         "model.layers.N.self_attn.k_proj": K,
         "model.layers.N.self_attn.v_proj": V,
-        "model.layers.N.self_attn.dense": O,
+        "model.layers.N.self_attn.dense": OUT,
         "model.layers.N.mlp.fc1": UP,
         "model.layers.N.mlp.fc2": DOWN,
         "lm_head": OTHER,
     },
     "phi3": {
         "model.layers.N.self_attn.qkv_proj": OTHER,  # whole: its shape does not tell the blocks
-        "model.layers.N.self_attn.o_proj": O,
+        "model.layers.N.self_attn.o_proj": OUT,
         "model.layers.N.mlp.gate_up_proj[gate]": GATE,
         "model.layers.N.mlp.gate_up_proj[up]": UP,
         "model.layers.N.mlp.down_proj": DOWN,
@@ -127,7 +132,7 @@ EXPECTED: dict[str, dict[str, Role]] = {
         "model.decoder.layers.N.self_attn.q_proj": Q,
         "model.decoder.layers.N.self_attn.k_proj": K,
         "model.decoder.layers.N.self_attn.v_proj": V,
-        "model.decoder.layers.N.self_attn.out_proj": O,
+        "model.decoder.layers.N.self_attn.out_proj": OUT,
         "model.decoder.layers.N.fc1": UP,
         "model.decoder.layers.N.fc2": DOWN,
         "lm_head": OTHER,
@@ -136,14 +141,14 @@ EXPECTED: dict[str, dict[str, Role]] = {
         "transformer.h.N.attn.c_attn[query]": Q,
         "transformer.h.N.attn.c_attn[key]": K,
         "transformer.h.N.attn.c_attn[value]": V,
-        "transformer.h.N.attn.c_proj": O,
+        "transformer.h.N.attn.c_proj": OUT,
         "transformer.h.N.mlp.c_fc": UP,
         "transformer.h.N.mlp.c_proj": DOWN,
         "lm_head": OTHER,
     },
     "neox": {
         "gpt_neox.layers.N.attention.query_key_value": OTHER,
-        "gpt_neox.layers.N.attention.dense": O,
+        "gpt_neox.layers.N.attention.dense": OUT,
         "gpt_neox.layers.N.mlp.dense_h_to_4h": UP,
         "gpt_neox.layers.N.mlp.dense_4h_to_h": DOWN,
         "lm_head": OTHER,
@@ -152,7 +157,7 @@ EXPECTED: dict[str, dict[str, Role]] = {
         "transformer.h.N.self_attention.query_key_value[query]": Q,
         "transformer.h.N.self_attention.query_key_value[key]": K,
         "transformer.h.N.self_attention.query_key_value[value]": V,
-        "transformer.h.N.self_attention.dense": O,
+        "transformer.h.N.self_attention.dense": OUT,
         "transformer.h.N.mlp.dense_h_to_4h": UP,
         "transformer.h.N.mlp.dense_4h_to_h": DOWN,
         "lm_head": OTHER,
@@ -161,7 +166,7 @@ EXPECTED: dict[str, dict[str, Role]] = {
         "model.layers.N.self_attn.q_proj": Q,
         "model.layers.N.self_attn.k_proj": K,
         "model.layers.N.self_attn.v_proj": V,
-        "model.layers.N.self_attn.o_proj": O,
+        "model.layers.N.self_attn.o_proj": OUT,
         "model.layers.N.mlp.experts.gate_up_proj[N.gate]": GATE,
         "model.layers.N.mlp.experts.gate_up_proj[N.up]": UP,
         "model.layers.N.mlp.experts.down_proj[N.down]": DOWN,
@@ -178,7 +183,7 @@ EXPECTED: dict[str, dict[str, Role]] = {
         "encoder.layers.N.self_attn.in_proj_weight[query]": Q,
         "encoder.layers.N.self_attn.in_proj_weight[key]": K,
         "encoder.layers.N.self_attn.in_proj_weight[value]": V,
-        "encoder.layers.N.self_attn.out_proj": O,
+        "encoder.layers.N.self_attn.out_proj": OUT,
         "encoder.layers.N.linear1": UP,
         "encoder.layers.N.linear2": DOWN,
         "head": OTHER,
@@ -229,7 +234,9 @@ def test_fused_blocks_are_what_the_model_computes() -> None:
 
 def test_fused_rows_can_be_told() -> None:
     fused = {"qkv_proj": {"query": 32, "key": 16, "value": 16}}
-    found = [p for p in find_projections(zoo.build("phi3"), fused) if "layers.0" in p.name and "qkv" in p.name]
+    found = [
+        p for p in find_projections(zoo.build("phi3"), fused) if "layers.0" in p.name and "qkv" in p.name
+    ]
     assert [(p.role, p.rows) for p in found] == [(Q, (0, 32)), (K, (32, 48)), (V, (48, 64))]
 
 
@@ -279,15 +286,17 @@ def test_experts_stored_the_other_way_round_are_undivided() -> None:
             self.gate_up_proj = nn.Parameter(torch.zeros(2, 6, 8))
             self.down_proj = nn.Parameter(torch.zeros(2, 4, 6))
 
-    assert "not stored as (experts, out, in)" in next(iter(undivided(nn.ModuleList([Experts()]), {}).values()))
+    assert "not stored as (experts, out, in)" in next(
+        iter(undivided(nn.ModuleList([Experts()]), {}).values())
+    )
 
 
 def test_names_of_other_families() -> None:
-    assert role_of("layers.0.attention.wo") == O
+    assert role_of("layers.0.attention.wo") == OUT
     assert role_of("layers.0.feed_forward.w1") == GATE
     assert role_of("layers.0.feed_forward.w2") == DOWN
-    assert role_of("blocks.0.attn.proj") == O
-    assert role_of("transformer_blocks.0.attn1.to_out.0") == O
+    assert role_of("blocks.0.attn.proj") == OUT
+    assert role_of("transformer_blocks.0.attn1.to_out.0") == OUT
     assert role_of("anything.else") == OTHER
 
 

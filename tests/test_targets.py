@@ -28,9 +28,13 @@ def test_all_linear_leaves_trained_modules_out() -> None:
 def test_roles_patterns_and_predicates() -> None:
     assert leaves("gpt2", "query") == {"c_attn[query]"}
     assert leaves("llama", ["q_proj", "value"]) == {"q_proj", "v_proj"}
-    assert [p.module for p in select(zoo.build("llama"), "layers.1*.mlp.up_proj")] == ["model.layers.1.mlp.up_proj"]
+    assert [p.module for p in select(zoo.build("llama"), "layers.1*.mlp.up_proj")] == [
+        "model.layers.1.mlp.up_proj"
+    ]
     assert leaves("llama", lambda p: p.role == Role.DOWN) == {"down_proj"}
-    assert leaves("torch_encoder", "in_proj_weight") == {f"in_proj_weight[{r}]" for r in ("query", "key", "value")}
+    assert leaves("torch_encoder", "in_proj_weight") == {
+        f"in_proj_weight[{r}]" for r in ("query", "key", "value")
+    }
     assert leaves("gpt2", "transformer.h.0.attn.c_attn[key]") == {"c_attn[key]"}
 
 
@@ -57,7 +61,11 @@ def test_exclude_takes_projections_and_modules_around_them() -> None:
         ("", {}, "target takes names"),
         (lambda p: False, {}, "accepts none of the model's 15 projections"),
         ("q_proj", {"exclude": ("q_proj",)}, r"leaves nothing of target='q_proj'"),
-        ("q_proj", {"exclude": ("v_porj",)}, "exclude='v_porj' matches no projection; the nearest names are v_proj"),
+        (
+            "q_proj",
+            {"exclude": ("v_porj",)},
+            "exclude='v_porj' matches no projection; the nearest names are v_proj",
+        ),
         ("q_proj", {"train": ("hed",)}, "train='hed' names no module; the nearest names are"),
     ],
 )
@@ -86,7 +94,9 @@ def test_an_undivided_weight_is_an_error_only_where_it_is_meant(family: str) -> 
 def test_the_error_says_how_to_spell_fused() -> None:
     with pytest.raises(ValueError, match=r'Policy\(fused=\{"qkv_proj": \{"query": rows'):
         select(zoo.build("phi3"), "all-linear")
-    assert leaves("phi3", "query", fused={"qkv_proj": {"query": 32, "key": 16, "value": 16}}) == {"qkv_proj[query]"}
+    assert leaves("phi3", "query", fused={"qkv_proj": {"query": 32, "key": 16, "value": 16}}) == {
+        "qkv_proj[query]"
+    }
 
 
 def test_trained_modules_are_the_outermost() -> None:

@@ -69,10 +69,18 @@ class WrongShape:
 
 
 BAD = {
-    "misspelt target": (presets.lora(target="q_porj"), {}, "matches no projection; the nearest names are q_proj"),
+    "misspelt target": (
+        presets.lora(target="q_porj"),
+        {},
+        "matches no projection; the nearest names are q_proj",
+    ),
     "no target": (presets.lora(target=()), {}, "no target"),
     "rank above a projection": (presets.lora(rank=17), {}, "rank 17 is more than .*k_proj of shape .16, 32."),
-    "budget too small": (presets.lora(budget=40), {}, "too small for one rank anywhere: the cheapest costs 48"),
+    "budget too small": (
+        presets.lora(budget=40),
+        {},
+        "too small for one rank anywhere: the cheapest costs 48",
+    ),
     "budget too small to be uniform": (presets.lora(budget=100), {}, "too small for rank 1 in each of 14"),
     "budget too small, measured": (
         presets.tlora(budget=10),
@@ -146,7 +154,12 @@ def test_a_model_is_wrapped_once() -> None:
 
 
 def test_what_is_not_wrapped_cannot_be_taken_out() -> None:
-    for act in (lowrank.unwrap, lowrank.merge, lowrank.plan_of, lambda m: lowrank.disable_adapters(m).__enter__()):
+    for act in (
+        lowrank.unwrap,
+        lowrank.merge,
+        lowrank.plan_of,
+        lambda m: lowrank.disable_adapters(m).__enter__(),
+    ):
         with pytest.raises(ValueError, match="not wrapped"):
             act(zoo.build("llama"))
 
@@ -216,7 +229,9 @@ def test_a_projection_that_the_loss_does_not_reach_is_left_alone() -> None:
         model.pooler(hidden)  # called, and ignored
         return model.classifier(hidden[:, 0]).square().mean()
 
-    lowrank.wrap_model(model, presets.tlora(rank=2), batches=[zoo.batch("deberta")], loss=loss, progress=False)
+    lowrank.wrap_model(
+        model, presets.tlora(rank=2), batches=[zoo.batch("deberta")], loss=loss, progress=False
+    )
     plan = lowrank.plan_of(model)
     (pooler,) = [p for p in plan if p.module == "pooler.dense"]
     assert plan[pooler].rank == 0

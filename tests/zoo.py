@@ -265,6 +265,4 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.
 
 def batch(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
     made = FAMILIES[family][1](seed)
-    return {
-        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in made.items()
-    }
+    return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in made.items()}

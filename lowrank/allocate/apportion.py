@@ -32,9 +32,7 @@ def apportion(
     entries = range(len(shares))
 
     def targets(t: float) -> list[float]:
-        return [
-            max(low, min(cap, t * share)) for low, cap, share in zip(lows, caps, shares, strict=True)
-        ]
+        return [max(low, min(cap, t * share)) for low, cap, share in zip(lows, caps, shares, strict=True)]
 
     def total(ranks: Sequence[float]) -> float:
         return sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))

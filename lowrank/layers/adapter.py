@@ -49,7 +49,9 @@ class Adapter(nn.Module):
         super().__init__()
         rank = A.shape[0]
         if A.dim() != 2 or B.shape != (rows[1] - rows[0], rank):
-            raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not make an update of rows {rows}")
+            raise ValueError(
+                f"A {tuple(A.shape)} and B {tuple(B.shape)} do not make an update of rows {rows}"
+            )
         if set(frozen) - {"A", "B"} or {"A", "B"} <= set(frozen):
             raise ValueError(f'of "A" and "B" at most one can be frozen, not {sorted(frozen)}')
         if not (A.isfinite().all() and B.isfinite().all()):
@@ -69,7 +71,12 @@ class Adapter(nn.Module):
 
     @classmethod
     def from_state(
-        cls, state: Mapping[str, Tensor], scaling: float, *, rows: tuple[int, int], frozen: Collection[str] = ()
+        cls,
+        state: Mapping[str, Tensor],
+        scaling: float,
+        *,
+        rows: tuple[int, int],
+        frozen: Collection[str] = (),
     ) -> Adapter:
         """The adapter whose ``state_dict()`` was ``state``, bit for bit."""
         adapter = cls.__new__(cls)
@@ -107,13 +114,14 @@ class Adapter(nn.Module):
         return self.A0 + self.A, self.B0 + self.B
 
     def product(self) -> Tensor:
-        """``ΔW`` (rows, in) in fp32 (fp64 for fp64 parameters), differentiable; exactly zero at zero offsets."""
+        """``ΔW`` (rows, in) in fp32 (fp64 for fp64 parameters), differentiable; zero offsets give zero."""
         dtype = torch.promote_types(torch.float32, self.A.dtype)
         with torch.autocast(self.A.device.type, enabled=False):
             A, B = self.A.to(dtype), self.B.to(dtype)
             if self.A0 is None or self.B0 is None:
                 return (self.scaling * B) @ A
-            return (self.scaling * B) @ (self.A0.to(dtype) + A) + (self.scaling * self.B0.to(dtype)) @ A
+            A0, B0 = self.A0.to(dtype), self.B0.to(dtype)
+            return (self.scaling * B) @ (A0 + A) + (self.scaling * B0) @ A
 
     def extra_repr(self) -> str:
         out, rank = self.B.shape

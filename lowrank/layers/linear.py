@@ -7,6 +7,7 @@ in `adapter`; it knows no model.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +51,15 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base(x)
-        blocks = [adapter.block for adapter in self.adapters]  # type: ignore[attr-defined]
+        blocks = [adapter.block for adapter in self._held()]
         dropout = self.dropout if self.training else 0.0
         weight = plain_weight(self.base)
         if weight is None:
             return add_lora(self.base(x), x, blocks, dropout=dropout)
-        return fused_lora(x, weight, self.base.bias, blocks, dropout=dropout)  # type: ignore[arg-type]
+        return fused_lora(x, weight, self.bias, blocks, dropout=dropout)
+
+    def _held(self) -> list[Adapter]:
+        return cast("list[Adapter]", list(self.adapters))
 
     @property
     def weight(self) -> Tensor:
@@ -69,19 +73,19 @@ class LoRALinear(nn.Module):
     @property
     def rank(self) -> int:
         """The rank of the update: the sum over its row blocks."""
-        return sum(adapter.rank for adapter in self.adapters)  # type: ignore[misc]
+        return sum(adapter.rank for adapter in self._held())
 
     @property
     def scaling(self) -> float:
         """The factor of B·A; raises ValueError where the row blocks have several."""
-        scalings = {adapter.scaling for adapter in self.adapters}
+        scalings = sorted({adapter.scaling for adapter in self._held()})
         if len(scalings) > 1:
-            raise ValueError(f"the row blocks have scalings of their own: {sorted(scalings)}; see .adapters")  # type: ignore[type-var]
-        return scalings.pop()  # type: ignore[return-value]
+            raise ValueError(f"the row blocks have scalings of their own: {scalings}; see .adapters")
+        return scalings[0]
 
     def delta_weight(self) -> Tensor:
-        """``ΔW`` (out, in) in fp32 (fp64 for fp64 adapters), detached: what the adapters add to the weight."""
-        return full_delta(list(self.adapters), self.out_features)  # type: ignore[arg-type]
+        """``ΔW`` (out, in), detached, in fp32 (fp64 for fp64 adapters): what is added to the weight."""
+        return full_delta(self._held(), self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, dropout={self.dropout}"

@@ -9,8 +9,8 @@ other, and it pickles. The price is a full ΔW (out, in) for each forward.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class WeightAdapters(nn.ModuleDict):
     enabled = True
 
     def of(self, param: str) -> list[Adapter]:
-        return list(self[param])  # type: ignore[arg-type]
+        return cast("list[Adapter]", list(cast(nn.ModuleList, self[param])))
 
 
 class AdaptedWeight:
@@ -56,10 +56,11 @@ def adapt_weights(module: nn.Module, adapters: Mapping[str, Sequence[Adapter]]) 
     """From now on each named parameter of ``module`` reads as itself plus its adapters' update."""
     made = WeightAdapters({param: nn.ModuleList(each) for param, each in adapters.items()})
     module.add_module(ADAPTERS, made.train(module.training))
-    module.__class__ = _adapted_class(type(module), tuple(adapters))
+    original: Any = type(module)
+    module.__class__ = _adapted_class(original, tuple(adapters))
 
 
-def release_weights(module: nn.Module) -> None:
+def release_weights(module: Any) -> None:
     """Undoes `adapt_weights`: the class and the parameters are the original ones."""
     del module._modules[ADAPTERS]
     module.__class__ = type(module).__mro__[2]
@@ -92,7 +93,7 @@ def _read(module: Any, param: str) -> Tensor:
     return cache[param]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _adapted_class(original: type, params: tuple[str, ...]) -> type:
     def reader(param: str) -> property:
         return property(lambda self: _read(self, param))
@@ -101,6 +102,6 @@ def _adapted_class(original: type, params: tuple[str, ...]) -> type:
     return type(f"LoRA{original.__name__}", (AdaptedWeight, original), members)
 
 
-def _restore(original: type, params: tuple[str, ...]) -> nn.Module:
-    cls = _adapted_class(original, params)
+def _restore(original: Any, params: tuple[str, ...]) -> nn.Module:
+    cls: Any = _adapted_class(original, params)
     return cls.__new__(cls)

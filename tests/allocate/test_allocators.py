@@ -19,7 +19,9 @@ def measured(*sensitivities: float) -> dict[Projection, ProjectionStatistics]:
     return {p: ProjectionStatistics(sensitivity=s) for p, s in zip(PROJECTIONS, sensitivities, strict=True)}
 
 
-def ranks(allocator: Allocator, *, statistics: object = None, budget: int | None = None, rank: int = 8) -> list[int]:
+def ranks(
+    allocator: Allocator, *, statistics: object = None, budget: int | None = None, rank: int = 8
+) -> list[int]:
     given_ = allocator(PROJECTIONS, rank=rank, budget=budget, alpha=16.0, cost=COST, statistics=statistics)
     return [given_[p].rank for p in PROJECTIONS]
 
@@ -66,7 +68,9 @@ def test_parameters_follow_sensitivity_and_spend_the_budget() -> None:
     got = ranks(Sensitivity(), statistics=measured(1.0, 2.0, 1.0, 0.0))
     spent = sum(r * COST[p] for r, p in zip(got, PROJECTIONS, strict=True))
     budget = 8 * sum(COST.values())
-    assert got[3] == 0 and got[1] == pytest.approx(2 * got[0], abs=1) and got[2] == pytest.approx(got[0], abs=1)
+    assert (
+        got[3] == 0 and got[1] == pytest.approx(2 * got[0], abs=1) and got[2] == pytest.approx(got[0], abs=1)
+    )
     assert 0 <= budget - spent < min(COST.values())
 
 
@@ -90,8 +94,16 @@ def test_scaling_is_the_effective_one_of_the_authors_code() -> None:
         (Sensitivity(), {"statistics": measured(0, 0, 0, 0)}, "sensitive to none"),
         (Sensitivity(), {"statistics": measured(1, 1, float("nan"), 1)}, "m2 has no measured sensitivity"),
         (Sensitivity(), {"statistics": {}}, "m0 has no measured sensitivity"),
-        (Sensitivity(), {"statistics": measured(1, 1, 1, 1), "budget": 100}, "too small for one rank anywhere"),
-        (Sensitivity(unit="ranks"), {"statistics": measured(1, 1, 1, 1), "budget": 10**6}, "leave budget=None"),
+        (
+            Sensitivity(),
+            {"statistics": measured(1, 1, 1, 1), "budget": 100},
+            "too small for one rank anywhere",
+        ),
+        (
+            Sensitivity(unit="ranks"),
+            {"statistics": measured(1, 1, 1, 1), "budget": 10**6},
+            "leave budget=None",
+        ),
     ],
 )
 def test_what_cannot_be_allocated(allocator: Allocator, kwargs: dict, message: str) -> None:

@@ -43,7 +43,9 @@ def test_floors_hold_where_there_is_a_share(entries: list[tuple], budget: int) -
 
 
 @given(ENTRIES, st.integers(0, 2_000_000), st.floats(1e-3, 1e3))
-def test_only_proportions_matter_and_ties_are_deterministic(entries: list[tuple], budget: int, unit: float) -> None:
+def test_only_proportions_matter_and_ties_are_deterministic(
+    entries: list[tuple], budget: int, unit: float
+) -> None:
     shares, costs, caps, _ = map(list, zip(*entries, strict=True))
     once = apportion(shares, costs, caps, budget)
     assert once == apportion(shares, costs, caps, budget)

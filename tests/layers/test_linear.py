@@ -14,7 +14,9 @@ from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, adapt_weights, effective_weight, release_weights
 
 
-def adapter(rows: tuple[int, int] = (0, 6), *, anchored: bool = False, width: int = 8, **kwargs: object) -> Adapter:
+def adapter(
+    rows: tuple[int, int] = (0, 6), *, anchored: bool = False, width: int = 8, **kwargs: object
+) -> Adapter:
     A = torch.randn(3, width)
     B = torch.randn(rows[1] - rows[0], 3) if anchored else torch.zeros(rows[1] - rows[0], 3)
     return Adapter(A, B, 0.5, rows=rows, **kwargs)
@@ -69,14 +71,20 @@ def test_blocks_of_rows() -> None:
 
 
 def test_blocks_with_scalings_of_their_own_have_no_common_one() -> None:
-    layer = layer_over(nn.Linear(8, 6), adapter((0, 2)), Adapter(torch.ones(1, 8), torch.zeros(2, 1), 2.0, rows=(2, 4)))
+    layer = layer_over(
+        nn.Linear(8, 6), adapter((0, 2)), Adapter(torch.ones(1, 8), torch.zeros(2, 1), 2.0, rows=(2, 4))
+    )
     with pytest.raises(ValueError, match=r"scalings of their own: \[0.5, 2.0\]"):
         _ = layer.scaling
 
 
 def test_an_anchor_trains_as_a_residual_weight_would() -> None:
     """The gradients of (W − s·B0·A0) + s·B·A, without writing W (PiSSA, 2404.02948, section 3)."""
-    base, x, made = nn.Linear(8, 6).double(), torch.randn(4, 8).double(), adapter(anchored=True, dtype=torch.float64)
+    base, x, made = (
+        nn.Linear(8, 6).double(),
+        torch.randn(4, 8).double(),
+        adapter(anchored=True, dtype=torch.float64),
+    )
     A0, B0 = made.factors()
     A, B = A0.detach().clone().requires_grad_(), B0.detach().clone().requires_grad_()
     residual = base.weight.detach() - 0.5 * (B0 @ A0).detach()

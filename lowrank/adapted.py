@@ -1,0 +1,256 @@
+"""A model with adapters in it: putting them in, finding them, switching them off, taking them out.
+
+It decides nothing: which adapters, of what rank and how started, is said by `wrap` or read from a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.layers.adapter import Adapter
+from lowrank.layers.linear import LoRALinear, master_dtype
+from lowrank.layers.trained import TrainedModule
+from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
+from lowrank.plan import Plan
+from lowrank.projections import Projection, as_rows, is_linear, read_by_weight
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What was done to a model, kept on it as ``_lowrank``: enough to undo it and to save it."""
+
+    plan: Plan
+    required_grad: frozenset[str]  # parameters that required grad before, by their names then
+
+
+# -- putting adapters in --------------------------------------------------------------------------------
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raises ValueError where ``model`` cannot be wrapped at all, or is wrapped already."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a torch.nn.Module, not {type(model).__name__}")
+    if any(isinstance(m, (LoRALinear, AdaptedWeight, TrainedModule)) for m in model.modules()):
+        raise ValueError("the model is wrapped already: unwrap(model) or merge(model) first")
+    if is_linear(model):
+        raise ValueError(
+            "the model is itself one projection, which cannot be replaced in place: wrap its parent"
+        )
+
+
+def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> list[str]:
+    """A line for each of ``projections`` that ``model`` does not have in that shape."""
+    problems = []
+    modules = dict(model.named_modules())
+    for p in projections:
+        module = modules.get(p.module)
+        tensor = None if module is None else module._parameters.get(p.param)
+        if module is None or tensor is None:
+            problems.append(f"{p.name}: the model has no such weight")
+            continue
+        rows, columns = weight_shape(module, p.param)
+        if columns != p.in_features or p.rows[1] > rows or p.rows[1] - p.rows[0] != p.out_features:
+            problems.append(
+                f"{p.name}: rows {p.rows} of width {p.in_features} in a weight of shape {(rows, columns)}"
+            )
+    return problems
+
+
+def weight_shape(module: nn.Module, param: str) -> tuple[int, int]:
+    """``(rows, in)`` of a weight as `as_rows` would give it, also where it is stored packed."""
+    if param == "weight" and isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    tensor = getattr(module, param)
+    if getattr(module, "nf", None) == tensor.shape[-1]:
+        return tensor.shape[1], tensor.shape[0]
+    return tensor.numel() // tensor.shape[-1], tensor.shape[-1]
+
+
+def on_weight(model: nn.Module, p: Projection) -> bool:
+    """Is ``p`` adapted on the weight itself, because nothing calls a layer that holds it?"""
+    return p.param != "weight" or read_by_weight(model, p.module)
+
+
+def make_adapter(
+    model: nn.Module, p: Projection, A: Tensor, B: Tensor, scaling: float, frozen: Iterable[str] = ()
+) -> Adapter:
+    """An adapter for ``p`` with the full factors A, B, on the device of its weight."""
+    weight = model.get_submodule(p.module)._parameters[p.param]
+    assert weight is not None
+    return Adapter(A, B, scaling, rows=p.rows, frozen=frozenset(frozen), dtype=master_dtype(weight.dtype)).to(
+        weight.device
+    )
+
+
+def install(model: nn.Module, plan: Plan, adapters: Mapping[Projection, Adapter]) -> None:
+    """Puts ready-made adapters into ``model``. Everything was checked: this only assigns."""
+    layers: dict[str, LoRALinear] = {}
+    on_weights: dict[str, dict[str, list[Adapter]]] = {}
+    for p, adapter in adapters.items():
+        if on_weight(model, p):
+            on_weights.setdefault(p.module, {}).setdefault(p.param, []).append(adapter)
+        elif p.module in layers:
+            layers[p.module].adapters.append(adapter)
+        else:
+            base = model.get_submodule(p.module)
+            rows, columns = weight_shape(base, p.param)
+            layers[p.module] = LoRALinear(
+                base, [adapter], in_features=columns, out_features=rows, dropout=plan.dropout
+            )
+    trained = {path: TrainedModule(model.get_submodule(path)) for path in plan.train}
+
+    required_grad = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    learning = [*adapters.values(), *(module.copy for module in trained.values())]
+    own = {id(parameter) for module in learning for parameter in module.parameters()}
+    new: dict[str, nn.Module] = {**layers, **trained}
+    _exchange(model, {model.get_submodule(path): module for path, module in new.items()})
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
+    for path, held in on_weights.items():
+        adapt_weights(model.get_submodule(path), held)
+    model.__dict__["_lowrank"] = Adaptation(plan, required_grad)
+
+
+def _exchange(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replaces modules wherever they hang, so that a shared one stays shared."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+
+
+# -- finding and switching them -------------------------------------------------------------------------
+
+
+def wrapped_root(model: nn.Module) -> nn.Module:
+    """The module that was adapted: ``model``, or the one inside it (a compiled or parallel wrapper)."""
+    for module in model.modules():
+        if "_lowrank" in module.__dict__:
+            return module
+    raise ValueError("the model is not wrapped: call wrap_model(model, policy) first")
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a wrapped model was built by, with the energy of each start where it is known."""
+    return wrapped_root(model).__dict__["_lowrank"].plan
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The adapted modules by path: `LoRALinear`s, and modules adapted on the weight."""
+    kinds: Any = (LoRALinear, AdaptedWeight)
+    return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The trainable parameters of the adapters; modules trained in full are not among them."""
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            yield from (p for p in module.parameters() if p.requires_grad)
+
+
+def adapters_of(model: nn.Module) -> dict[Projection, Adapter]:
+    """Projection → its adapter, in the plan's order, of the wrapped ``model``."""
+    root = wrapped_root(model)
+    found = {}
+    for p in plan_of(root).adapted:
+        module = root.get_submodule(p.module)
+        held = module.lora.of(p.param) if isinstance(module, AdaptedWeight) else module.adapters
+        (found[p],) = [adapter for adapter in cast("list[Adapter]", held) if adapter.rows == p.rows]
+    return found
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, ``model`` is exactly the base model, modules trained in full included."""
+    root = wrapped_root(model)
+    switches = [m for m in root.modules() if isinstance(m, (LoRALinear, WeightAdapters, TrainedModule))]
+    before = [switch.enabled for switch in switches]
+    for switch in switches:
+        switch.enabled = False
+    try:
+        yield model
+    finally:
+        for switch, enabled in zip(switches, before, strict=True):
+            switch.enabled = enabled
+
+
+# -- taking them out ------------------------------------------------------------------------------------
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Takes the adapters out again: the original modules are back, with their original bits.
+
+    What was trained is dropped: `save_adapter` keeps it, `merge` keeps it in the weights.
+    """
+    root = wrapped_root(model)
+    _remove(root, lambda module: module.base)
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Adds ΔW to the weights, in fp32 and rounded once, and takes the adapters out.
+
+    Modules trained in full hand their weights to the original modules.
+
+    Raises:
+        ValueError: a weight is tied to another module's, or is stored quantized; nothing was changed.
+    """
+    root = wrapped_root(model)
+    adapters = adapters_of(root)
+    holders: dict[int, set[nn.Module]] = {}
+    for module in root.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(module)
+    for p in adapters:
+        weight = _stored(root, p)
+        if len(holders[id(weight)]) > 1:
+            raise ValueError(f"{p.name} is tied to another module's weight, which merging would change too")
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            stored = f"{type(weight).__name__} of {weight.dtype}"
+            raise ValueError(
+                f"{p.name} is stored as {stored}; adding ΔW would mean to quantize again: "
+                "keep the adapter beside it, or merge into a base loaded in floating point"
+            )
+    with torch.no_grad():
+        for p, adapter in adapters.items():
+            part = as_rows(holder(root, p), p.param)[slice(*p.rows)]
+            delta = adapter.product()
+            part.copy_(part.to(delta.dtype) + delta)
+    _remove(root, _with_trained_weights)
+    return model
+
+
+def holder(root: nn.Module, p: Projection) -> nn.Module:
+    """The base's own module that holds ``p``'s weight, in a wrapped model."""
+    module = root.get_submodule(p.module)
+    return module.base if isinstance(module, LoRALinear) else module
+
+
+def _stored(root: nn.Module, p: Projection) -> nn.Parameter:
+    return holder(root, p)._parameters[p.param]  # type: ignore[return-value]
+
+
+def _with_trained_weights(module: LoRALinear | TrainedModule) -> nn.Module:
+    if isinstance(module, TrainedModule):
+        module.base.load_state_dict(module.copy.state_dict())
+    return module.base
+
+
+def _remove(root: nn.Module, original: Callable[[Any], nn.Module]) -> None:
+    required_grad = root.__dict__["_lowrank"].required_grad
+    modules: list[Any] = list(root.modules())
+    for module in modules:
+        if isinstance(module, AdaptedWeight):
+            release_weights(module)
+    replaced = [m for m in modules if isinstance(m, (LoRALinear, TrainedModule))]
+    _exchange(root, {m: original(m) for m in replaced})
+    for name, parameter in root.named_parameters():
+        parameter.requires_grad_(name in required_grad)
+    del root.__dict__["_lowrank"]
