@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "lowrank"
 # Lowest first. A file imports from lower layers only; a package's own files may import one another,
 # but for the siblings below.
 LAYERS = [
-    {"batches", "projections"},
-    {"statistics", "targets"},
+    {"batches", "files", "projections"},
+    {"statistics", "targets", "peft_config"},
     {"plan", "layers"},
     {"init", "allocate", "calibrate", "adapted"},
     {"policy"},
