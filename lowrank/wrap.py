@@ -78,7 +78,7 @@ def _plan(
             f"a budget of {budget:,} parameters is too small for one rank anywhere: "
             f"the cheapest costs {min(cost.values()):,}"
         )
-    _check_layers(model, projections, train, policy.dropout)
+    check_layers(model, projections, train, policy.dropout)
     allocate = partial(
         policy.allocate, projections, rank=policy.rank, budget=budget, alpha=policy.alpha, cost=cost
     )
@@ -148,7 +148,7 @@ def wrap_model(
     if isinstance(policy, Plan):
         plan = _fitted(model, policy)
         init = plan.init or Kaiming()
-        _check_layers(model, plan.adapted, plan.train, plan.dropout)
+        check_layers(model, plan.adapted, plan.train, plan.dropout)
         statistics = _measure(model, plan.adapted, init.needs, batches, loss, mask, progress)
     else:
         plan, statistics = _plan(
@@ -228,9 +228,10 @@ def _seed(seed: int, p: Projection) -> int:
 # -- checks that need a model ---------------------------------------------------------------------------
 
 
-def _check_layers(
+def check_layers(
     model: nn.Module, projections: Sequence[Projection], train: Sequence[str], dropout: float
 ) -> None:
+    """Raises ValueError where these projections and modules cannot be adapted and trained like that."""
     if dropout:
         held = [p.name for p in projections if on_weight(model, p)]
         if held:
