@@ -1,0 +1,78 @@
+"""A different start for each role of a projection. Knows roles, and no method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank.init.base import NOTHING, Factors, Initializer, frozen_factors
+from lowrank.projections import Role
+from lowrank.statistics import ProjectionStatistics
+
+
+@dataclass(frozen=True)
+class ByRole:
+    """``ByRole({Role.QUERY: Principal(), Role.VALUE: Minor()}, otherwise=Kaiming())`` is AILoRA (2510.08034).
+
+    Args:
+        choices: role → initializer.
+        otherwise: for the roles that are not named; None makes such a projection an error.
+
+    Raises:
+        ValueError: a key that is no role, or a choice that is no initializer.
+    """
+
+    choices: Mapping[Role, Initializer]
+    otherwise: Initializer | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := [str(key) for key in self.choices if key not in set(Role)]:
+            raise ValueError(f"no such role: {', '.join(unknown)}; there are {', '.join(Role)}")
+        named = {Role(key): choice for key, choice in self.choices.items()}
+        for choice in [*named.values(), *([] if self.otherwise is None else [self.otherwise])]:
+            if isinstance(choice, type) or not isinstance(choice, Initializer):
+                raise ValueError(f"an initializer is needed, such as Kaiming(), not {choice!r}")
+        object.__setattr__(self, "choices", named)
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self.choices.items()), self.otherwise))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        chosen = [*self.choices.values(), *([] if self.otherwise is None else [self.otherwise])]
+        return NOTHING.union(*(choice.needs for choice in chosen))
+
+    def frozen(self, role: Role) -> frozenset[str]:
+        """What the initializer of that role will not train."""
+        return frozen_factors(self._of(role), role)
+
+    def __call__(
+        self,
+        weight: Tensor,
+        rank: int,
+        scaling: float,
+        *,
+        role: Role,
+        statistics: ProjectionStatistics | None,
+        generator: torch.Generator,
+    ) -> Factors:
+        """What the initializer of ``role`` makes of it.
+
+        Raises:
+            ValueError: nothing is chosen for that role; the message lists the roles named and not named.
+        """
+        chosen = self._of(role)
+        return chosen(weight, rank, scaling, role=role, statistics=statistics, generator=generator)
+
+    def _of(self, role: Role) -> Initializer:
+        chosen = self.choices.get(role, self.otherwise)
+        if chosen is None:
+            missing = ", ".join(r for r in Role if r not in self.choices)
+            raise ValueError(
+                f"no initializer for the role {role.value!r}. Named: {', '.join(self.choices) or 'none'}; "
+                f"not named: {missing}. Name it, give otherwise=, or leave such projections out of the target"
+            )
+        return chosen

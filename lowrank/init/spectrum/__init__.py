@@ -1,0 +1,11 @@
+"""The numerics: the largest or smallest singular triplets of a matrix, to a measured accuracy.
+
+`singular` chooses the method, `triplets` says how good an answer is, `krylov` is the method for large
+matrices, and `operators` is all that it knows of a matrix. What triplets are for is the initializers' affair.
+"""
+
+from lowrank.init.spectrum.operators import Product, full_precision
+from lowrank.init.spectrum.singular import bottom_singular, top_singular
+from lowrank.init.spectrum.triplets import Triplets
+
+__all__ = ["Product", "Triplets", "bottom_singular", "full_precision", "top_singular"]
