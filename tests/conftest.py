@@ -1,4 +1,4 @@
-"""What every test gets: no network, a seed, and gpu tests only where there is a GPU."""
+"""What every test gets: no network, one thread, a seed; and gpu tests only where there is a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on models this small threads mostly wait for each other
 
 import pytest
 import torch
