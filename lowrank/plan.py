@@ -287,7 +287,7 @@ def _decode(data: Any) -> Any:
         return {_decode(k): _decode(v) for k, v in data["mapping"]}
     offered = importlib.import_module("lowrank.init")  # by name, so that a plan stays below its makers
     name = _typed(data["class"], str)
-    if name not in offered.__all__:
+    if name not in offered.__all__ or not hasattr(getattr(offered, name), "needs"):
         raise ValueError(f"the plan's initializer {name!r} is unknown to this version")
     return getattr(offered, name)(**{k: _decode(v) for k, v in data["fields"].items()})
 
