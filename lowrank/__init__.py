@@ -13,6 +13,7 @@ from lowrank.calibrate import calibrate
 from lowrank.checkpoint import AdapterError, load_adapter, save_adapter
 from lowrank.init import Factors
 from lowrank.layers import LoRALinear, lora_linear
+from lowrank.peft_format import PeftExport, export_peft, import_peft
 from lowrank.plan import Allocation, Plan
 from lowrank.policy import Policy
 from lowrank.projections import Projection, Role, find_projections
@@ -25,6 +26,7 @@ __all__ = [
     "Allocation",
     "Factors",
     "LoRALinear",
+    "PeftExport",
     "Plan",
     "Policy",
     "Projection",
@@ -34,7 +36,9 @@ __all__ = [
     "allocate",
     "calibrate",
     "disable_adapters",
+    "export_peft",
     "find_projections",
+    "import_peft",
     "init",
     "layers",
     "load_adapter",

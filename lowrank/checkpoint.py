@@ -1,22 +1,18 @@
 """Saves an adapter to a folder and puts it back on a fresh base: same bits, no data, no SVD.
 
 A folder holds ``adapter.json`` and the tensors file that it names. The JSON is written last, in one
-rename, so that a crash leaves the old adapter or the new one; it carries the tensors' hash.
+rename, so that a crash leaves the old adapter or the new one; it carries the tensors' hash and its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from lowrank.adapted import (
@@ -28,18 +24,16 @@ from lowrank.adapted import (
     projection_problems,
     wrapped_root,
 )
+from lowrank.files import FLOATS, AdapterError, Entry, packed, read_header, read_json, read_tensors, write
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.trained import TrainedModule
 from lowrank.plan import Plan
-from lowrank.projections import Projection, as_rows
+from lowrank.projections import Projection, as_rows, find_projections
+from lowrank.wrap import check_layers
 
 FORMAT, VERSION = "lowrank-adapter", 1
 CONFIG = "adapter.json"
 SAMPLES = 64  # weights of each projection that the fingerprint keeps
-
-
-class AdapterError(ValueError):
-    """An adapter folder that cannot be used: missing, damaged, of another version, or for another base."""
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
@@ -68,24 +62,22 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or Inf: this adapter is not worth saving")
 
-    blob = save_tensors(
-        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, {"format": "pt"}
-    )
+    blob = packed(tensors)
     digest = hashlib.sha256(blob).hexdigest()
     config = {
         "format": FORMAT,
         "version": VERSION,
         "tensors": f"adapter-{digest[:16]}.safetensors",
-        "bytes": len(blob),
         "sha256": digest,
         "plan": plan.to_json(),
         "frozen": {p.name: sorted(adapter.frozen) for p, adapter in adapters_of(root).items()},
         "fingerprint": fingerprint,
     }
+    config["checksum"] = checksum(config)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / str(config["tensors"]), blob)
-    _write(folder / CONFIG, json.dumps(config, indent=1).encode())
+    write(folder / str(config["tensors"]), blob)
+    write(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False).encode())
     for old in folder.glob("adapter-*.safetensors"):
         if old.name != config["tensors"]:
             old.unlink()
@@ -94,6 +86,9 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     """Adapts a fresh base in place as it was when it was saved, bit for bit, and returns it.
 
+    The folder is not trusted: every claim is checked against the model, and the tensors against the
+    claims, before anything large is read and before the model is touched.
+
     Raises:
         AdapterError: the folder is missing, incomplete, damaged, of another version, or was made for
             another base (every mismatch is listed). The model is untouched then.
@@ -101,132 +96,137 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     """
     check_unwrapped(model)
     folder = Path(path)
-    config = _read_config(folder)
     try:
+        config = _read_config(folder)
         plan = Plan.from_json(config["plan"])
-        tensors = _read_tensors(folder, config)
-        problems = projection_problems(model, plan.adapted)
-        problems += [f"{name}: no such module to train" for name in plan.train if not _has(model, name)]
-        if problems:
-            raise AdapterError(f"{folder} was made for another base:\n  " + "\n  ".join(problems))
-        problems = _weight_problems(model, plan, config["fingerprint"])
-        if problems:
-            raise AdapterError(
-                f"{folder} was made for a base with other weights:\n  " + "\n  ".join(problems)
-            )
-        adapters = {p: _adapter(model, p, plan, tensors, config["frozen"][p.name]) for p in plan.adapted}
-        trained = {name: _trained_state(model, name, tensors) for name in plan.train}
+        _refuse(folder, "was made for another base", _plan_problems(model, plan))
+        _refuse(
+            folder,
+            "was made for a base with other weights",
+            _weight_problems(model, plan, config["fingerprint"]),
+        )
+        check_layers(model, plan.adapted, plan.train, plan.dropout)
+        frozen = {p: _frozen(config["frozen"][p.name]) for p in plan.adapted}
+        file = _tensors_file(folder, config)
+        _refuse(folder, "does not hold a whole adapter", _tensor_problems(model, plan, read_header(file)))
+        tensors = read_tensors(file, config["sha256"])
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise AdapterError(f"{file}, {name}: holds NaN or Inf")
+        adapters = {p: _adapter(model, p, plan, tensors, frozen[p]) for p in plan.adapted}
     except AdapterError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise AdapterError(f"{folder} does not hold a whole adapter: {error}") from error
-    if tensors:
-        raise AdapterError(f"{folder} holds tensors that its plan does not name: {sorted(tensors)[:5]}")
     install(model, plan, adapters)
-    for name, state in trained.items():
+    for name in plan.train:
         module = model.get_submodule(name)
         assert isinstance(module, TrainedModule)
-        module.copy.load_state_dict(state)
+        module.copy.load_state_dict({key: tensors[f"train:{name}.{key}"] for key in module.copy.state_dict()})
     return model
 
 
-# -- writing and reading ------------------------------------------------------------------------------
+def checksum(config: Mapping[str, Any]) -> str:
+    """SHA-256 of everything else in ``adapter.json``: damage is not to be read as a setting."""
+    rest = {key: value for key, value in config.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _write(path: Path, content: bytes) -> None:
-    """All of ``content`` or nothing, also if the machine stops."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# -- what a folder claims, against the model ----------------------------------------------------------
+
+
+def _refuse(folder: Path, what: str, problems: Sequence[str]) -> None:
+    if problems:
+        raise AdapterError(f"{folder} {what}:\n  " + "\n  ".join(problems))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        hint = ""
-        if (folder / "adapter_config.json").exists():
-            hint = "; this is a PEFT adapter: read it with import_peft(model, path)"
-        raise AdapterError(f"{folder} holds no {CONFIG}{hint}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise AdapterError(f"{folder / CONFIG} cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    if not (folder / CONFIG).is_file():
+        theirs = (folder / "adapter_config.json").exists()
+        hint = "; this is a PEFT adapter: read it with import_peft(model, path)" if theirs else ""
+        raise AdapterError(f"{folder} holds no {CONFIG}{hint}")
+    config = read_json(folder / CONFIG)
+    if config.get("format") != FORMAT:
         raise AdapterError(f"{folder / CONFIG} describes no lowrank adapter")
     if config.get("version") != VERSION:
         raise AdapterError(
             f"{folder} has format version {config.get('version')}; this library reads {VERSION}"
         )
+    if config.get("checksum") != checksum(config):
+        raise AdapterError(f"{folder / CONFIG} is damaged: its content does not match its checksum")
     return config
 
 
-def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _tensors_file(folder: Path, config: Mapping[str, Any]) -> Path:
     name = config["tensors"]
     if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
         raise AdapterError(f"{folder / CONFIG} names a tensors file outside its folder: {name!r}")
-    file = folder / name
-    if not file.is_file():
-        raise AdapterError(f"{file} is missing")
-    if file.stat().st_size != config["bytes"]:
-        raise AdapterError(
-            f"{file} has {file.stat().st_size} bytes instead of {config['bytes']}: "
-            "it is truncated, or another adapter's"
-        )
-    blob = file.read_bytes()
-    if hashlib.sha256(blob).hexdigest() != config["sha256"]:
-        raise AdapterError(f"{file} is damaged: its content does not match the hash in {CONFIG}")
-    try:
-        return load_tensors(blob)
-    except (SafetensorError, ValueError) as error:
-        raise AdapterError(f"{file} is not a safetensors file: {error}") from error
+    return folder / name
+
+
+def _plan_problems(model: nn.Module, plan: Plan) -> list[str]:
+    """A line for each projection and each trained module that this model does not have like that."""
+    known = {(p.module, p.param) for p in find_projections(model)}
+    strange = [p for p in plan.adapted if (p.module, p.param) not in known or p.rows[0] < 0]
+    problems = [f"{p.name}: the model has no such weight" for p in strange]
+    problems += projection_problems(model, [p for p in plan.adapted if p not in strange])
+    rows: dict[tuple[str, str], int] = {}
+    for p in sorted(plan.adapted, key=lambda each: each.rows):
+        if p.rows[0] < rows.get((p.module, p.param), 0):
+            problems.append(f"{p.name}: its rows {p.rows} belong to another one too")
+        rows[p.module, p.param] = p.rows[1]
+    paths = {path for path, _ in model.named_modules() if path}
+    for name in plan.train:
+        inside = [
+            each for each in (*plan.train, *(p.module for p in plan.adapted)) if each.startswith(f"{name}.")
+        ]
+        if name not in paths:
+            problems.append(f"{name}: no such module to train")
+        elif inside or plan.train.count(name) > 1 or name in {p.module for p in plan.adapted}:
+            problems.append(f"{name}: trained in full, and what lies inside it is named too")
+    return problems
+
+
+def _frozen(names: Any) -> list[str]:
+    if names not in ([], ["A"], ["B"]):
+        raise ValueError(f"{names!r} are no frozen factors")
+    return names
+
+
+def _tensor_problems(model: nn.Module, plan: Plan, header: Mapping[str, Entry]) -> list[str]:
+    """A line for each tensor that is not what the plan asks for."""
+    wanted: dict[str, tuple[tuple[int, ...], bool]] = {}
+    for p in plan.adapted:
+        rank = plan[p].rank
+        for anchor in ("", "0") if f"{p.name}.A0" in header else ("",):
+            wanted[f"{p.name}.A{anchor}"] = (rank, p.in_features), True
+            wanted[f"{p.name}.B{anchor}"] = (p.out_features, rank), True
+    for name in plan.train:
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            wanted[f"train:{name}.{key}"] = tuple(tensor.shape), tensor.is_floating_point()
+    problems = []
+    for name, (shape, floating) in wanted.items():
+        entry = header.get(name)
+        if entry is None:
+            problems.append(f"{name} is missing")
+        elif (entry.shape, entry.dtype in FLOATS) != (shape, floating):
+            problems.append(
+                f"{name} is {entry.shape} {entry.dtype}, not {shape}{' floating point' * floating}"
+            )
+    unknown = sorted(header.keys() - wanted.keys())
+    return problems + ([f"it holds tensors that its plan does not name: {unknown[:5]}"] if unknown else [])
 
 
 def _adapter(
-    model: nn.Module, p: Projection, plan: Plan, tensors: dict[str, Tensor], frozen: list[str]
+    model: nn.Module, p: Projection, plan: Plan, tensors: Mapping[str, Tensor], frozen: Sequence[str]
 ) -> Adapter:
-    """The adapter of ``p`` with its saved state; takes what it uses out of ``tensors``."""
     state = {
-        name: tensors.pop(f"{p.name}.{name}")
-        for name in ("A", "B", "A0", "B0")
-        if f"{p.name}.{name}" in tensors
+        factor: tensors[f"{p.name}.{factor}"]
+        for factor in ("A", "B", "A0", "B0")
+        if f"{p.name}.{factor}" in tensors
     }
-    for name, tensor in state.items():
-        rank = plan[p].rank
-        wanted = (rank, p.in_features) if name.startswith("A") else (p.out_features, rank)
-        if tuple(tensor.shape) != wanted or tensor.dtype not in (
-            torch.float32,
-            torch.float64,
-            torch.bfloat16,
-            torch.float16,
-        ):
-            raise AdapterError(
-                f"{p.name}.{name} is {tuple(tensor.shape)} {tensor.dtype}, not {wanted} floating point"
-            )
-        if not tensor.isfinite().all():
-            raise AdapterError(f"{p.name}.{name} holds NaN or Inf")
-    if state.keys() not in ({"A", "B"}, {"A", "B", "A0", "B0"}):
-        raise AdapterError(f"{p.name} has factors {sorted(state)}, not A and B with both anchors or none")
     device = as_rows(model.get_submodule(p.module), p.param).device
     return Adapter.from_state(state, plan[p].scaling, rows=p.rows, frozen=frozen).to(device)
-
-
-def _trained_state(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = f"train:{name}."
-    state = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-    wanted = {key: tuple(t.shape) for key, t in model.get_submodule(name).state_dict().items()}
-    got = {key: tuple(t.shape) for key, t in state.items()}
-    if got != wanted:
-        raise AdapterError(f"{name} was saved with {got}, but this model's has {wanted}")
-    return state
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    return path in dict(model.named_modules())
 
 
 # -- the fingerprint of a base ------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import nn
 
 import lowrank
 from lowrank import presets
-from lowrank.checkpoint import CONFIG
+from lowrank.checkpoint import CONFIG, checksum
 from tests import zoo
 from tests.test_wrap import logits, perturb
 
@@ -39,6 +39,7 @@ def tensors_file(folder: Path) -> Path:
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     config = json.loads((folder / CONFIG).read_text())
     change(config)
+    config["checksum"] = checksum(config)
     (folder / CONFIG).write_text(json.dumps(config))
 
 

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "lowrank"
 # but for the siblings below.
 LAYERS = [
     {"batches", "files", "projections"},
-    {"statistics", "targets", "peft_config"},
+    {"statistics", "targets"},
     {"plan", "layers"},
     {"init", "allocate", "calibrate", "adapted"},
     {"policy"},

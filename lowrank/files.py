@@ -1,0 +1,164 @@
+"""Adapter folders on disk: written whole or not at all, and read as a stranger's.
+
+JSON and safetensors, and nothing in a file is executed. It knows no model: what the content ought to be
+is for `checkpoint` and `peft_format` to say, from the header, before a tensor is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+LARGEST_JSON = 64 << 20  # bytes; a plan of ten thousand projections takes a third of it
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+class AdapterError(ValueError):
+    """An adapter folder that cannot be used: missing, damaged, of another version, or for another base."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a safetensors header says of one tensor; ``dtype`` in its spelling ("BF16")."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * SIZES[self.dtype]
+
+
+def write(path: Path, content: bytes) -> None:
+    """All of ``content`` or nothing, also if the machine stops."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def packed(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a safetensors file; tensors may be on any device, strided or shared."""
+    return save_tensors(
+        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, {"format": "pt"}
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises AdapterError where it is too large, no JSON, holds a key twice, or a number that is not finite.
+    """
+    return _object(_read(path, LARGEST_JSON), str(path))
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Names, dtypes and shapes of a safetensors file, of which nothing else is read.
+
+    Raises AdapterError where the file is no whole safetensors file, or holds unusual dtypes.
+    """
+    try:
+        size = _size(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, LARGEST_JSON):
+                raise AdapterError(
+                    f"{path} is no whole safetensors file: {size} bytes, {length} of them header"
+                )
+            content = file.read(length)
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    entries = {}
+    for name, described in _object(content, f"the header of {path}").items():
+        if name != "__metadata__":
+            entries[name] = _entry(described, f"{path}, {name}")
+    if 8 + length + sum(entry.bytes for entry in entries.values()) != size:
+        raise AdapterError(
+            f"{path} has {size} bytes, which is not what its header describes: it is truncated"
+        )
+    return entries
+
+
+def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; check `read_header` first: this reads all of it."""
+    content = _read(path, None)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise AdapterError(f"{path} is damaged: its content does not match the hash that it was saved with")
+    try:
+        return load_tensors(content)
+    except Exception as error:  # whatever the reader dislikes, nothing has been touched
+        raise AdapterError(f"{path} is no safetensors file: {error}") from error
+
+
+def _read(path: Path, most: int | None) -> bytes:
+    try:
+        size = _size(path)
+        if most is not None and size > most:
+            raise AdapterError(f"{path} cannot be read: {size:,} bytes are more than any adapter needs")
+        return path.read_bytes()
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+
+
+def _size(path: Path) -> int:
+    if not path.is_file():
+        raise AdapterError(f"{path} is missing")
+    return path.stat().st_size
+
+
+def _object(content: bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_without_repetition,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{what} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{what} cannot be read: it is a {type(value).__name__}, not an object")
+    return value
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice")
+        found[key] = value
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def _entry(described: Any, what: str) -> Entry:
+    if not isinstance(described, dict):
+        raise AdapterError(f"{what}: its header is no description of a tensor")
+    dtype, shape = described.get("dtype"), described.get("shape")
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise AdapterError(f"{what}: the dtype {dtype!r} is none that an adapter has")
+    if not isinstance(shape, list) or len(shape) > 8 or any(type(n) is not int or n < 0 for n in shape):
+        raise AdapterError(f"{what}: its shape is none: {shape!r:.100}")
+    return Entry(dtype, tuple(shape))

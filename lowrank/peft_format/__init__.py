@@ -1,0 +1,6 @@
+"""Adapters to PEFT's folders and back. Neither way needs PEFT to be installed."""
+
+from lowrank.peft_format.export import PeftExport, export_peft
+from lowrank.peft_format.load import import_peft
+
+__all__ = ["PeftExport", "export_peft", "import_peft"]

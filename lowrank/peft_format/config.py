@@ -1,0 +1,208 @@
+"""What PEFT's ``adapter_config.json`` says: which modules are adapted, with what rank and scaling.
+
+Patterns mean here what they mean to PEFT. What this library does not do is refused by name, features of
+later versions included. It knows no model and no tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank.files import AdapterError
+
+# What an adapter does not depend on once it is trained: where it came from, and how it was started.
+HARMLESS = frozenset(
+    "auto_mapping base_model_name_or_path revision task_type inference_mode peft_version peft_type "
+    "megatron_core eva_config corda_config lora_ga_config loftq_config qalora_group_size "
+    "runtime_config".split()
+)
+READ = frozenset(
+    "r lora_alpha rank_pattern alpha_pattern target_modules exclude_modules use_rslora lora_dropout "
+    "fan_in_fan_out modules_to_save init_lora_weights layers_to_transform layers_pattern bias".split()
+)
+STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})  # these leave the base's weights alone
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The fields that decide what an adapter computes, checked.
+
+    Args:
+        r, alpha: where no pattern matches; 8 unless said otherwise.
+        ranks, alphas: ``rank_pattern`` and ``alpha_pattern``: the first key that matches counts.
+        targets: paths or their dotted ends, one regular expression, or None: PEFT's choice by family.
+        excluded: paths or their dotted ends.
+        rslora: the scaling is alpha / √r instead of alpha / r.
+        dropout: on the adapters' inputs, in training.
+        trained: ends of the paths of modules trained in full.
+        by_layer: ``layers_to_transform`` narrows the targets.
+    """
+
+    r: int = 8
+    alpha: float = 8.0
+    ranks: Sequence[tuple[re.Pattern[str], int]] = ()
+    alphas: Sequence[tuple[re.Pattern[str], float]] = ()
+    targets: str | Sequence[str] | None = None
+    excluded: str | Sequence[str] = ()
+    rslora: bool = False
+    dropout: float = 0.0
+    trained: Sequence[str] = ()
+    by_layer: bool = False
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> PeftConfig:
+        """Raises AdapterError where ``data`` is no configuration of plain LoRA."""
+        if data.get("peft_type") != "LORA":
+            raise AdapterError(f"peft_type is {data.get('peft_type')!r}; only LORA adapters can be imported")
+        for name, value in data.items():
+            if name not in HARMLESS | READ and value not in (None, False, 0, "", [], {}):
+                raise AdapterError(f"{name} = {_short(value)} is a PEFT feature that lowrank does not have")
+        if data.get("bias", "none") != "none":
+            raise AdapterError(
+                f"bias = {_short(data['bias'])}: trained biases are not supported, only 'none' is"
+            )
+        _check_start(data.get("init_lora_weights", True))
+        layers = data.get("layers_to_transform")
+        return cls(
+            r=_rank(data.get("r", 8), "r"),
+            alpha=_number(data.get("lora_alpha", 8), "lora_alpha"),
+            ranks=[(pattern(key), _rank(n, key)) for key, n in _mapping(data, "rank_pattern").items()],
+            alphas=[(pattern(key), _number(n, key)) for key, n in _mapping(data, "alpha_pattern").items()],
+            targets=_names(data, "target_modules", None),
+            excluded=_names(data, "exclude_modules", ()) or (),
+            rslora=_flag(data, "use_rslora"),
+            dropout=_dropout(data.get("lora_dropout", 0.0)),
+            trained=_listed(_names(data, "modules_to_save", ()) or (), "modules_to_save"),
+            by_layer=layers is not None and layers != [],
+        )
+
+    def rank(self, path: str) -> int:
+        """The rank of the module at ``path``."""
+        return _first(self.ranks, path, self.r)
+
+    def scaling(self, path: str) -> float:
+        """The factor of B·A at ``path``."""
+        rank = self.rank(path)
+        return _first(self.alphas, path, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    @property
+    def lists_targets(self) -> bool:
+        """Are the adapted modules spelled out?
+
+        An expression, a family's default and a choice of layers are not evaluated here: with these, the
+        tensors' own names say what is adapted.
+        """
+        strings = isinstance(self.targets, str) or isinstance(self.excluded, str)
+        return self.targets is not None and not strings and not self.by_layer
+
+    def adapts(self, path: str) -> bool:
+        """Would PEFT adapt a linear module at ``path``? Only where `lists_targets`."""
+        assert self.lists_targets and self.targets is not None
+        inside = any(f".{name}." in f".{path}." for name in self.trained)
+        return _ends(path, self.targets) and not _ends(path, self.excluded) and not inside
+
+    def trains(self, path: str) -> bool:
+        """Would PEFT train the module at ``path`` in full? It compares the ends of strings, not of paths."""
+        return any(path.endswith(name) for name in self.trained)
+
+
+def pattern(key: str) -> re.Pattern[str]:
+    """A key of ``rank_pattern`` or ``alpha_pattern`` as PEFT matches it: with the end of a path.
+
+    The key comes from a file: one whose matching could take exponential time raises AdapterError.
+    """
+    plain = re.sub(r"\\.|\[[^\]]*\]", "x", key).replace("(?:", "(")
+    choices = len(re.findall(r"[*+?{]", plain))
+    nested = re.search(r"\)[*+?{]|\(\?", plain) or re.search(r"\\[1-9]", key)
+    if nested or choices > 4 or plain.count("(") > 3 or len(key) > 500:
+        raise AdapterError(f"the pattern {_short(key)} is too involved to be run: name the modules plainly")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return re.compile(rf"(.*\.)?({key})$")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise AdapterError(f"the pattern {_short(key)} is no regular expression: {error}") from error
+
+
+def _first(patterns: Sequence[tuple[re.Pattern[str], Any]], path: str, otherwise: Any) -> Any:
+    return next((value for key, value in patterns if key.match(path)), otherwise)
+
+
+def _ends(path: str, names: Sequence[str]) -> bool:
+    parts = path.split(".")
+    return any(".".join(parts[i:]) in names for i in range(len(parts)))
+
+
+# -- checks -------------------------------------------------------------------------------------------
+
+
+def _check_start(start: Any) -> None:
+    if isinstance(start, bool) or (isinstance(start, str) and start in STARTS):
+        return
+    if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
+        raise AdapterError(
+            f"init_lora_weights = {start!r} rewrote the base's weights, and this folder means something only "
+            "beside those. Convert it with PEFT, from the adapter as it was saved before training: "
+            "save_pretrained(new_folder, path_initial_model_for_weight_conversion=folder_before_training); "
+            "then import the new folder"
+        )
+    raise AdapterError(f"init_lora_weights = {_short(start)} is unknown")
+
+
+def _mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = data.get(name) or {}
+    if not isinstance(value, dict):
+        raise AdapterError(f"{name} = {_short(value)} is not a mapping of module names")
+    return value
+
+
+def _names(data: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    value = data.get(name)
+    if value is None:
+        return otherwise
+    if isinstance(value, list) and all(isinstance(each, str) and each for each in value):
+        return frozenset(value)
+    if isinstance(value, str):
+        return value
+    raise AdapterError(f"{name} = {_short(value)} is not a list of names")
+
+
+def _listed(value: Any, name: str) -> Sequence[str]:
+    if isinstance(value, str):
+        raise AdapterError(f"{name} = {value!r} is not a list of names")
+    return tuple(sorted(value))
+
+
+def _rank(value: Any, name: str) -> int:
+    if type(value) is not int or not 1 <= value < 1 << 31:
+        raise AdapterError(f"the rank of {name} is {_short(value)}, not a whole number from 1 on")
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e30:
+        raise AdapterError(f"the alpha of {name} is {_short(value)}, not a number")
+    return float(value)
+
+
+def _dropout(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise AdapterError(f"lora_dropout is {_short(value)}, not a number from 0 to below 1")
+    return float(value)
+
+
+def _flag(data: Mapping[str, Any], name: str) -> bool:
+    value = data.get(name) or False
+    if not isinstance(value, bool):
+        raise AdapterError(f"{name} is {_short(value)}, neither true nor false")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "…"

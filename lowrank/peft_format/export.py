@@ -1,0 +1,349 @@
+"""Writes the adapters of a model as plain LoRA in PEFT's format, and reads it again to be sure.
+
+What PEFT cannot hold is refused by name. It writes one folder; it changes no model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapted import adapters_of, on_weight, plan_of, wrapped_root
+from lowrank.files import packed, write
+from lowrank.layers.adapter import Adapter
+from lowrank.layers.linear import LoRALinear
+from lowrank.layers.trained import TrainedModule
+from lowrank.peft_format.config import PeftConfig
+from lowrank.peft_format.folder import (
+    CONFIG,
+    PREFIX,
+    TENSORS,
+    Contents,
+    Pair,
+    base_paths,
+    places,
+    relative_distance,
+)
+from lowrank.plan import peft_patterns
+from lowrank.projections import Projection, stored_transposed
+
+TOLERANCE = 1e-5  # of ΔW, relative, between the model and the written files
+
+# By the end of a model's class name: PEFT's task, and the heads that PEFT then trains in full unasked.
+TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ForCausalLM": ("CAUSAL_LM", ()),
+    "LMHeadModel": ("CAUSAL_LM", ()),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+}
+
+
+@dataclass(frozen=True)
+class PeftExport:
+    """What `export_peft` wrote.
+
+    Args:
+        path: the folder.
+        ranks: by module path; the sum over row blocks, twice the adapter's rank where it is anchored.
+        errors: by projection name: ``|ΔW written − ΔW| / |ΔW|`` in the Frobenius norm. Below 1e-5, unless
+            the adapter was recompressed or written in half precision.
+    """
+
+    path: Path
+    ranks: Mapping[str, int]
+    errors: Mapping[str, float]
+
+    @property
+    def error(self) -> float:
+        """The largest of `errors`."""
+        return max(self.errors.values())
+
+    def __str__(self) -> str:
+        ranks = sorted(set(self.ranks.values()))
+        shown = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+        return f"{self.path}: {len(self.ranks)} modules of {shown}, error of ΔW at most {self.error:.1e}"
+
+
+def export_peft(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    serving: bool = False,
+    recompress: bool = False,
+    dtype: torch.dtype | None = None,
+) -> PeftExport:
+    """Writes the adapters of a wrapped ``model`` as a PEFT folder.
+
+    Row blocks of a fused weight become one block-structured pair. An anchored adapter of rank r becomes
+    plain LoRA of rank 2r, ``[b, B₀]·[A₀ + a; a]``: the same product as ``[B, −B₀]·[A; A₀]``, but nothing in
+    it cancels. Modules trained in full become PEFT's ``modules_to_save``. The written files are read again;
+    if they do not give every ΔW to 1e-5, the export fails and nothing is left behind.
+
+    Args:
+        path: the folder. The two files of an earlier export are replaced; whatever else is there stays.
+        serving: for engines that ignore patterns: one rank for all (smaller ones padded with zeros) and the
+            scalings folded into B, so that alpha / r is 1.
+        recompress: bring anchored adapters from rank 2r back to r, by the best approximation.
+        dtype: of the written factors; by default the parameters' own, fp32.
+
+    Returns:
+        Ranks and relative errors of what was written.
+
+    Raises:
+        ValueError: the model is not wrapped, or PEFT has no place for something in it (all are named).
+    """
+    root = wrapped_root(model)
+    adapters = adapters_of(root)
+    _check_exportable(root, adapters)
+    trained = _trained_states(root)
+    if serving and trained:
+        raise ValueError(
+            f"serving engines refuse or ignore modules trained in full ({', '.join(trained)}): "
+            "export without serving=True, or merge(model) and serve the whole model"
+        )
+    exact, written = {}, {}
+    for p, adapter in adapters.items():
+        exact[p] = _plain(adapter, torch.float64)
+        if recompress and adapter.anchored:
+            written[p] = _recompressed(exact[p], adapter.rank, adapter.A.dtype)
+        else:
+            written[p] = _plain(adapter, adapter.A.dtype)
+    modules = dict.fromkeys(p.module for p in adapters)
+    pairs = {module: _stacked(root, written, module) for module in modules}
+    if serving:
+        pairs = _uniform(pairs)
+    if dtype is not None:
+        pairs = {
+            module: pair._replace(A=pair.A.to(dtype), B=pair.B.to(dtype)) for module, pair in pairs.items()
+        }
+
+    tensors = {
+        f"{PREFIX}{module}.{name}": t for module, state in trained.items() for name, t in state.items()
+    }
+    for module, pair in pairs.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.A
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.B
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(
+                f"{name.removeprefix(PREFIX)} holds NaN or Inf: this adapter is not worth exporting"
+            )
+
+    with _staged(Path(path)) as folder:
+        write(folder / TENSORS, packed(tensors))
+        write(folder / CONFIG, json.dumps(_config(root, pairs, list(trained)), indent=2).encode())
+        lossy = dtype is not None or recompress
+        errors = _check_written(folder, root, exact, pairs if lossy else None, trained)
+    return PeftExport(Path(path), {module: pair.rank for module, pair in pairs.items()}, errors)
+
+
+def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter]) -> None:
+    problems = []
+    for p in adapters:
+        module: Any = root.get_submodule(p.module)
+        if on_weight(root, p):
+            problems.append(
+                f"{p.name}: its weight is read without a call, where PEFT's layers have no effect"
+            )
+        elif not isinstance(module.base, nn.Linear) and type(module.base).__name__ != "Conv1D":
+            problems.append(f"{p.name}: PEFT adapts nn.Linear and Conv1D, not {type(module.base).__name__}")
+        elif places(root, module) > 1:
+            problems.append(f"{p.name}: it is used in several places, of which PEFT would adapt one")
+    if problems:
+        advice = "adapt the model without them (exclude=), or merge(model) and save the whole of it"
+        raise ValueError(f"PEFT has no place for these adapters; {advice}:\n  " + "\n  ".join(problems))
+
+
+# -- factors ------------------------------------------------------------------------------------------
+
+
+def _plain(adapter: Adapter, dtype: torch.dtype) -> Pair:
+    """The adapter without an anchor, on the CPU."""
+    A, B = (factor.detach().cpu().to(dtype) for factor in (adapter.A, adapter.B))
+    if adapter.A0 is not None and adapter.B0 is not None:
+        A0, B0 = (factor.cpu().to(dtype) for factor in (adapter.A0, adapter.B0))
+        A, B = torch.cat([A0 + A, A]), torch.cat([B, B0], 1)
+    return Pair(A, B, adapter.scaling)
+
+
+def _recompressed(pair: Pair, rank: int, dtype: torch.dtype) -> Pair:
+    """The closest pair of ``rank`` (Eckart and Young, 1936), with its singular values shared evenly."""
+    left, right = torch.linalg.qr(pair.B), torch.linalg.qr(pair.A.T)
+    U, S, Vh = torch.linalg.svd(left.R @ right.R.T)
+    half = S[:rank].sqrt()
+    A, B = half[:, None] * (Vh[:rank] @ right.Q.T), (left.Q @ U[:, :rank]) * half
+    return Pair(A.to(dtype), B.to(dtype), pair.scaling)
+
+
+def _stacked(root: nn.Module, parts: Mapping[Projection, Pair], module: str) -> Pair:
+    """One pair for a whole weight: the A's of its blocks stacked, each B in its own rows and columns."""
+    blocks = {p: pair for p, pair in parts.items() if p.module == module}
+    rank = sum(pair.rank for pair in blocks.values())
+    scaling = sum(pair.rank * pair.scaling for pair in blocks.values()) / rank or 1.0
+    A = torch.cat([pair.A for pair in blocks.values()])
+    B = A.new_zeros(_layer(root, module).out_features, rank)
+    start = 0
+    for p, pair in blocks.items():
+        B[slice(*p.rows), start : start + pair.rank] = pair.B * (pair.scaling / scaling)
+        start += pair.rank
+    return Pair(A, B, scaling)
+
+
+def _uniform(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """The same updates with one rank and scaling 1."""
+    most = max(pair.rank for pair in pairs.values())
+    pad = nn.functional.pad
+    return {
+        module: Pair(pad(A, (0, 0, 0, most - len(A))), pad(B * scaling, (0, most - len(A))), 1.0)
+        for module, (A, B, scaling) in pairs.items()
+    }
+
+
+def _layer(root: nn.Module, module: str) -> LoRALinear:
+    layer = root.get_submodule(module)
+    assert isinstance(layer, LoRALinear)
+    return layer
+
+
+# -- modules trained in full, and the configuration ---------------------------------------------------
+
+
+def _trained_states(root: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The states of the modules that PEFT will want from the file, by path.
+
+    PEFT compares the ends of strings: "classifier" names a ``pre_classifier`` too, whose weights are then
+    written as the base has them.
+    """
+    train = plan_of(root).train
+    paths = base_paths(root)
+    taken = sorted(path for path in paths if path.endswith(train)) if train else []
+    problems, states = [], {}
+    for path in taken:
+        module = paths[path]
+        if any(isinstance(each, LoRALinear) for each in module.modules()):
+            problems.append(f"{path}: it holds adapters, and PEFT would train it in full, going by its name")
+        elif any(path.startswith(f"{other}.") for other in taken):
+            problems.append(f"{path}: it lies inside another module that PEFT would train in full")
+        elif places(root, module) > 1:
+            problems.append(f"{path}: it is used in several places, of which PEFT would train one")
+        states[path] = (module.copy if isinstance(module, TrainedModule) else module).state_dict()
+    if problems:
+        raise ValueError("PEFT cannot keep these modules trained in full apart:\n  " + "\n  ".join(problems))
+    return states
+
+
+def _config(root: nn.Module, pairs: Mapping[str, Pair], trained: Sequence[str]) -> dict[str, Any]:
+    ranks = {module: pair.rank for module, pair in pairs.items()}
+    alphas = {module: pair.rank * pair.scaling for module, pair in pairs.items()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": _task(root, trained),
+        "base_model_name_or_path": getattr(root, "name_or_path", None) or None,
+        "inference_mode": True,
+        **peft_patterns(ranks, alphas),
+        "target_modules": sorted(pairs),
+        "modules_to_save": list(trained) or None,
+        "fan_in_fan_out": all(stored_transposed(_layer(root, module).base) for module in pairs),
+        "lora_dropout": plan_of(root).dropout,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+    }
+    if _adapted(root, PeftConfig.read(config)) != set(pairs):
+        # A path that another one ends with: only an expression names exactly these.
+        config["target_modules"] = "|".join(map(re.escape, sorted(pairs)))
+    return config
+
+
+def _adapted(root: nn.Module, config: PeftConfig) -> set[str]:
+    """The paths that PEFT would adapt."""
+    targets = config.targets
+    if isinstance(targets, str):
+        return {path for path in base_paths(root) if re.fullmatch(targets, path)}
+    return {path for path in base_paths(root) if config.adapts(path)}
+
+
+def _task(root: nn.Module, trained: Sequence[str]) -> str | None:
+    for ending, (task, heads) in TASKS.items():
+        if type(root).__name__.endswith(ending):
+            unasked = {path for path in base_paths(root) if heads and path.endswith(heads)}
+            return task if unasked <= set(trained) else None
+    return None
+
+
+# -- writing ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    """A folder to write to: it becomes ``path`` in the end, and disappears on an error."""
+    path = path.absolute()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: name a folder")
+    existing = next(each for each in (path, *path.parents) if each.is_dir())
+    folder = existing / f".{path.name}.{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+        if path.is_dir():
+            # Without a configuration in between, so that a crash leaves no mixture of two adapters.
+            (path / CONFIG).unlink(missing_ok=True)
+            os.replace(folder / TENSORS, path / TENSORS)
+            os.replace(folder / CONFIG, path / CONFIG)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_written(
+    folder: Path,
+    root: nn.Module,
+    exact: Mapping[Projection, Pair],
+    lossy: Mapping[str, Pair] | None,
+    trained: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, float]:
+    """The relative error of each ΔW in the files of ``folder``, by projection.
+
+    Raises ValueError where they say something else than the model, or than ``lossy`` where it is given.
+    """
+    contents = Contents.read(folder)
+    tensors = contents.tensors()
+    adapted = _adapted(root, contents.config)
+    saved = {path for path in base_paths(root) if contents.config.trains(path)}
+    if adapted != set(contents.layers) or saved != set(trained):
+        raise ValueError(
+            "the written configuration names other modules than the tensors: nothing was exported"
+        )
+    errors = {}
+    for p, true in exact.items():
+        rows = slice(*p.rows)
+        whole = tensors.pair(p.module)
+        read = whole._replace(B=whole.B[rows])
+        errors[p.name] = error = relative_distance(read, true)
+        if lossy is not None:
+            meant = lossy[p.module]
+            error = relative_distance(read, meant._replace(B=meant.B[rows]))
+        if not error <= TOLERANCE:
+            raise ValueError(
+                f"{p.name}: the written files give another ΔW ({error:.1e} off): nothing was exported"
+            )
+    for path, state in trained.items():
+        for name, tensor in tensors.state(path, state).items():
+            if not torch.equal(tensor, state[name].cpu()):
+                raise ValueError(f"{path}.{name}: the written files give another value: nothing was exported")
+    return errors

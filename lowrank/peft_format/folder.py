@@ -1,0 +1,147 @@
+"""What lies in a PEFT folder: a configuration, LoRA factors by module, and modules trained in full.
+
+It reads; what a model has to do with it is for `export` and `load` to say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.files import AdapterError, Entry, read_header, read_json, read_tensors
+from lowrank.layers.linear import LoRALinear
+from lowrank.layers.trained import TrainedModule
+from lowrank.peft_format.config import PeftConfig
+
+CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+
+# What the keys of PEFT features contain that are not supported.
+FEATURES = {
+    "lora_magnitude_vector": "DoRA (use_dora)",
+    "lora_embedding_": "an adapted embedding",
+    "lora_A.bias": "lora_bias",
+    "lora_B.bias": "lora_bias",
+    "base_layer": "a saved base weight, or a tensor that no Linear holds (target_parameters, attention)",
+}
+
+
+class Pair(NamedTuple):
+    """``ΔW = scaling · B·A`` of a whole weight: A ``(rank, in)``, B ``(out, rank)``."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A folder as its configuration and its tensors' header describe it; no tensor has been read.
+
+    Args:
+        layers: module path → "A" and "B" → what the header says of the factor.
+        others: the remaining tensors, by their names in the base model.
+    """
+
+    folder: Path
+    config: PeftConfig
+    layers: Mapping[str, Mapping[str, Entry]]
+    others: Mapping[str, Entry]
+
+    @classmethod
+    def read(cls, folder: Path) -> Contents:
+        """Raises AdapterError where the folder holds no plain LoRA adapter in safetensors."""
+        if not (folder / CONFIG).is_file():
+            ours = (folder / "adapter.json").exists()
+            hint = "; this is an adapter of lowrank's own: load_adapter(model, path)" if ours else ""
+            raise AdapterError(f"{folder} holds no {CONFIG}{hint}")
+        config = PeftConfig.read(read_json(folder / CONFIG))
+        if not (folder / TENSORS).is_file() and (folder / PICKLED).exists():
+            raise AdapterError(
+                f"{folder / PICKLED} is a pickle, which could run anything: "
+                "load it with PEFT and save it again, as safetensors"
+            )
+        layers: dict[str, dict[str, Entry]] = {}
+        others: dict[str, Entry] = {}
+        for key, entry in read_header(folder / TENSORS).items():
+            for part, feature in FEATURES.items():
+                if part in key:
+                    raise AdapterError(f"{folder}, {key}: {feature} is not supported")
+            if not key.startswith(PREFIX):
+                raise AdapterError(f"{folder}, {key!r}: PEFT's names start with {PREFIX}")
+            name = key.removeprefix(PREFIX)
+            factor = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name, re.DOTALL)
+            if factor:
+                layers.setdefault(factor[1], {})[factor[2]] = entry
+            else:
+                others[name] = entry
+        if not layers:
+            raise AdapterError(f"{folder} holds no LoRA factors")
+        return cls(folder, config, layers, others)
+
+    def tensors(self) -> Tensors:
+        """Reads everything; raises AdapterError where a number is not finite."""
+        read = read_tensors(self.folder / TENSORS)
+        for name, tensor in read.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise AdapterError(f"{self.folder}, {name}: holds NaN or Inf")
+        return Tensors(read, self.config)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a folder."""
+
+    read: Mapping[str, Tensor]
+    config: PeftConfig
+
+    def pair(self, path: str) -> Pair:
+        A, B = (self.read[f"{PREFIX}{path}.lora_{factor}.weight"] for factor in "AB")
+        return Pair(A, B, self.config.scaling(path))
+
+    def state(self, path: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state of the module at ``path``, with the names of ``like``."""
+        return {name: self.read[f"{PREFIX}{path}.{name}"] for name in like}
+
+
+def base_paths(model: nn.Module) -> dict[str, nn.Module]:
+    """Every path of the base model, a shared module at each of its places; ``model`` may be wrapped."""
+    paths: dict[str, nn.Module] = {}
+    _walk(model, "", paths)
+    return paths
+
+
+def _walk(module: nn.Module, path: str, paths: dict[str, nn.Module]) -> None:
+    inner = module.base if isinstance(module, (LoRALinear, TrainedModule)) else module
+    for name, child in inner._modules.items():
+        if child is not None:
+            paths[f"{path}{name}"] = child
+            _walk(child, f"{path}{name}.", paths)
+
+
+def places(model: nn.Module, module: nn.Module) -> int:
+    """In how many places ``module`` hangs in ``model``. PEFT would adapt it in one of them."""
+    return sum(child is module for parent in model.modules() for child in parent._modules.values())
+
+
+def relative_distance(one: Pair, other: Pair) -> float:
+    """``|ΔW₁ − ΔW₂| / |ΔW₂|`` in the Frobenius norm, in fp64 and without forming either."""
+
+    def norm(*terms: tuple[float, Pair]) -> float:
+        B = torch.cat([sign * pair.scaling * pair.B.double() for sign, pair in terms], 1)
+        A = torch.cat([pair.A.double() for _, pair in terms])
+        # Orthogonal factors do not change the norm, so the small triangular ones have it.
+        return float((torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T).norm())
+
+    difference, size = norm((1.0, one), (-1.0, other)), norm((1.0, other))
+    return difference / size if size else (0.0 if difference == 0 else float("inf"))

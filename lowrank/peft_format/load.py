@@ -1,0 +1,145 @@
+"""Adapts a model as a PEFT folder says.
+
+What it does not understand it refuses by name, before the model is touched. It needs no PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from lowrank.adapted import check_unwrapped, install, weight_shape
+from lowrank.files import FLOATS, AdapterError
+from lowrank.layers.adapter import Adapter
+from lowrank.layers.linear import master_dtype
+from lowrank.layers.trained import TrainedModule
+from lowrank.peft_format.folder import Contents, Pair, base_paths, places
+from lowrank.plan import Allocation, Plan
+from lowrank.projections import Projection, Role, find_projections
+from lowrank.wrap import check_layers
+
+
+def import_peft(model: nn.Module, path: str | Path) -> nn.Module:
+    """Adapts ``model`` in place as the PEFT folder ``path`` says, and returns it.
+
+    Both factors are trainable afterwards, in fp32. A fused weight gets one adapter over all its rows, as in
+    PEFT. A rank above min(in, out) is brought down to that, which changes ΔW by rounding only.
+
+    Raises:
+        AdapterError: the folder is missing or damaged, was made for another base (every mismatch is
+            listed), or uses a feature that is not supported (it is named). The model is untouched then.
+        ValueError: the model is wrapped already.
+    """
+    check_unwrapped(model)
+    contents = Contents.read(Path(path))
+    known = _whole_weights(model)
+    trained, problems = _trained(model, contents)
+    problems = _mismatches(model, contents, known) + problems
+    if problems:
+        raise AdapterError(f"{contents.folder} was made for another base:\n  " + "\n  ".join(problems))
+    projections = [p for path, p in known.items() if path in contents.layers]
+    try:
+        check_layers(model, projections, trained, contents.config.dropout)
+    except ValueError as error:
+        raise AdapterError(f"{contents.folder} cannot be put on this model: {error}") from error
+
+    tensors = contents.tensors()
+    allocations, adapters = {}, {}
+    for p in projections:
+        pair = _reduced(tensors.pair(p.module))
+        allocations[p] = Allocation(pair.rank, pair.scaling)
+        weight = model.get_submodule(p.module)._parameters["weight"]
+        assert weight is not None
+        state = {"A": pair.A.to(master_dtype(weight.dtype)), "B": pair.B.to(master_dtype(weight.dtype))}
+        adapters[p] = Adapter.from_state(state, pair.scaling, rows=p.rows).to(weight.device)
+    plan = Plan(allocations, dropout=contents.config.dropout, train=trained)
+    install(model, plan, adapters)
+    for name in trained:
+        module = model.get_submodule(name)
+        assert isinstance(module, TrainedModule)
+        module.copy.load_state_dict(tensors.state(name, module.copy.state_dict()))
+    return model
+
+
+def _whole_weights(model: nn.Module) -> dict[str, Projection]:
+    """The weights of the model's linear modules by path, each as one projection."""
+    wholes: dict[str, Projection] = {}
+    for p in find_projections(model):
+        if p.param == "weight" and p.module not in wholes:
+            rows, columns = weight_shape(model.get_submodule(p.module), "weight")
+            alone = p.rows == (0, rows)
+            wholes[p.module] = (
+                p if alone else Projection(p.module, "weight", (0, rows), Role.OTHER, columns, rows)
+            )
+    return wholes
+
+
+def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projection]) -> list[str]:
+    """A line for whatever of the factors does not fit the model or the configuration."""
+    config, problems = contents.config, []
+    for path, entries in contents.layers.items():
+        if path not in known:
+            problems.append(f"{path}: the model has no such linear module")
+            continue
+        rank, (out, columns) = config.rank(path), known[path].shape
+        wanted = {"A": (rank, columns), "B": (out, rank)}
+        shapes = {factor: entry.shape for factor, entry in sorted(entries.items())}
+        if shapes != wanted:
+            problems.append(f"{path}: its factors are {shapes}, not {wanted}")
+        elif any(entry.dtype not in FLOATS for entry in entries.values()):
+            problems.append(f"{path}: its factors are not floating point")
+        elif rank > 2 * (out + columns):
+            problems.append(
+                f"{path}: rank {rank} is far more than a weight of shape {(out, columns)} can use"
+            )
+        elif places(model, model.get_submodule(path)) > 1:
+            problems.append(f"{path}: it is used in several places, of which PEFT adapts one")
+        elif config.lists_targets and not config.adapts(path):
+            problems.append(f"{path}: target_modules does not name it, so PEFT would not adapt it")
+    if config.lists_targets:
+        absent = [path for path in known if config.adapts(path) and path not in contents.layers]
+        problems += [
+            f"{path}: target_modules names it, but the folder has no factors for it" for path in absent
+        ]
+    return problems
+
+
+def _trained(model: nn.Module, contents: Contents) -> tuple[list[str], list[str]]:
+    """Paths of the modules trained in full, and a line for whatever of them does not fit."""
+    problems = []
+    left = dict(contents.others)
+    paths = base_paths(model)
+    taken = [path for path in paths if contents.config.trains(path)]
+    for path in taken:
+        for name, tensor in paths[path].state_dict().items():
+            entry = left.pop(f"{path}.{name}", None)
+            if entry is None:
+                problems.append(f"{path}.{name}: modules_to_save names it, but it is not in the folder")
+            elif entry.shape != tuple(tensor.shape):
+                problems.append(f"{path}.{name}: its shape is {entry.shape}, not {tuple(tensor.shape)}")
+            elif (entry.dtype in FLOATS) != tensor.is_floating_point():
+                problems.append(f"{path}.{name}: its dtype is {entry.dtype}, not {tensor.dtype}")
+        if any(path.startswith(f"{other}.") for other in taken):
+            problems.append(f"{path}: it lies inside another module that modules_to_save names")
+        if any(layer == path or layer.startswith(f"{path}.") for layer in contents.layers):
+            problems.append(f"{path}: it is both adapted and trained in full")
+        if places(model, paths[path]) > 1:
+            problems.append(f"{path}: it is used in several places, of which PEFT trains one")
+    problems += [f"{name}: it is in the folder, but modules_to_save does not name it" for name in left]
+    return [path for path in taken if paths[path].state_dict()], problems
+
+
+def _reduced(pair: Pair) -> Pair:
+    """The same ΔW with a rank of at most min(in, out), in fp32 or better."""
+    A, B = (factor.float() if factor.dtype.itemsize < 4 else factor for factor in (pair.A, pair.B))
+    out, columns = B.shape[0], A.shape[1]
+    if pair.rank > min(out, columns):
+        product = B @ A
+        A, B = (
+            (product, product.new_ones(out).diag())
+            if out < columns
+            else (product.new_ones(columns).diag(), product)
+        )
+    return Pair(A.contiguous(), B.contiguous(), pair.scaling)
