@@ -6,7 +6,7 @@ Knows neither what the operator is nor what to do where it fails: it then says s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log10, sqrt
+from math import inf, log10, sqrt
 
 import torch
 from torch import Tensor
@@ -41,8 +41,9 @@ def leading(
     *,
     generator: torch.Generator,
     tolerance: float,
-    zero: float,
     blocks: int,
+    zero: float = 0.0,
+    infinite: float = inf,
 ) -> Leading | None:
     """The ``rank`` leading triplets; None if ``blocks`` blocks do not bring the angle down to ``tolerance``.
 
@@ -50,8 +51,8 @@ def leading(
     Baglama & Reichel 2005). It converges like block Krylov (Musco & Musco 1504.05477): at slow spectra in far
     fewer products than the power iterations of a randomized SVD (Halko, Martinsson & Tropp 0909.4061). A
     block is wider than ``rank``, so no multiplicity of singular values hides one. Singular values of at
-    most ``zero``·σ₁ count as zero: their vectors are orthonormal, and arbitrary. Residuals at rounding
-    level are accepted too: then only a tie is left undecided.
+    most ``zero``·σ₁, and those of at least ``infinite``, count as ties: their vectors are orthonormal, and
+    any will do. Residuals at rounding level are accepted too: then only a tie is left undecided.
     """
     out, into = operator.shape
     width = rank + OVERSAMPLING
@@ -79,7 +80,7 @@ def leading(
         squares, vectors = torch.linalg.eigh(core @ core.mT)
         values, vectors = squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
         residual = torch.linalg.vector_norm(block @ vectors[-width:].to(block), dim=0).cpu().double()
-        live = values[:rank] > zero * values[0]
+        live = (values[:rank] > zero * values[0]) & (values[:rank] < infinite)
         angle = _angle(values, residual, live, rounding)
         if angle <= tolerance or bool((residual[:rank][live] <= rounding * values[0]).all()):
             first = vectors[:, :rank]

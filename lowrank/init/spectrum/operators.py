@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import sqrt
 from typing import Protocol
 
 import torch
@@ -136,8 +137,9 @@ class Inverse:
     def __init__(self, matrix: Tensor) -> None:
         self.factors, self.pivots, info = torch.linalg.lu_factor_ex(matrix)
         pivots = self.factors.diagonal().abs()
-        if int(info) or float(pivots.min()) <= 1e-6 * float(pivots.max()):
+        if int(info) or float(pivots.min()) <= 1e-8 * float(pivots.max()):
             raise Singular("a pivot is zero or nearly so")
+        self.blind = 0.0  # singular values below it look like zero
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -153,6 +155,10 @@ class Inverse:
     def adjoint(self, columns: Tensor) -> Tensor:
         return torch.linalg.lu_solve(self.factors, self.pivots, columns)
 
+    def gram_inverse(self, columns: Tensor) -> Tensor:
+        """(WᵀW)⁻¹·X."""
+        return self.adjoint(self.forward(columns))
+
 
 class InverseRoot:
     """``L⁻¹``, where ``L·Lᵀ = WᵀW + δ``: its right singular vectors are W's, in reverse order.
@@ -163,7 +169,9 @@ class InverseRoot:
     def __init__(self, matrix: Tensor) -> None:
         gram = matrix.mT @ matrix
         diagonal = gram.diagonal()
-        diagonal += 4 * torch.finfo(gram.dtype).eps * diagonal.sum()
+        shift = 4 * torch.finfo(gram.dtype).eps * float(diagonal.sum())
+        diagonal += shift
+        self.blind = 2 * sqrt(shift)
         self.factor, info = torch.linalg.cholesky_ex(gram)
         if int(info):
             raise Singular("WᵀW is not positive, to the precision at hand")
@@ -181,6 +189,10 @@ class InverseRoot:
 
     def adjoint(self, columns: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.factor.mT, columns, upper=True)
+
+    def gram_inverse(self, columns: Tensor) -> Tensor:
+        """(WᵀW + δ)⁻¹·X."""
+        return self.adjoint(self.forward(columns))
 
 
 @contextmanager

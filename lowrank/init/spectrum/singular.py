@@ -82,8 +82,8 @@ def _krylov(question: Question, dtype: torch.dtype, generator: torch.Generator) 
         question.rank,
         generator=generator,
         tolerance=question.tolerance,
-        zero=question.rounding,
         blocks=KRYLOV_BLOCKS,
+        zero=question.rounding,
     )
     if found is None:
         return None
@@ -93,40 +93,37 @@ def _krylov(question: Question, dtype: torch.dtype, generator: torch.Generator) 
 def _inverse(question: Question, generator: torch.Generator) -> Triplets | None:
     """The bottom of W is the top of its inverse."""
     tall = question.upright(torch.float64)
-    operator = _inverted(tall)
-    if operator is None:
-        return None
-    found = leading(
-        operator,
-        question.rank,
-        generator=generator,
-        tolerance=question.tolerance,
-        zero=0.0,
-        blocks=INVERSE_BLOCKS,
-    )
-    if found is None:
-        return None
-    answer = _answer(
-        question,
-        tall,
-        # The little that V holds of W's largest directions weighs most in W·V: half a step more removes it.
-        torch.linalg.qr(operator.adjoint(found.U)).Q,
-        neighbour=1 / found.following if found.following else inf,
-        largest=frobenius(tall) / sqrt(tall.shape[1]),
-        solve=lambda columns: operator.adjoint(operator.forward(columns)),
-    )
-    # Wedin's bound is far from sharp where most other values are much larger: it only guards the inverse.
-    good = (answer.angle <= 0.1 or answer.rounded) and not bool(answer.stray.any())
-    return answer.triplets("inverse", found.angle) if good else None
+    largest = frobenius(tall) / sqrt(tall.shape[1])  # at most σ₁
+    for operator in _inverses(tall):
+        nothing = max(operator.blind, torch.finfo(question.dtype).eps * largest)
+        found = leading(
+            operator,
+            question.rank,
+            generator=generator,
+            tolerance=question.tolerance,
+            blocks=INVERSE_BLOCKS,
+            infinite=1 / nothing if nothing else inf,
+        )
+        if found is None:
+            return None
+        # The little that V holds of W's largest directions weighs most in W·V: a step more removes it.
+        basis = torch.linalg.qr(operator.adjoint(found.U)).Q
+        basis = torch.linalg.qr(operator.adjoint(operator.forward(basis))).Q
+        neighbour = 1 / found.following if found.following else inf
+        answer = _answer(question, tall, basis, neighbour, largest, operator.gram_inverse)
+        # Wedin's bound is far from sharp where most other values are much larger: it guards the inverse.
+        if (answer.angle <= 0.1 or answer.rounded) and not bool(answer.stray.any()):
+            return answer.triplets("inverse", found.angle)
+    return None
 
 
-def _inverted(tall: Tensor) -> Inverse | InverseRoot | None:
+def _inverses(tall: Tensor) -> Iterator[Inverse | InverseRoot]:
+    """Operators with W's singular vectors and inverse singular values, the faster and sharper one first."""
     if tall.shape[0] == tall.shape[1]:
         with suppress(Singular):
-            return Inverse(tall)
+            yield Inverse(tall)
     with suppress(Singular):
-        return InverseRoot(tall)
-    return None
+        yield InverseRoot(tall)
 
 
 def _gram(question: Question, dtype: torch.dtype, *, top: bool) -> Triplets | None:
@@ -136,14 +133,13 @@ def _gram(question: Question, dtype: torch.dtype, *, top: bool) -> Triplets | No
     squares = squares.clamp_min(0)
     others = squares[:-k].flip(0) if top else squares[k:]
     shifted = squares + 4 * torch.finfo(dtype).eps * squares.sum()
-    answer = _answer(
-        question,
-        tall,
-        vectors[:, -k:] if top else vectors[:, :k],
-        neighbour=sqrt(float(others[0])) if len(others) else None,
-        largest=sqrt(float(squares[-1])),
-        solve=lambda columns: vectors @ ((vectors.mT @ columns) / shifted[:, None]),
-    )
+    basis = vectors[:, -k:] if top else vectors[:, :k]
+    neighbour = sqrt(float(others[0])) if len(others) else None
+
+    def gram_inverse(columns: Tensor) -> Tensor:
+        return vectors @ ((vectors.mT @ columns) / shifted[:, None])
+
+    answer = _answer(question, tall, basis, neighbour, sqrt(float(squares[-1])), gram_inverse)
     good = (answer.angle <= question.tolerance or answer.rounded) and not bool(answer.stray.any())
     return answer.triplets("gram") if good else None
 
@@ -160,12 +156,11 @@ def _answer(
     question: Question,
     tall: Tensor,
     basis: Tensor,
-    *,
     neighbour: float | None,
     largest: float,
-    solve: Callable[[Tensor], Tensor],
+    gram_inverse: Callable[[Tensor], Tensor],
 ) -> Answer:
-    """The triplets of ``tall`` whose right vectors span ``basis``; ``solve`` applies an inverse of MᵀM."""
+    """The triplets of ``tall`` whose right vectors span ``basis``."""
     Q, R = torch.linalg.qr(tall @ basis)
     P, S, Zh = torch.linalg.svd(R)
     answer = Answer(question, tall, Q @ P, S, basis @ Zh.mT, neighbour, largest)
@@ -174,5 +169,5 @@ def _answer(
         return answer
     left = answer.U[:, stray]  # M·v = 0 says nothing of u, so remove from u what Mᵀ does not send to zero
     for _ in range(2):
-        left = torch.linalg.qr(left - tall @ solve(tall.mT @ left)).Q
+        left = torch.linalg.qr(left - tall @ gram_inverse(tall.mT @ left)).Q
     return replace(answer, U=answer.U.index_copy(1, stray.nonzero().squeeze(1), left))
