@@ -435,7 +435,7 @@ FROM_PEFT: dict[str, tuple[str, dict[str, Any]]] = {
             "target_modules": ["q_proj", "k_proj", "up_proj", "o_proj"],
             "r": 2,
             "lora_alpha": 3,
-            "rank_pattern": {"layers.0.self_attn.q_proj": 5, "q_proj": 3, r"layers\.\d+\.mlp\.(up|x)_proj": 4},
+            "rank_pattern": {"layers.0.self_attn.q_proj": 5, "q_proj": 3, r"layers\.\d\.mlp\.(up|x)_proj": 4},
             "alpha_pattern": {"^model.layers.1.self_attn.k_proj": 0.5, "layers.0.*q_proj": 50, "q_proj": 7},
         },
     ),

@@ -80,6 +80,23 @@ class TorchEncoder(nn.Module):
         return hf.modeling_outputs.SequenceClassifierOutput(loss=loss, logits=logits)
 
 
+class TorchTransformer(nn.Module):
+    """`nn.Transformer`: an encoder with a fast path, a decoder without, and attention across them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 32)
+        self.transformer = nn.Transformer(32, 4, 2, 2, 48, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(32, VOCABULARY)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        x = self.embed(input_ids)
+        causal = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+        logits = self.head(self.transformer(x, x, tgt_mask=causal))
+        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return hf.modeling_outputs.SequenceClassifierOutput(loss=loss, logits=logits)
+
+
 class Perceptron(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -245,6 +262,10 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tenso
     "torch_encoder": (
         TorchEncoder,
         lambda seed=0: {"input_ids": _text(seed)["input_ids"], "labels": _classes(seed)},
+    ),
+    "torch_transformer": (
+        TorchTransformer,
+        lambda seed=0: {key: _language(seed)[key] for key in ("input_ids", "labels")},
     ),
     "perceptron": (
         Perceptron,

@@ -1,0 +1,186 @@
+"""Every family, all the way: wrap, train, save, reload, export where PEFT can hold it, and generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowrank
+from lowrank import Policy, presets
+from lowrank.projections import Role
+from tests import zoo
+
+PHI3 = {"qkv_proj": {"query": 32, "key": 16, "value": 16}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a family needs beside "all-linear", and what of it PEFT can hold."""
+
+    exclude: tuple[str, ...] = ()
+    fused: Any = None
+    train: tuple[str, ...] = ()
+    not_for_peft: tuple[str, ...] = ()  # left out for the export
+    why: str = ""  # what the refusal says of them
+
+    def policy(self, family: str, preset: Any = presets.lora, **options: Any) -> Policy:
+        chosen = {"rank": 2, "exclude": self.exclude, "train": self.train, "fused": self.fused or {}}
+        return preset(**{**chosen, **options})
+
+
+HEAD = Case(train=("classifier",))
+BY_WEIGHT = "its weight is read without a call"
+CASES: dict[str, Case] = {
+    **dict.fromkeys(zoo.FAMILIES, Case()),
+    **dict.fromkeys(["bert", "minilm", "roberta", "distilbert", "deberta", "vit"], HEAD),
+    "phi3": Case(fused=PHI3),
+    "neox": Case(exclude=("query_key_value",)),
+    "mixtral": Case(not_for_peft=("experts",), why=BY_WEIGHT),
+    "mamba": Case(not_for_peft=("x_proj", "dt_proj", "out_proj"), why=BY_WEIGHT),
+    "torch_encoder": Case(train=("head",), not_for_peft=("encoder",), why=BY_WEIGHT),
+    "torch_transformer": Case(
+        train=("head",), not_for_peft=("encoder", "self_attn", "multihead_attn"), why=BY_WEIGHT
+    ),
+}
+
+
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        output = model(**batch)
+    return output.logits if hasattr(output, "logits") else output.logits_per_image
+
+
+def wrapped(family: str, **options: Any) -> nn.Module:
+    return lowrank.wrap_model(zoo.build(family), CASES[family].policy(family, **options), progress=False)
+
+
+def perturb(model: nn.Module) -> nn.Module:
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in lowrank.adapter_parameters(model):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return model
+
+
+@pytest.mark.parametrize("preset", [presets.lora, presets.ailora], ids=["lora", "ailora"])
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_wrap_train_save_and_reload(family: str, preset: Any, tmp_path: Path) -> None:
+    roles = {p.role for p in lowrank.find_projections(zoo.build(family), CASES[family].fused)}
+    if preset is presets.ailora and not {Role.QUERY, Role.VALUE} <= roles:
+        with pytest.raises(ValueError, match="target='query' matches no projection"):
+            wrapped(family, preset=preset, exclude=())
+        return
+    batch, exclude = zoo.batch(family), CASES[family].exclude if preset is presets.lora else ()
+    base = zoo.build(family)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    plain = logits(base, batch)
+    model = lowrank.wrap_model(base, CASES[family].policy(family, preset, exclude=exclude), progress=False)
+    assert torch.equal(logits(model, batch), plain)
+
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(2):  # the first step moves only one factor of a pair
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    model.eval()
+    trained = logits(model, batch)
+    assert losses[1] != losses[0] and not torch.equal(trained, plain)
+    for adapter in lowrank.adapted.adapters_of(model).values():
+        assert adapter.product().isfinite().all()
+
+    lowrank.save_adapter(model, tmp_path)
+    again = lowrank.load_adapter(zoo.build(family), tmp_path)
+    assert torch.equal(logits(again, batch), trained)
+
+    lowrank.unwrap(model)
+    assert torch.equal(logits(model, batch), plain)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(logits(lowrank.merge(again), batch), trained, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_export_and_import(family: str, tmp_path: Path) -> None:
+    case, batch = CASES[family], zoo.batch(family)
+    if case.why:
+        with pytest.raises(ValueError, match=case.why) as raised:
+            lowrank.export_peft(perturb(wrapped(family)), tmp_path / "peft")
+        assert all(
+            any(name in line for name in case.not_for_peft) for line in str(raised.value).splitlines()[1:]
+        )
+        assert not (tmp_path / "peft").exists()
+        if family == "torch_encoder":  # all of it is
+            return
+    model = perturb(wrapped(family, exclude=case.exclude + case.not_for_peft))
+    assert lowrank.export_peft(model, tmp_path / "peft").error < 1e-6
+    again = lowrank.import_peft(zoo.build(family), tmp_path / "peft")
+    torch.testing.assert_close(logits(again, batch), logits(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_interleaved_heads_are_refused_with_the_reason() -> None:
+    for target in ("all-linear", "query", "query_key_value"):
+        with pytest.raises(ValueError, match=r"interleaves query, key and value head by head.*exclude="):
+            lowrank.wrap_model(zoo.build("neox"), presets.lora(rank=2, target=target))
+
+
+def test_rows_that_a_shape_does_not_tell_are_asked_for() -> None:
+    with pytest.raises(ValueError, match=r'Policy.fused=\{"qkv_proj": \{"query": rows'):
+        lowrank.wrap_model(zoo.build("phi3"), presets.lora(rank=2))
+
+
+# -- generation ---------------------------------------------------------------------------------------
+
+GENERATING = [
+    "llama", "tied_llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi", "phi3", "opt", "gpt2",
+    "neox", "falcon", "mixtral", "mamba", "t5",
+]  # fmt: skip
+LENGTH = 10
+
+
+def generated(model: nn.Module, family: str, **options: Any) -> tuple[Tensor, Tensor]:
+    """Greedy tokens ``(batch, LENGTH)`` and their scores ``(LENGTH, batch, vocabulary)``."""
+    batch = zoo.batch(family)
+    prompt = {
+        "input_ids": batch["input_ids"]
+    }  # the same length for all: padding on the right is not for generation
+    with torch.random.fork_rng():
+        output: Any = model.generate(
+            **prompt,
+            attention_mask=torch.ones_like(prompt["input_ids"]),
+            max_new_tokens=LENGTH,
+            min_new_tokens=LENGTH,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **options,
+        )
+    return output.sequences[:, -LENGTH:], torch.stack(output.scores)
+
+
+@pytest.mark.parametrize("family", GENERATING)
+def test_generation_with_a_cache(family: str) -> None:
+    # Frozen beforehand: for strided inputs PyTorch multiplies a weight that requires grad in another order.
+    model = zoo.build(family).requires_grad_(False)
+    tokens, scores = generated(model, family)
+    lowrank.wrap_model(model, CASES[family].policy(family, presets.pissa), progress=False)
+    same, same_scores = generated(model, family)
+    assert torch.equal(same, tokens) and torch.equal(same_scores, scores), "an untrained adapter changed it"
+
+    perturb(model)
+    tokens, scores = generated(model, family)
+    assert not torch.allclose(scores, same_scores, atol=1e-3)
+    assert torch.equal(generated(model, family, use_cache=False)[0], tokens), "the cache changed it"
+    if family == "tied_llama":
+        assert not any("lm_head" in p.module for p in lowrank.plan_of(model))
+    merged, merged_scores = generated(lowrank.merge(model), family)
+    assert torch.equal(merged, tokens)
+    torch.testing.assert_close(merged_scores, scores, rtol=1e-3, atol=1e-3)
