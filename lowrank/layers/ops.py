@@ -6,13 +6,12 @@ Plain tensors in, a plain tensor out. It knows no module and no model, owns no p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lowrank.layers.product import LowRankProduct
 
 
 class Block(NamedTuple):
@@ -88,10 +87,9 @@ def _apply(
 ) -> Tensor:
     mask = _mask(x, dropout) if dropout > 0 else None
     # What dropout keeps is to weigh more: the scaling does that, and no pass over x has to.
-    scalings = tuple(block.scaling / (1 - dropout) for block in blocks)
-    rows = tuple(block.rows for block in blocks)
-    factors = [factor for block in blocks for factor in (block.A, block.B, block.A0, block.B0)]
-    return _LoRA.apply(x, y, weight, bias, mask, rows, scalings, *factors)
+    spans = [(*block.rows, block.scaling / (1 - dropout)) for block in blocks]
+    factors = [factor for _, A, B, _, A0, B0 in blocks for factor in (A, B, A0, B0)]
+    return LowRankProduct.apply(x, y, weight, bias, mask, spans, *factors)
 
 
 def _mask(x: Tensor, dropout: float) -> Tensor:
@@ -102,140 +100,6 @@ def _mask(x: Tensor, dropout: float) -> Tensor:
     # bernoulli_ draws one number an entry; here each draw makes four, to the nearest 1/65536.
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     return draws.view(torch.int16)[: x.numel()].view(shape) >= round(dropout * 2**16) - 2**15
-
-
-def _blocks(rows: Sequence[tuple[int, int]], scalings: Sequence[float], factors: Sequence) -> list[Block]:
-    """The blocks again, of what `_apply` made of them: autograd sees only tensors that are arguments."""
-    return [
-        Block(span, A, B, scaling, A0, B0)
-        for span, scaling, A, B, A0, B0 in zip(
-            rows, scalings, factors[::4], factors[1::4], factors[2::4], factors[3::4], strict=True
-        )
-    ]
-
-
-def _width(block: Block) -> int:
-    return block.A.shape[0] * (1 if block.A0 is None else 2)
-
-
-def _down(blocks: Sequence[Block], dtype: torch.dtype) -> Tensor:
-    """All that x is multiplied by, ``(Σ width, in)``: A, or ``[A0 + A; A]`` beside an anchor."""
-    parts = [p for b in blocks for p in ((b.A,) if b.A0 is None else (b.A0 + b.A, b.A))]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
-
-
-def _up(block: Block, dtype: torch.dtype) -> Tensor:
-    """What multiplies the block's columns of S, ``(rows, width)``: B, or ``[B, B0]`` beside an anchor."""
-    return (block.B if block.B0 is None else torch.cat((block.B, block.B0), 1)).to(dtype)
-
-
-def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """``alpha·a·b``: with beta = 0 the scale rides along, where mm and mul_ would be two passes."""
-    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
-
-
-def _accumulate(C: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    """``C += alpha·a·b`` in place, compiled or not."""
-    if torch.compiler.is_compiling():
-        _addmm_(C, a, b, alpha)
-    else:
-        C.addmm_(a, b, alpha=alpha)
-
-
-# The compiler makes addmm_ functional, and then copies all of C; an operation of ours it leaves in place.
-@torch.library.custom_op("lowrank::addmm_", mutates_args={"C"})
-def _addmm_(C: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    C.addmm_(a, b, alpha=alpha)
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
-
-
-_FACTORS = 7  # where they begin among the arguments of _LoRA
-
-
-class _LoRA(torch.autograd.Function):
-    """The product, and a backward that does each product once and keeps no more than it must."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        base: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        rows: tuple[tuple[int, int], ...],
-        scalings: tuple[float, ...],
-        *factors: Tensor | None,
-    ) -> Tensor:
-        blocks = _blocks(rows, scalings, factors)
-        y = base.clone() if weight is None else F.linear(x, weight, bias)  # type: ignore[union-attr]
-        y = y.contiguous()
-        y2, x2 = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        S = (x2 if mask is None else x2 * mask) @ _down(blocks, x.dtype).t()
-        for block, part in zip(blocks, S.split([_width(b) for b in blocks], 1), strict=True):
-            _accumulate(y2[:, slice(*block.rows)], part, _up(block, x.dtype).t(), block.scaling)
-
-        needs = ctx.needs_input_grad
-        needs_A, needs_B = any(needs[_FACTORS::4]), any(needs[_FACTORS + 1 :: 4])
-        ctx.rows, ctx.scalings, ctx.shape = rows, scalings, x.shape
-        ctx.save_for_backward(
-            x if needs_A or needs[2] else None,
-            weight if needs[0] else None,
-            mask if needs_A or needs[0] else None,
-            S if needs_B else None,
-            *factors,
-        )
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        device = dY.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            return _backward(ctx, dY)
-
-
-def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, mask, S, *factors = ctx.saved_tensors
-    needs_x, needs_base, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-    needs_A, needs_B = ctx.needs_input_grad[_FACTORS::4], ctx.needs_input_grad[_FACTORS + 1 :: 4]
-    blocks = _blocks(ctx.rows, ctx.scalings, factors)
-    ranks, widths = [b.A.shape[0] for b in blocks], [_width(b) for b in blocks]
-    dy = dY.reshape(-1, dY.shape[-1]).contiguous()
-    dys = [dy[:, slice(*b.rows)] for b in blocks]
-    x2 = None if x is None else x.reshape(-1, x.shape[-1])
-    dX = None
-    dFactors: list[Tensor | None] = [None] * len(factors)
-
-    if any(needs_B):
-        for i, part in enumerate(S.split(widths, 1)):
-            if needs_B[i]:
-                # (Sᵀ·dY)ᵀ, not dYᵀ·S: the same numbers, but it reads dY along its rows.
-                dB = _product(part[:, : ranks[i]].t(), dys[i], blocks[i].scaling).t()
-                dFactors[4 * i + 1] = dB.to(blocks[i].B.dtype).contiguous()
-    if needs_x or any(needs_A):
-        parts = [_product(d, _up(b, dy.dtype), b.scaling) for b, d in zip(blocks, dys, strict=True)]
-        dS = _join(parts)
-    if any(needs_A):
-        # Beside an anchor A meets x twice, in A0 + A and in A, and its gradient is the sum.
-        sums = [d if d.shape[1] == r else d[:, :r] + d[:, r:] for d, r in zip(parts, ranks, strict=True)]
-        dA = (dS if ranks == widths else _join(sums)).t() @ (x2 if mask is None else x2 * mask)
-        for i, part in enumerate(dA.split(ranks)):
-            if needs_A[i]:
-                dFactors[4 * i] = part.to(blocks[i].A.dtype)
-    if needs_x:
-        dX = dS @ _down(blocks, dy.dtype)
-        if mask is not None:
-            dX.mul_(mask)
-        if weight is not None:
-            _accumulate(dX, dy, weight, 1.0)  # the large product onto the small one: no pass of its own
-        dX = dX.view(ctx.shape)
-    dW = dy.t() @ x2 if needs_weight else None
-    db = dy.sum(0) if needs_bias else None
-    return dX, dY if needs_base else None, dW, db, None, None, None, *dFactors
 
 
 def _check(x: Tensor, out_features: int, in_features: int, blocks: Sequence[Block], dropout: float) -> None:

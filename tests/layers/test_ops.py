@@ -202,9 +202,9 @@ class Count(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("frozen", "forward", "backward"),
     [
-        ("", {"mm": 2, "addmm_": 1}, {"new_empty": 2, "addmm_": 3, "mm": 2, "clone": 1}),
-        ("A", {"mm": 2, "addmm_": 1}, {"new_empty": 2, "addmm_": 3, "mm": 1, "clone": 1}),
-        ("x", {"mm": 2, "addmm_": 1}, {"new_empty": 2, "addmm_": 2, "mm": 1, "clone": 1}),
+        ("", {"mm": 2, "addmm_": 1}, {"new_empty": 2, "addmm_": 3, "mm": 2, "empty_like": 1, "copy_": 1}),
+        ("A", {"mm": 2, "addmm_": 1}, {"new_empty": 2, "addmm_": 3, "mm": 1, "empty_like": 1, "copy_": 1}),
+        ("x", {"mm": 2, "addmm_": 1}, {"new_empty": 2, "addmm_": 2, "mm": 1, "empty_like": 1, "copy_": 1}),
         ("AB", {"mm": 2, "addmm_": 1}, {"new_empty": 1, "addmm_": 2, "mm": 1}),
     ],
 )
