@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from lowrank.init.spectrum.operators import Operator, frobenius
 
 OVERSAMPLING = 8  # columns of a block beyond the rank; a basis is several blocks wide
-BLOCKS = 6  # a basis of so many blocks is compressed to its leading vectors
+BLOCKS = 8  # a basis of so many blocks is compressed to its leading vectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,22 +59,23 @@ def leading(
     limit = min(BLOCKS * width, out, into)
     like = operator.like
     rounding = torch.finfo(like.dtype).eps * sqrt(out + into)  # of a product, as a share of σ₁
-    left, right = like.new_empty(out, 0), like.new_empty(into, 0)
+    lefts, rights = like.new_empty(out, limit), like.new_empty(into, limit)  # filled from the left
     core = torch.empty(0, 0, dtype=torch.float64, device="cpu")  # M·right = left·core
     block, due = _random(like, into, width, generator), 3
     size = frobenius(block)
 
     for step in range(1, blocks + 1):
-        fresh = _extension(right, block, size, generator)
+        known, count = len(core), len(core) + width
+        right, left = rights[:, :count], lefts[:, :count]
+        fresh = right[:, known:] = _extension(right[:, :known], block, size, generator)
         image = operator.forward(fresh)
-        answer = _extension(left, image, frobenius(image), generator)
-        left, right = torch.cat([left, answer], 1), torch.cat([right, fresh], 1)
+        answer = left[:, known:] = _extension(left[:, :known], image, frobenius(image), generator)
         core = torch.cat([pad(core, (0, 0, 0, width)), (left.mT @ image).cpu().double()], 1)
         block = operator.adjoint(answer)
         size = frobenius(block)
         block = block - right @ (right.mT @ block)  # Mᵀ·left = right·coreᵀ + [0, block]
 
-        full = right.shape[1] + width > limit
+        full = count + width > limit
         if step < due and not full:
             continue
         squares, vectors = torch.linalg.eigh(core @ core.mT)
@@ -96,9 +97,13 @@ def leading(
                 return None  # a spectrum too wide for this dtype: more steps would not help
         due = step + max(1, min(3, int(log10(max(angle, tolerance) / tolerance))))
         if full:
-            first = vectors[:, : rank + width // 2]
-            right, left = right @ _partners(core, first).to(right), left @ first.to(left)
-            core = torch.diag(values[: first.shape[1]])
+            kept = rank + width // 2
+            first = vectors[:, :kept]
+            rights[:, :kept], lefts[:, :kept] = (
+                right @ _partners(core, first).to(right),
+                left @ first.to(left),
+            )
+            core = torch.diag(values[:kept])
     return None
 
 

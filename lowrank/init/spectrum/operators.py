@@ -19,8 +19,12 @@ NARROW = 60
 
 
 def frobenius(matrix: Tensor) -> float:
-    """‖M‖_F, summed in fp64; not finite if M is not."""
-    return float(torch.linalg.vector_norm(matrix.detach(), dtype=torch.float64))
+    """‖M‖_F to fp32 or better; not finite if M is not."""
+    rows = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.promote_types(matrix.dtype, torch.float32))
+    norm = float(torch.linalg.vector_norm(rows.double()))
+    if 1e-12 < norm < 1e12:
+        return norm
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))  # slower, but safe for squares
 
 
 class Operator(Protocol):

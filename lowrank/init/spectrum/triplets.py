@@ -53,7 +53,7 @@ class Question:
             raise ValueError(f"singular triplets need floating-point numbers (dequantize first): {dtypes}")
         if not 1 <= rank <= min(shape):
             raise ValueError(f"rank {rank} is out of range for a matrix {shape}: 1 to {min(shape)}")
-        if not all(isfinite(frobenius(part)) for part in operator.parts):
+        if not all(isfinite(frobenius(part.detach())) for part in operator.parts):
             raise ValueError(f"NaN or Inf in a matrix {shape}: it has no singular values")
         with full_precision(operator.like.device):
             operator = operator.to(torch.float64 if torch.float64 in dtypes else torch.float32)
