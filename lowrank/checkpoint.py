@@ -175,6 +175,11 @@ def _plan_problems(model: nn.Module, plan: Plan) -> list[str]:
         if p.rows[0] < rows.get((p.module, p.param), 0):
             problems.append(f"{p.name}: its rows {p.rows} belong to another one too")
         rows[p.module, p.param] = p.rows[1]
+    problems += [
+        f"{p.name}: scaling {plan[p].scaling}" for p in plan.adapted if not abs(plan[p].scaling) < 1e30
+    ]
+    if not 0 <= plan.dropout < 1:
+        problems.append(f"dropout {plan.dropout} is not between 0 and 1")
     paths = {path for path, _ in model.named_modules() if path}
     for name in plan.train:
         inside = [
@@ -248,7 +253,7 @@ def _weight_problems(model: nn.Module, plan: Plan, saved: Mapping[str, Any]) -> 
     problems = []
     for p in plan.adapted:
         here, there = _fingerprint(model.get_submodule(p.module), p), saved[p.name]
-        a, b = torch.tensor(here["sample"]), torch.tensor(there["sample"])
+        a, b = (torch.tensor([float(value) for value in each["sample"]]) for each in (here, there))
         if a.shape != b.shape:
             problems.append(f"{p.name}: its fingerprint has {len(b)} samples, not {len(a)}")
             continue

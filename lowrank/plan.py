@@ -188,11 +188,14 @@ class Plan(Mapping[Projection, Allocation]):
                 costs[p] = _typed(row["cost"], int)
                 if "energy" in row:
                     energies[p] = float(_typed(row["energy"], (int, float)))
+            init = _decode(data["init"])
+            if init is not None and not hasattr(init, "needs"):
+                raise ValueError(f"{init!r:.80} is no initializer")
             return cls(
                 allocations,
                 costs=costs,
                 budget=None if data["budget"] is None else _typed(data["budget"], int),
-                init=_decode(data["init"]),
+                init=init,
                 dropout=float(_typed(data["dropout"], (int, float))),
                 train=[_typed(name, str) for name in data["train"]],
                 seed=_typed(data["seed"], int),
