@@ -17,7 +17,8 @@ from lowrank.peft_format import PeftExport, export_peft, import_peft
 from lowrank.plan import Allocation, Plan
 from lowrank.policy import Policy
 from lowrank.projections import Projection, Role, find_projections
-from lowrank.wrap import plan_model, wrap_model
+from lowrank.statistics import Statistics
+from lowrank.wrap import measure, plan_model, wrap_model
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "Policy",
     "Projection",
     "Role",
+    "Statistics",
     "adapted_layers",
     "adapter_parameters",
     "allocate",
@@ -43,6 +45,7 @@ __all__ = [
     "layers",
     "load_adapter",
     "lora_linear",
+    "measure",
     "merge",
     "plan_model",
     "plan_of",

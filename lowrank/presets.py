@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowrank.allocate import Sensitivity
-from lowrank.init import ByRole, Kaiming, Minor, Orthogonal, Principal, TaskAligned
+from lowrank.allocate import ExplainedVariance, Sensitivity
+from lowrank.init import (
+    ActivationPrincipal,
+    ByRole,
+    CovarianceOriented,
+    GradientAligned,
+    Kaiming,
+    Minor,
+    Orthogonal,
+    Principal,
+    TaskAligned,
+)
 from lowrank.policy import Policy
 from lowrank.projections import Role
 
@@ -42,6 +52,31 @@ def tlora(**overrides: Any) -> Policy:
     Needs calibration batches; the authors use 256 training examples.
     """
     return _policy({"init": TaskAligned(), "allocate": Sensitivity()}, overrides)
+
+
+def eva(**overrides: Any) -> Policy:
+    """EVA (2410.07170): A from the inputs' principal directions, and rank where they explain most.
+
+    Needs calibration batches, without labels.
+    """
+    return _policy({"init": ActivationPrincipal(), "allocate": ExplainedVariance()}, overrides)
+
+
+def corda(**overrides: Any) -> Policy:
+    """CorDA (2406.05223), instruction-previewed.
+
+    With ``init=CovarianceOriented(preserve=True)`` it preserves what the batches ask instead.
+    Needs calibration batches, without labels.
+    """
+    return _policy({"init": CovarianceOriented()}, overrides)
+
+
+def lora_ga(**overrides: Any) -> Policy:
+    """LoRA-GA (2407.05000): the first step follows the gradient of the whole weight.
+
+    Needs calibration batches with labels.
+    """
+    return _policy({"init": GradientAligned()}, overrides)
 
 
 def _policy(defaults: dict[str, Any], overrides: dict[str, Any]) -> Policy:

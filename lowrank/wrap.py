@@ -6,7 +6,7 @@ All or nothing: whatever can go wrong goes wrong before the model is touched.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,18 +16,15 @@ from tqdm import tqdm
 
 from lowrank.adapted import check_unwrapped, install, make_adapter, on_weight, projection_problems
 from lowrank.batches import Loss, Mask
-from lowrank.calibrate import calibrate
 from lowrank.init import Factors, Initializer, Kaiming
 from lowrank.init.base import frozen_factors
 from lowrank.layers.adapter import Adapter
+from lowrank.measure import MATRICES, Source
 from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.projections import Projection
-from lowrank.statistics import ProjectionStatistics
+from lowrank.statistics import ProjectionStatistics, Statistics
 from lowrank.targets import select, trained_modules
-
-Statistics = Mapping[Projection, ProjectionStatistics]
-
 
 # -- planning -----------------------------------------------------------------------------------------
 
@@ -39,6 +36,7 @@ def plan_model(
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
     mask: Mask | None = None,
+    statistics: Statistics | None = None,
     progress: bool = True,
 ) -> Plan:
     """The plan that ``policy`` makes for ``model``. Touches nothing.
@@ -47,23 +45,35 @@ def plan_model(
         batches: calibration batches; needed where the policy's allocator measures something.
         loss: ``loss(model, batch) -> scalar``; by default the ``.loss`` of the model's output.
         mask: ``mask(batch) -> (batch, tokens)`` bool; by default the batch's ``attention_mask``.
+        statistics: what was measured before, by `measure`; only what it lacks is measured.
         progress: show a bar where calibration takes more than two seconds.
 
     Raises:
         ValueError: the policy does not fit the model, or statistics are needed and there are none.
     """
-    return _plan(model, policy, policy.allocate.needs, batches, loss, mask, progress)[0]
+    source = Source(batches, loss, mask, statistics, progress=progress)
+    return _plan(model, policy, source, frozenset())[0]
 
 
-def _plan(
+def measure(
     model: nn.Module,
     policy: Policy,
-    needs: frozenset[str],
-    batches: Iterable[Any] | None,
-    loss: Loss | None,
-    mask: Mask | None,
-    progress: bool,
-) -> tuple[Plan, Statistics | None]:
+    batches: Iterable[Any] | None = None,
+    *,
+    loss: Loss | None = None,
+    mask: Mask | None = None,
+    progress: bool = True,
+) -> Statistics:
+    """All that ``policy`` measures on ``model``, to be saved or given to several policies as ``statistics=``.
+
+    Arguments and errors as for `plan_model`.
+    """
+    projections = select(model, policy.target, policy.exclude, policy.train, policy.fused)
+    return Source(batches, loss, mask, progress=progress).measure(model, projections, policy.needs)
+
+
+def _plan(model: nn.Module, policy: Policy, source: Source, more: frozenset[str]) -> tuple[Plan, Statistics]:
+    """The plan, and the statistics measured for it: the allocator's needs and ``more``."""
     check_unwrapped(model)
     if not isinstance(policy, Policy):
         raise ValueError(f"expected a Policy, such as lowrank.presets.lora(), not {policy!r}")
@@ -84,7 +94,10 @@ def _plan(
     )
     # What needs no calibration complains before one.
     allocations = None if policy.allocate.needs else allocate(statistics=None)
-    statistics = _measure(model, projections, needs, batches, loss, mask, progress)
+    if not source.fits(projections, policy.needs):
+        source.check_rereadable(projections, policy.needs)
+        more -= MATRICES
+    statistics = source.measure(model, projections, policy.allocate.needs | more)
     if allocations is None:
         allocations = allocate(statistics=statistics)
     plan = Plan(
@@ -104,22 +117,6 @@ def _cost(init: Initializer, p: Projection) -> int:
     return (0 if "A" in frozen else p.in_features) + (0 if "B" in frozen else p.out_features)
 
 
-def _measure(
-    model: nn.Module,
-    projections: Sequence[Projection],
-    needs: frozenset[str],
-    batches: Iterable[Any] | None,
-    loss: Loss | None,
-    mask: Mask | None,
-    progress: bool,
-) -> Statistics | None:
-    if not needs:
-        return None
-    if batches is None:
-        raise ValueError(f"this policy measures {' and '.join(sorted(needs))}: pass calibration batches=")
-    return calibrate(model, projections, needs, batches, loss=loss, mask=mask, progress=progress)
-
-
 # -- wrapping -----------------------------------------------------------------------------------------
 
 
@@ -130,6 +127,8 @@ def wrap_model(
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
     mask: Mask | None = None,
+    statistics: Statistics | None = None,
+    memory: int | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Adapts ``model`` in place and returns it: its own weights frozen, the adapters trainable.
@@ -139,31 +138,32 @@ def wrap_model(
 
     Args:
         policy: what to do, or a `Plan` that says it projection by projection.
-        batches, loss, mask, progress: as for `plan_model`; the batches are read once, also where both
-            allocator and initializer measure something.
+        batches, loss, mask, statistics, progress: as for `plan_model`.
+        memory: bytes that the initializer's matrices (covariances, gradients) may take at once. Where they
+            would take more, the batches are gone over several times, some projections at a time; without
+            a limit they are read once, also where allocator and initializer both measure something.
 
     Raises:
         ValueError: see `plan_model`; also a model that is wrapped already.
     """
+    source = Source(batches, loss, mask, statistics, memory, progress)
     if isinstance(policy, Plan):
-        plan = _fitted(model, policy)
-        init = plan.init or Kaiming()
+        plan, init = _fitted(model, policy), policy.init or Kaiming()
         check_layers(model, plan.adapted, plan.train, plan.dropout)
-        statistics = _measure(model, plan.adapted, init.needs, batches, loss, mask, progress)
     else:
-        plan, statistics = _plan(
-            model,
-            policy,
-            policy.needs if isinstance(policy, Policy) else frozenset(),
-            batches,
-            loss,
-            mask,
-            progress,
-        )
+        plan, source.statistics = _plan(model, policy, source, getattr(policy, "needs", frozenset()))
         init = policy.init
-    adapters, energies = _start(model, plan, init, statistics, progress)
-    plan.energies = energies
-    install(model, plan, adapters)
+    adapters: dict[Projection, Adapter] = {}
+    bar = tqdm(total=len(plan.adapted), desc="initializing", disable=not progress, delay=2, leave=False)
+    with bar:
+        for part, measured in source.parts(model, plan.adapted, init.needs):
+            for p in part:
+                bar.set_postfix_str(p.name, refresh=False)
+                adapters[p], energy = _start(model, p, plan, init, measured.get(p))
+                bar.update()
+                if energy is not None:
+                    plan.energies[p] = energy
+    install(model, plan, {p: adapters[p] for p in plan.adapted})
     return model
 
 
@@ -185,24 +185,15 @@ def _fitted(model: nn.Module, plan: Plan) -> Plan:
 
 
 def _start(
-    model: nn.Module, plan: Plan, init: Initializer, statistics: Statistics | None, progress: bool
-) -> tuple[dict[Projection, Adapter], dict[Projection, float]]:
-    """The adapters of a plan, as its initializer starts them."""
-    adapters, energies = {}, {}
-    bar = tqdm(plan.adapted, "initializing", disable=not progress, delay=2, leave=False)
-    for p in bar:
-        bar.set_postfix_str(p.name, refresh=False)
-        rank, scaling = plan[p].rank, plan[p].scaling
-        weight = p.weight(model)
-        measured = None if statistics is None else statistics[p]
-        generator = torch.Generator().manual_seed(_seed(plan.seed, p))
-        with torch.no_grad():
-            factors = init(weight, rank, scaling, role=p.role, statistics=measured, generator=generator)
-        _check_factors(p, factors, rank, frozen_factors(init, p.role))
-        adapters[p] = make_adapter(model, p, factors.A, factors.B, scaling, factors.frozen)
-        if factors.energy is not None:
-            energies[p] = factors.energy
-    return adapters, energies
+    model: nn.Module, p: Projection, plan: Plan, init: Initializer, measured: ProjectionStatistics | None
+) -> tuple[Adapter, float | None]:
+    """The adapter of one projection as ``init`` starts it, and the energy of the start where it is known."""
+    rank, scaling = plan[p].rank, plan[p].scaling
+    generator = torch.Generator().manual_seed(_seed(plan.seed, p))
+    with torch.no_grad():
+        factors = init(p.weight(model), rank, scaling, role=p.role, statistics=measured, generator=generator)
+    _check_factors(p, factors, rank, frozen_factors(init, p.role))
+    return make_adapter(model, p, factors.A, factors.B, scaling, factors.frozen), factors.energy
 
 
 def _check_factors(p: Projection, factors: Factors, rank: int, declared: frozenset[str]) -> None:

@@ -22,6 +22,9 @@ PRESETS: dict[str, Callable[..., lowrank.Policy]] = {
     "olora": presets.olora,
     "ailora": presets.ailora,
     "tlora": presets.tlora,
+    "eva": presets.eva,
+    "corda": presets.corda,
+    "lora_ga": presets.lora_ga,
 }
 LAYOUTS = ["minilm", "llama", "gpt2", "t5", "vit", "torch_encoder"]
 HEADS = {"minilm": "classifier", "vit": "classifier", "torch_encoder": "head"}

@@ -18,7 +18,7 @@ LAYERS = [
     {"statistics", "targets"},
     {"plan", "layers"},
     {"init", "allocate", "calibrate", "adapted"},
-    {"policy"},
+    {"policy", "measure"},
     {"wrap"},
     {"presets", "checkpoint", "peft_format"},
     {"__init__"},  # the public names

@@ -1,0 +1,184 @@
+"""Where inputs and gradients are seen: hooks on the modules that hold the projections, while it lasts.
+
+Linear layers are hooked. Attention and experts, whose weights no Linear holds, are watched in ways of
+their own. Nothing of the base is made to require grad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lowrank.calibrate.meter import Meter
+from lowrank.projections import Projection, is_linear, read_by_weight
+
+
+@contextmanager
+def watched(model: nn.Module, meter: Meter) -> Iterator[None]:
+    """Inside, ``meter`` sees what the projections read and, in a backward pass, their gradients.
+
+    Raises:
+        ValueError: a projection in a tensor whose use cannot be watched; nothing was changed then.
+    """
+    by_module: dict[str, list[Projection]] = {}
+    for p in meter.weights:
+        by_module.setdefault(p.module, []).append(p)
+    with ExitStack() as stack:
+        for path, held in by_module.items():
+            module = model.get_submodule(path)
+            above = model.get_submodule(path.rpartition(".")[0])
+            if isinstance(module, nn.MultiheadAttention):
+                _watch_attention(stack, meter, path, module, held)
+            elif isinstance(above, nn.MultiheadAttention) and read_by_weight(model, path):
+                _watch_attention_output(stack, meter, path, above, held)
+            elif is_linear(module):
+                _watch_linear(stack, meter, path, module, held)
+            else:
+                _watch_experts(stack, meter, path, module, held)
+        yield
+
+
+def _watch_linear(
+    stack: ExitStack, meter: Meter, path: str, module: nn.Module, held: Sequence[Projection]
+) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        meter.see_input(path, held, args[0])
+        return _tapped(meter, path, held, args[0], output)
+
+    stack.callback(module.register_forward_hook(hook).remove)
+
+
+def _tapped(
+    meter: Meter, name: str, held: Sequence[Projection], x: Tensor, output: Tensor, first: int = 0
+) -> Tensor | None:
+    """Lets ``meter`` see the gradient of ``output``; returns what is to take its place, or None."""
+    if not meter.needs_backward or not torch.is_grad_enabled():
+        return None
+    replaced = None
+    if not output.requires_grad:
+        # The graph starts here: at a zero that requires grad, and not at the output itself, so that code
+        # which then writes into the output still may.
+        anchor = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        output = replaced = output + anchor
+    x = x.detach()
+    output.register_hook(lambda dy: meter.see_gradient(name, held, x, dy.detach(), first))
+    return replaced
+
+
+def _watch_attention(
+    stack: ExitStack, meter: Meter, path: str, module: nn.MultiheadAttention, held: Sequence[Projection]
+) -> None:
+    """Its arguments are its inputs; the weights' gradients come from stand-ins that share their storage."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        meter.batch_size = meter.batch_size or named["query"].shape[0 if module.batch_first else 1]
+        for p in held:
+            meter.see_input(f"{path}[{p.role}]", [p], named[p.role.value])
+
+    stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+    for param in {p.param for p in held} if meter.needs_backward else ():
+        own = [p for p in held if p.param == param]
+        original = module._parameters[param]
+        assert original is not None
+        stand_in = nn.Parameter(original.detach(), requires_grad=True)
+        stand_in.register_post_accumulate_grad_hook(lambda parameter, own=own: _reduce(meter, parameter, own))
+        module._parameters[param] = stand_in
+        stack.callback(module._parameters.__setitem__, param, original)
+
+
+def _reduce(meter: Meter, parameter: Tensor, held: Sequence[Projection]) -> None:
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None
+    meter.see_weight_gradient(held, gradient.reshape(-1, gradient.shape[-1]))
+
+
+def _watch_attention_output(
+    stack: ExitStack, meter: Meter, path: str, attention: nn.MultiheadAttention, held: Sequence[Projection]
+) -> None:
+    """The output projection is read by its weight: with the identity in its place, its input comes out."""
+    original, own = attention.forward, attention.out_proj._parameters
+    weight, bias = own["weight"], own["bias"]
+    assert weight is not None
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        own["weight"], own["bias"] = nn.Parameter(identity, requires_grad=False), None
+        try:
+            x, attention_weights = original(*args, **kwargs)
+        finally:
+            own["weight"], own["bias"] = weight, bias
+        y = F.linear(x, weight, bias)
+        meter.see_input(path, held, x)
+        tapped = _tapped(meter, path, held, x, y)
+        return y if tapped is None else tapped, attention_weights
+
+    _replace_forward(stack, attention, forward)
+
+
+def _watch_experts(
+    stack: ExitStack, meter: Meter, path: str, module: nn.Module, held: Sequence[Projection]
+) -> None:
+    """Experts call ``F.linear`` with slices of their tensors: each call shows one expert and its tokens."""
+    original = module.forward
+    config: Any = getattr(module, "config", None)
+    if getattr(config, "_experts_implementation", None) is not None:  # a fused kernel would show nothing
+        stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
+        config._experts_implementation = "eager"
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls = _LinearCalls(meter, path, module, held)
+        with calls:
+            output = original(*args, **kwargs)
+        if not calls.seen:
+            raise ValueError(
+                f"{path} cannot be calibrated: it does not use its weights by torch.nn.functional.linear; "
+                "choose an initializer and an allocator that need no batches, or leave it out with exclude="
+            )
+        return output
+
+    _replace_forward(stack, module, forward)
+
+
+class _LinearCalls(TorchFunctionMode):
+    """Shows ``meter`` each ``F.linear`` whose weight is a slice of one of the module's tensors."""
+
+    def __init__(self, meter: Meter, path: str, module: nn.Module, held: Sequence[Projection]) -> None:
+        super().__init__()
+        self.meter, self.path, self.held = meter, path, held
+        self.tensors = {module._parameters[p.param].data_ptr(): p.param for p in held}  # type: ignore[union-attr]
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is not F.linear:
+            return output
+        x, weight = args[0], args[1]
+        param = self.tensors.get(weight.untyped_storage().data_ptr())
+        if param is None:
+            return output
+        self.seen = True
+        first = weight.storage_offset() // weight.shape[1]
+        rows = range(first, first + weight.shape[0])
+        own = [p for p in self.held if p.param == param and p.rows[0] in rows]
+        if not own or not len(x):
+            return output
+        name = f"{self.path}.{param}[{own[0].block.split('.')[0]}]"
+        self.meter.see_input(name, own, x)
+        tapped = _tapped(self.meter, name, own, x, output, first)
+        return output if tapped is None else tapped
+
+
+def _replace_forward(stack: ExitStack, module: nn.Module, forward: Any) -> None:
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    if before is None:
+        stack.callback(module.__dict__.pop, "forward")
+    else:
+        stack.callback(module.__dict__.__setitem__, "forward", before)

@@ -1,0 +1,281 @@
+"""The sums behind the statistics: fed with inputs and gradients, a batch at a time. It hooks nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.batches import Mask, attention_mask
+from lowrank.projections import Projection, Role
+from lowrank.statistics import ProjectionStatistics, Statistics
+
+Key = tuple[Any, ...]
+
+
+@dataclass
+class _Input:
+    """What a distinct input has shown so far, and which tensors it was in the present batch."""
+
+    covariance: Tensor | None = None
+    moment: Tensor | None = None
+    total: Tensor | None = None
+    tokens: int = 0
+    seen: list[Key] = field(default_factory=list)
+
+
+@dataclass
+class _Weight:
+    """What a projection's gradients have shown so far; ``input`` names what it reads."""
+
+    sensitivity: Tensor | float = 0.0
+    gradient: Tensor | None = None
+    input: str = ""
+
+
+class Meter:
+    """Running sums of the statistics of ``projections``; `statistics` turns them into means."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        projections: Sequence[Projection],
+        needs: frozenset[str],
+        device: torch.device | None = None,
+    ) -> None:
+        self.model, self.needs, self.device = model, needs, device
+        self.needs_inputs = bool(needs & {"covariance", "moment"})
+        self.needs_backward = bool(needs & {"sensitivity", "gradient"})
+        self.weights = {p: _Weight() for p in projections}
+        self.inputs: dict[str, _Input] = {}
+        self.examples = self.batches = self.number = self.batch_size = 0
+        self.in_backward = False
+        self.masks: dict[str, Tensor | None] = {}
+        names = {path.split(".")[-1] for path, _ in model.named_modules()}
+        self.encoder_decoder = {"encoder", "decoder"} <= names
+
+    def begin(self, number: int, batch: Any, mask: Mask | None) -> None:
+        """A new batch: its masks, and how many examples it has (told by the first input, without a mask)."""
+        self.number, self.in_backward = number, False
+        tokens = (mask or attention_mask)(batch)
+        self.masks = {"tokens": tokens, "decoder": None}
+        if mask is None and isinstance(batch, Mapping) and "decoder_attention_mask" in batch:
+            self.masks["decoder"] = batch["decoder_attention_mask"] > 0
+        self.batch_size = 0 if tokens is None else len(tokens)
+        for each in self.inputs.values():
+            each.seen.clear()
+
+    def end(self) -> None:
+        self.batches += 1
+        self.examples += self.batch_size
+
+    # -- inputs ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def see_input(self, name: str, held: Sequence[Projection], x: Tensor) -> None:
+        """``x`` (..., in) is what the projections ``held`` read; ``name`` is theirs alone.
+
+        The first time, siblings that read the very same tensor are put together, and only one of them
+        counts from then on. Raises ValueError where they part later, and for NaN or Inf.
+        """
+        self.batch_size = self.batch_size or len(x)
+        if not self.needs_inputs or self.in_backward:  # in backward checkpointing runs a forward again
+            return
+        key = (x.data_ptr(), x.storage_offset(), x.shape, x.stride(), x._version, x.dtype)
+        weight = self.weights[held[0]]
+        if not weight.input:
+            same = [n for n, each in self.inputs.items() if key in each.seen and _siblings(n, name)]
+            for p in held:
+                self.weights[p].input = same[0] if same else name
+        if weight.input == name:
+            self._add(name, x, key)
+        elif key not in self.inputs[weight.input].seen:
+            raise ValueError(
+                f"{name} and {weight.input} read the same input at first, but not in batch {self.number}: "
+                f"they cannot be measured together; measure them apart, with exclude="
+            )
+
+    def _add(self, name: str, x: Tensor, key: Key) -> None:
+        running = self.inputs.setdefault(name, _Input())
+        running.seen.append(key)
+        examples, mask = self._by_example(name, x)
+        rows = examples.to(_wide(x))
+        kept = None if mask is None else mask[..., None]
+        if kept is not None:
+            rows = torch.where(kept, rows, 0)
+        if "moment" in self.needs:
+            flat = rows.reshape(-1, rows.shape[-1])
+            running.moment = self._summed(running.moment, flat)
+            total = flat.sum(0).to(running.moment.device)
+            running.total = total if running.total is None else running.total + total
+            running.tokens += len(flat) if mask is None else int(mask.sum())
+        if "covariance" in self.needs:
+            if kept is None:
+                centred = rows - rows.mean(1, keepdim=True)
+            else:
+                means = rows.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp_min(1)
+                centred = torch.where(kept, rows - means, 0)
+            running.covariance = self._summed(running.covariance, centred.reshape(-1, rows.shape[-1]))
+        if not torch.isfinite(rows.sum()):
+            raise ValueError(f"NaN or Inf in the input of {name} in calibration batch {self.number}")
+
+    def _summed(self, total: Tensor | None, rows: Tensor) -> Tensor:
+        """``total`` plus ``rowsᵀ·rows``, where the statistics are kept."""
+        home = self.device or rows.device
+        if total is None:
+            total = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=home)
+        if home == rows.device:
+            return total.addmm_(rows.T, rows)
+        return total.add_((rows.T @ rows).to(home))
+
+    def _by_example(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x as ``(examples, tokens, features)``, and the mask of its tokens where one fits."""
+        if self._tokens_first(x):
+            x = x.transpose(0, 1)
+        mask = self._mask(name)
+        if mask is not None and mask.numel() == x.shape[:-1].numel():
+            return x.reshape(*mask.shape, x.shape[-1]), mask
+        if x.dim() < 3:
+            return x.reshape(1, -1, x.shape[-1]), None
+        return x.reshape(x.shape[0], -1, x.shape[-1]), None
+
+    def _tokens_first(self, x: Tensor) -> bool:
+        return x.dim() == 3 and x.shape[1] == self.batch_size != x.shape[0]
+
+    def _mask(self, name: str) -> Tensor | None:
+        """The mask of the sequence that ``name`` reads: in a decoder it is the encoder's only across."""
+        parts = name.split(".")
+        if not (self.encoder_decoder and "decoder" in parts):
+            return self.masks["tokens"]
+        crosses = any("cross" in p.lower() or p in ("EncDecAttention", "encoder_attn") for p in parts)
+        keys = {p.role for p, weight in self.weights.items() if p.module == name} <= {Role.KEY, Role.VALUE}
+        return self.masks["tokens" if crosses and keys else "decoder"]
+
+    # -- gradients ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def see_gradient(
+        self, name: str, held: Sequence[Projection], x: Tensor, dy: Tensor, first: int = 0
+    ) -> None:
+        """``dy`` (..., rows) is the gradient of what ``held``'s tensor made of ``x``, from its row ``first`` on."""
+        if self._tokens_first(x):
+            dy = dy.transpose(0, 1)
+        x, _ = self._by_example(name, x)
+        dy = dy.reshape(*x.shape[:-1], dy.shape[-1])
+        for p in held:
+            weight = p.weight(self.model).to(_wide(x))
+            columns = dy[..., p.rows[0] - first : p.rows[1] - first]
+            for inputs, outputs in zip(x, columns, strict=True):
+                inputs, outputs = inputs.to(weight.dtype), outputs.to(weight.dtype)
+                if "gradient" in self.needs or not (len(x) == 1 and len(inputs) == self.batch_size):
+                    gradient = outputs.T @ inputs
+                    self._add_gradient(p, gradient)
+                if len(x) == 1 and len(inputs) == self.batch_size:
+                    # An example a row: |dy xᵀ| is |dy||x|ᵀ, so they add up before they are formed.
+                    gradient = outputs.abs().T @ inputs.abs()
+                self._add_sensitivity(p, weight, gradient)
+
+    @torch.no_grad()
+    def see_weight_gradient(self, held: Sequence[Projection], rows: Tensor) -> None:
+        """``rows`` (rows, in) is the batch's gradient of the whole tensor that holds ``held``."""
+        for p in held:
+            own = rows[p.rows[0] : p.rows[1]]
+            weight = p.weight(self.model).to(_wide(own))
+            gradient = own.to(weight.dtype).clone()
+            self._add_gradient(p, gradient)
+            self._add_sensitivity(p, weight, gradient)
+
+    # An example has one part in batch_size of the batch's mean loss: its own is batch_size times that.
+
+    def _add_gradient(self, p: Projection, gradient: Tensor) -> None:
+        if "gradient" in self.needs:
+            own = gradient.to(self.device or gradient.device) * self.batch_size
+            measured = self.weights[p]
+            measured.gradient = own if measured.gradient is None else measured.gradient.add_(own)
+
+    def _add_sensitivity(self, p: Projection, weight: Tensor, gradient: Tensor) -> None:
+        """Consumes ``gradient``."""
+        size = torch.linalg.vector_norm(gradient.mul_(weight), ord=1, dtype=torch.float64)
+        measured = self.weights[p]
+        measured.sensitivity = measured.sensitivity + size * self.batch_size / weight.numel()
+
+    # -- the end --------------------------------------------------------------------------------------
+
+    def all_reduce(self) -> None:
+        """Adds the sums of all processes, where there are several."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, {p: w.input for p, w in self.weights.items()})
+        for p, weight in self.weights.items():  # an expert may have seen no token here
+            weight.input = next((said[p] for said in everyone if said[p]), "")
+        for name in sorted({said for each in everyone for said in each.values() if said}):
+            running = self.inputs.setdefault(name, _Input())
+            reader = next(p for p, weight in self.weights.items() if weight.input == name)
+            for kind in ("covariance", "moment", "total"):
+                if kind == "covariance" and "covariance" not in self.needs:
+                    continue
+                if kind != "covariance" and "moment" not in self.needs:
+                    continue
+                shape = (reader.in_features,) * (1 if kind == "total" else 2)
+                setattr(running, kind, self._added(getattr(running, kind), shape, reader))
+            running.tokens = int(self._added(torch.tensor(float(running.tokens)), (), reader))
+        for p, weight in self.weights.items():
+            if self.needs_backward:
+                weight.sensitivity = self._added(
+                    torch.as_tensor(weight.sensitivity, dtype=torch.float64), (), p
+                )
+            if "gradient" in self.needs:
+                weight.gradient = self._added(weight.gradient, p.shape, p)
+        self.examples = int(self._added(torch.tensor(float(self.examples)), (), next(iter(self.weights))))
+
+    def _added(self, own: Tensor | None, shape: tuple[int, ...], p: Projection) -> Tensor:
+        weight = p.weight(self.model)
+        home = weight.device
+        total = torch.zeros(shape, dtype=_wide(weight), device=home) if own is None else own.to(home)
+        torch.distributed.all_reduce(total)
+        return total.to(self.device or home)
+
+    def statistics(self) -> Statistics:
+        """The means. Raises ValueError where a projection's input was never seen."""
+        examples = max(self.examples, 1)
+        for each in self.inputs.values():
+            if each.covariance is not None:
+                each.covariance /= examples
+            if each.moment is not None and each.total is not None:
+                each.moment /= max(each.tokens, 1)
+                each.total = each.total / max(each.tokens, 1)
+        return Statistics({p: self._statistics_of(p, weight, examples) for p, weight in self.weights.items()})
+
+    def _statistics_of(self, p: Projection, weight: _Weight, examples: int) -> ProjectionStatistics:
+        read = self.inputs.get(weight.input, _Input())
+        if self.needs_inputs and not weight.input:
+            stored = p.weight(self.model)
+            if not p.block:
+                raise ValueError(
+                    f"{p.name} was never called on the calibration batches, so its input is unknown"
+                )
+            nothing = torch.zeros(p.in_features, p.in_features, dtype=_wide(stored), device=stored.device)
+            read = _Input(nothing, nothing, nothing[0])  # an expert that no token was routed to
+        gradient = weight.gradient
+        if "gradient" in self.needs and gradient is None:
+            stored = p.weight(self.model)
+            gradient = torch.zeros(p.shape, dtype=_wide(stored), device=self.device or stored.device)
+        return ProjectionStatistics(
+            covariance=read.covariance if "covariance" in self.needs else None,
+            moment=read.moment if "moment" in self.needs else None,
+            mean=read.total if "moment" in self.needs else None,
+            sensitivity=float(weight.sensitivity) / examples if "sensitivity" in self.needs else None,
+            gradient=gradient.div_(examples) if gradient is not None else None,
+        )
+
+
+def _siblings(path: str, other: str) -> bool:
+    return path.rpartition(".")[0] == other.rpartition(".")[0]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

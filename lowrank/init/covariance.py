@@ -1,0 +1,69 @@
+"""The start of CorDA: singular triplets of the weight as the task's inputs weigh it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank.init.base import Factors
+from lowrank.init.spectrum import bottom_singular, top_singular
+from lowrank.projections import Role
+from lowrank.statistics import ProjectionStatistics
+
+DAMPING, INVERSE_ERROR = 0.01, 0.05  # as the authors': added to C until C·C⁻¹ is that near to the identity
+
+
+@dataclass(frozen=True)
+class CovarianceOriented:
+    """CorDA (2406.05223): with ``W·C = U·Σ·Vᵀ``, ``A = √(Σ/s)·Vᵀ·C⁻¹`` and ``B = U·√(Σ/s)``; anchored.
+
+    C is the second moment of the inputs. ``preserve=False`` takes the ``rank`` largest triplets, which
+    suit the previewed instructions; ``preserve=True`` the smallest, which leave alone what the sampled
+    knowledge uses.
+    """
+
+    preserve: bool = False
+
+    needs = frozenset({"moment"})
+
+    def __call__(
+        self,
+        weight: Tensor,
+        rank: int,
+        scaling: float,
+        *,
+        role: Role,
+        statistics: ProjectionStatistics | None,
+        generator: torch.Generator,
+    ) -> Factors:
+        """A (rank, in) and B (out, rank), fp32, on the weight's device; ``energy`` is of W·C.
+
+        Raises:
+            ValueError: the moment was not measured, or is zero; a rank out of range.
+        """
+        if statistics is None or statistics.moment is None:
+            raise ValueError("CovarianceOriented needs the moment of the inputs: pass batches= to wrap_model")
+        moment = statistics.moment.to(weight.device, torch.float64)
+        if not moment.any():
+            raise ValueError("the inputs of this projection are all zero, so they orient nothing")
+        moment, factor = _damped(moment)
+        product = (weight.double() @ moment).float()
+        part = bottom_singular if self.preserve else top_singular
+        found = part(product, rank, generator=generator)
+        root = (found.S.double() / scaling).sqrt()
+        A = torch.cholesky_solve((root[:, None] * found.Vh.double()).T, factor).T
+        return Factors(A=A.float(), B=(found.U.double() * root).float(), energy=found.energy)
+
+
+def _damped(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """``C + δ·mean(diag C)·I`` and its Cholesky factor, with the first δ that makes it invertible."""
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    damping = DAMPING
+    while True:
+        damped = moment + damping * moment.diagonal().mean() * identity
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and torch.dist(damped @ torch.cholesky_inverse(factor), identity) < INVERSE_ERROR:
+            return damped, factor
+        damping *= 2

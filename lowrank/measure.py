@@ -1,0 +1,115 @@
+"""Where statistics come from: those at hand, the weights, or the user's batches.
+
+What does not fit in memory at once is measured in parts. What statistics are for, it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lowrank.batches import Loss, Mask
+from lowrank.calibrate import calibrate, predicted_bytes
+from lowrank.projections import Projection
+from lowrank.statistics import KINDS, OF_WEIGHTS, ProjectionStatistics, Statistics
+
+MATRICES = frozenset({"covariance", "moment", "gradient"})  # what takes memory
+
+
+@dataclass
+class Source:
+    """What the user gave to measure with; the arguments are those of `wrap_model`."""
+
+    batches: Iterable[Any] | None = None
+    loss: Loss | None = None
+    mask: Mask | None = None
+    statistics: Statistics | None = None
+    memory: int | None = None
+    progress: bool = True
+
+    def measure(
+        self, model: nn.Module, projections: Sequence[Projection], needs: frozenset[str]
+    ) -> Statistics:
+        """Statistics with all of ``needs``: what is not at hand is measured, in one pass over the batches.
+
+        Raises:
+            ValueError: an unknown need, or one for batches where there are none.
+        """
+        if unknown := needs - KINDS - OF_WEIGHTS:
+            raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(KINDS | OF_WEIGHTS)}")
+        found = self.statistics or Statistics({})
+        missing = {need for need in needs if found.lacks(projections, need)}
+        if spectra := missing & OF_WEIGHTS:
+            found = found.merged(self._of_weights(model, projections))
+        if wanted := missing - spectra:
+            if self.batches is None:
+                names = " and ".join(sorted(wanted))
+                raise ValueError(f"this policy measures {names}: pass calibration batches=")
+            measured = calibrate(
+                model,
+                projections,
+                wanted,
+                self.batches,
+                loss=self.loss,
+                mask=self.mask,
+                progress=self.progress,
+            )
+            found = found.merged(measured)
+        return found
+
+    def fits(self, projections: Sequence[Projection], needs: frozenset[str]) -> bool:
+        """Can all of it be held at once?"""
+        return self.memory is None or predicted_bytes(projections, needs) <= self.memory
+
+    def parts(
+        self, model: nn.Module, projections: Sequence[Projection], needs: frozenset[str]
+    ) -> Iterator[tuple[list[Projection], Statistics]]:
+        """Some projections at a time with their statistics, which may be dropped before the next.
+
+        Raises:
+            ValueError: several passes are needed, and the batches can be read only once.
+        """
+        chunks = self._chunks(projections, needs)
+        if len(chunks) > 1:
+            self.check_rereadable(projections, needs)
+        for chunk in chunks:
+            yield chunk, self.measure(model, chunk, needs)
+
+    def check_rereadable(self, projections: Sequence[Projection], needs: frozenset[str]) -> None:
+        """Raises ValueError for batches that can be read once where that is not enough."""
+        if self.batches is not None and iter(self.batches) is self.batches:
+            size = predicted_bytes(projections, needs)
+            raise ValueError(
+                f"{size:,} bytes of statistics exceed memory={self.memory:,}; to measure them in parts the "
+                "batches must be read several times: pass a list or a DataLoader, or allow more memory"
+            )
+
+    def _chunks(self, projections: Sequence[Projection], needs: frozenset[str]) -> list[list[Projection]]:
+        """Runs of projections that fit the memory; one parent's stay together, since they share inputs."""
+        if self.fits(projections, needs):
+            return [list(projections)]
+        families: dict[str, list[Projection]] = {}
+        for p in projections:
+            families.setdefault(f"{p.module.rpartition('.')[0]}:{p.in_features}", []).append(p)
+        chunks: list[list[Projection]] = []
+        for family in families.values():
+            if chunks and self.fits(chunks[-1] + family, needs):
+                chunks[-1] += family
+            else:
+                chunks.append(family)
+        return chunks
+
+    def _of_weights(self, model: nn.Module, projections: Sequence[Projection]) -> Statistics:
+        bar = tqdm(projections, "singular values", disable=not self.progress, delay=2, leave=False)
+        return Statistics({p: ProjectionStatistics(spectrum=_singular_values(p.weight(model))) for p in bar})
+
+
+def _singular_values(weight: torch.Tensor) -> torch.Tensor:
+    """(min(out, in),) fp64, descending; small ones as accurate as the square root of fp64's."""
+    tall = weight.double() if weight.shape[0] >= weight.shape[1] else weight.double().T
+    return torch.linalg.eigvalsh(tall.T @ tall).clamp_min(0).sqrt().flip(0)
