@@ -25,6 +25,8 @@ export TOKENIZERS_PARALLELISM := false
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
+# On cores that other programs use too, threads that wait by spinning cost ten times what waiting costs.
+demo: export OMP_WAIT_POLICY := PASSIVE
 demo: $(READY)-demo ## LoRA, PiSSA, AILoRA and TLoRA on a real encoder and real data, compared
 	$(PY) examples/compare_methods.py $(ARGS)
 
