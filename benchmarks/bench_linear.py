@@ -21,6 +21,8 @@ from measure import clocks, interleaved, kept_bytes, peak_bytes, surroundings
 from products import Case, Contender, contenders
 from torch import Tensor
 
+from lowrank.layers.product import one_pass
+
 RESULTS = Path(__file__).parent / "results"
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -94,6 +96,7 @@ class Inputs:
         self.dY = [normal(case.out_features) for _ in range(sets)]
 
     def step(self, contender: Contender, index: int) -> None:
+        one_pass(contender.one_pass)
         contender.run(self.x[index % len(self.x)]).backward(self.dY[index % len(self.dY)])
 
 
@@ -115,6 +118,7 @@ def check(case: Case, named: dict[str, Contender], inputs: Inputs) -> None:
     for name, contender in named.items():
         if contender.update not in known:
             known[contender.update] = exact(contender, x, dY)
+        one_pass(contender.one_pass)
         y, wanted = contender.run(x), known[contender.update]
         for value, reference in zip(
             (y, *torch.autograd.grad(y, (x, *contender.factors), dY)), wanted, strict=True

@@ -5,7 +5,7 @@ All compute ``y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ`` from the same numbers. Nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank.layers.adapter import Adapter
+from lowrank.layers.linear import LoRALinear
 from lowrank.layers.ops import Block, fused_lora
 
 
@@ -54,6 +56,7 @@ class Contender:
     update: Callable[..., Tensor] | None
     alive: tuple[Tensor, ...]
     limit: float
+    one_pass: bool = False  # with the Triton kernel in backward, where it suits
 
 
 def contenders(case: Case, *, compiled: bool = True) -> dict[str, Contender]:
@@ -80,17 +83,20 @@ def contenders(case: Case, *, compiled: bool = True) -> dict[str, Contender]:
     def offsets(a: Tensor, b: Tensor) -> Tensor:
         return s * (b @ (A0.to(a.dtype) + a) + B0.to(a.dtype) @ a)
 
-    def made(run: Callable[..., Tensor], *factors: Tensor, **options: Any) -> Contender:
+    def made(
+        run: Callable[..., Tensor],
+        *factors: Tensor,
+        update: Callable[..., Tensor] = both,
+        constants: Sequence[Tensor] = (),
+        one_pass: bool = False,
+        **limit: Any,
+    ) -> Contender:
         def bound(x: Tensor) -> Tensor:
             return run(x, weight, *factors, s, case.dropout)
 
-        constants = options.pop("constants", ())
         return Contender(
-            bound, factors, options.pop("update", both), (weight, *factors, *constants), case.limit(**options)
+            bound, factors, update, (weight, *factors, *constants), case.limit(**limit), one_pass
         )
-
-    def ours(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, s: float, p: float) -> Tensor:
-        return fused_lora(x, weight, None, [Block((0, weight.shape[0]), A, B, s)], dropout=p)
 
     def ours_frozen_A(x: Tensor, weight: Tensor, B: Tensor, s: float, p: float) -> Tensor:
         return ours(x, weight, A, B, s, p)
@@ -105,9 +111,14 @@ def contenders(case: Case, *, compiled: bool = True) -> dict[str, Contender]:
         **{f"PEFT, {kind}": _peft(case, weight, A, B, s, cast, both) for kind, cast in PEFT_KINDS.items()},
         "Unsloth order": made(unsloth_order, *trained(A, B, dtype=half)),
         "ours": made(ours, *trained(A, B)),
+        "ours, the layer": _layer(case, weight, A, B, s, both),
         "ours, A frozen": made(ours_frozen_A, *trained(B), update=only_B, constants=[A], frozen_A=True),
         "ours, anchored": made(ours_anchored, *trained(A, B), update=offsets, constants=[A0, B0], width=2),
+        "ours, update first": made(update_first, *trained(A, B)),
     }
+    if case.device == "cuda":
+        entries["ours, one pass"] = made(ours, *trained(A, B), one_pass=True)
+        entries["ours, update first, one pass"] = made(update_first, *trained(A, B), one_pass=True)
     if half != torch.float32:
         entries["ours, half factors"] = made(ours, *trained(A, B, dtype=half))
     if compiled:
@@ -116,12 +127,41 @@ def contenders(case: Case, *, compiled: bool = True) -> dict[str, Contender]:
     return entries
 
 
-PEFT_KINDS = {"autocast_adapter_dtype": True, "no autocast_adapter_dtype": False}
-"""With it, PEFT's default, half-precision adapters become fp32; without, they have the base's dtype."""
-
-
 def naive(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, s: float, p: float) -> Tensor:
     return F.linear(x, weight) + F.linear(F.linear(F.dropout(x, p), A), B) * s
+
+
+def ours(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, s: float, p: float) -> Tensor:
+    return fused_lora(x, weight, None, [Block((0, weight.shape[0]), A, B, s)], dropout=p)
+
+
+def update_first(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, s: float, p: float) -> Tensor:
+    """Not bit for bit the base at a zero update, but one reading of y less."""
+    return fused_lora(x, weight, None, [Block((0, weight.shape[0]), A, B, s)], dropout=p, exact=False)
+
+
+def _linear(case: Case, weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(case.in_features, case.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def _layer(
+    case: Case, weight: Tensor, A: Tensor, B: Tensor, s: float, update: Callable[..., Tensor]
+) -> Contender:
+    """What a wrapped model runs: the product with a module around it."""
+    rows = (0, case.out_features)
+    adapter = Adapter(A, torch.zeros_like(B), s, rows=rows)
+    with torch.no_grad():
+        adapter.B.copy_(B)  # as after training: from B = 0, so not anchored
+    shape = {"in_features": case.in_features, "out_features": case.out_features}
+    layer = LoRALinear(_linear(case, weight), [adapter], dropout=case.dropout, **shape).train()
+    factors = (adapter.A, adapter.B)
+    return Contender(layer, factors, update, (weight, *factors), case.limit())
+
+
+PEFT_KINDS = {"autocast_adapter_dtype": True, "no autocast_adapter_dtype": False}
+"""With it, PEFT's default, half-precision adapters become fp32; without, they have the base's dtype."""
 
 
 def _peft(
@@ -135,16 +175,12 @@ def _peft(
 ) -> Contender:
     import peft
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.projection = nn.Linear(case.in_features, case.out_features, bias=False, device="meta")
-            self.projection.weight = nn.Parameter(weight, requires_grad=False)
-
+    model: Any = nn.Module()
+    model.projection = _linear(case, weight)
     config = peft.LoraConfig(
         r=case.rank, lora_alpha=s * case.rank, target_modules=["projection"], lora_dropout=case.dropout
     )
-    model: Any = peft.get_peft_model(Model(), config, autocast_adapter_dtype=cast)
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=cast)
     layer = model.base_model.model.projection
     factors = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     with torch.no_grad():

@@ -42,7 +42,13 @@ def lora_linear(
 
 
 def fused_lora(
-    x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Sequence[Block], *, dropout: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    blocks: Sequence[Block],
+    *,
+    dropout: float = 0.0,
+    exact: bool = True,
 ) -> Tensor:
     """``F.linear(x, weight, bias)`` plus the update of every block, in one pass over x.
 
@@ -52,6 +58,9 @@ def fused_lora(
     in their own. Under autocast all runs in autocast's dtype. `dropout` is the share of x's entries that
     is hidden from the adapters, and from them alone: a caller passes it in training only.
 
+    With `exact` off, one block over all rows is multiplied first and the base product accumulates onto it,
+    which saves a reading of y; an update of zero then leaves the base's value to the dtype's rounding only.
+
     For backward it keeps x itself (only where an A or the weight is trained) and the ``(tokens, Σr)``
     product of x with the A's. The gradients are those of LoRA (2106.09685, section 4.1). It can be
     differentiated once: a second derivative raises RuntimeError. Shapes that do not fit: ValueError.
@@ -60,7 +69,8 @@ def fused_lora(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _apply(x, None, weight, bias, blocks, dropout)
+    exact = exact or len(blocks) > 1 or blocks[0].rows != (0, weight.shape[0])
+    return _apply(x, None, weight, bias, blocks, dropout, exact)
 
 
 def add_lora(y: Tensor, x: Tensor, blocks: Sequence[Block], *, dropout: float = 0.0) -> Tensor:
@@ -74,7 +84,7 @@ def add_lora(y: Tensor, x: Tensor, blocks: Sequence[Block], *, dropout: float = 
         raise ValueError(
             f"x {tuple(x.shape)} and y {tuple(y.shape)} must agree in all but the last dimension"
         )
-    return _apply(x.to(y.dtype), y, None, None, blocks, dropout)
+    return _apply(x.to(y.dtype), y, None, None, blocks, dropout, True)
 
 
 def _apply(
@@ -84,12 +94,13 @@ def _apply(
     bias: Tensor | None,
     blocks: Sequence[Block],
     dropout: float,
+    exact: bool,
 ) -> Tensor:
     mask = _mask(x, dropout) if dropout > 0 else None
     # What dropout keeps is to weigh more: the scaling does that, and no pass over x has to.
     spans = [(*block.rows, block.scaling / (1 - dropout)) for block in blocks]
     factors = [factor for _, A, B, _, A0, B0 in blocks for factor in (A, B, A0, B0)]
-    return LowRankProduct.apply(x, y, weight, bias, mask, spans, *factors)
+    return LowRankProduct.apply(x, y, weight, bias, mask, exact, spans, *factors)
 
 
 def _mask(x: Tensor, dropout: float) -> Tensor:

@@ -5,6 +5,7 @@ It trusts its arguments, which `ops` checks and lays out; nothing else calls it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ class LowRankProduct(torch.autograd.Function):
 
     The base is ``F.linear(x, weight, bias)``, or `base` where that is given. `mask` is True where dropout
     keeps x. A span is ``(start, stop, scaling)`` of one block, and its factors are ``A, B, A0, B0``.
-    Forward: S = x·Aᵀ; y = base; y += s·S·Bᵀ. Backward: dS = s·dY·B; dB = s·(Sᵀ·dY)ᵀ; dA = dSᵀ·x;
+    Forward: S = x·Aᵀ; y = base; y += s·S·Bᵀ; not `exact`, y = s·S·Bᵀ; y += x·Wᵀ, which takes one block over
+    all rows. Backward: dS = s·dY·B; dB = s·(Sᵀ·dY)ᵀ; dA = dSᵀ·x;
     dX = dS·A; dX += dY·W. Kept are x (where an A or the weight is trained), S, and the factors and weight.
     """
 
@@ -31,22 +33,29 @@ class LowRankProduct(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         mask: Tensor | None,
+        exact: bool,
         spans: list[tuple[int, int, float]],
         *factors: Any,
     ) -> Tensor:
         A, B, A0, B0 = factors[::4], factors[1::4], factors[2::4], factors[3::4]
-        y = base.clone() if weight is None else F.linear(x, weight, bias)  # type: ignore[union-attr]
-        y = y.contiguous()
-        y2, x2 = _flat(y), _flat(x)
+        x2 = _flat(x)
         S = (x2 if mask is None else x2 * mask) @ _down(A, A0, x.dtype).t()
-        column = 0
-        for i, (start, stop, scaling) in enumerate(spans):
-            up = _up(B[i], B0[i], x.dtype)
-            part = _columns(S, column, column + up.shape[1])
-            _accumulate(_columns(y2, start, stop), part, up.t(), scaling)
-            column += up.shape[1]
+        if exact or weight is None:
+            y = base.clone() if weight is None else F.linear(x, weight, bias)  # type: ignore[union-attr]
+            y = y.contiguous()
+            y2, column = _flat(y), 0
+            for i, (start, stop, scaling) in enumerate(spans):
+                up = _up(B[i], B0[i], x.dtype)
+                part = _columns(S, column, column + up.shape[1])
+                _accumulate(_columns(y2, start, stop), part, up.t(), scaling)
+                column += up.shape[1]
+        else:
+            up = _up(B[0], B0[0], x.dtype).t()
+            y = _product(S, up, spans[0][2]) if bias is None else torch.addmm(bias, S, up, alpha=spans[0][2])
+            _accumulate(y, x2, weight.t(), 1.0)
+            y = y.view(*x.shape[:-1], y.shape[1])
 
-        needs_x, _, needs_weight, _, _, _, *needs = ctx.needs_input_grad
+        needs_x, _, needs_weight, _, _, _, _, *needs = ctx.needs_input_grad
         ctx.spans, ctx.needs = spans, (needs[::4], needs[1::4])
         train_A, train_B = True in needs[::4], True in needs[1::4]
         ctx.save_for_backward(
@@ -83,12 +92,12 @@ def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
     column = 0
     for i, (start, stop, scaling) in enumerate(ctx.spans):
         rank, dy_rows, up = A[i].shape[0], _columns(dy, start, stop), _up(B[i], B0[i], dy.dtype)
-        if needs_B[i]:
-            # (Sᵀ·dY)ᵀ, not dYᵀ·S: the same numbers, but it reads dY along its rows.
-            product = _product(_columns(S, column, column + rank).t(), dy_rows, scaling)
-            dB[i] = torch.empty_like(B[i]).copy_(product.t())
-        if needs_x or train_A:
-            dS.append(_product(dy_rows, up, scaling))
+        part = _columns(S, column, column + up.shape[1]) if needs_B[i] else None
+        dS_i, dB_i = _through_B(dy_rows, up, part, scaling, rank, needs_x or train_A)
+        if dB_i is not None:
+            dB[i] = torch.empty_like(B[i]).copy_(dB_i)
+        if dS_i is not None:
+            dS.append(dS_i)
         if train_A:
             # Beside an anchor A meets x twice, in A0 + A and in A, and its gradient is the sum.
             dT.append(dS[i] if A0[i] is None else dS[i][:, :rank] + dS[i][:, rank:])
@@ -112,10 +121,35 @@ def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
     if needs_bias:
         db = dy.sum(0)
     dFactors = (grad for pair in zip(dA, dB, strict=True) for grad in (*pair, None, None))
-    return dX, dY if needs_base else None, dW, db, None, None, *dFactors
+    return dX, dY if needs_base else None, dW, db, None, None, None, *dFactors
+
+
+_kernels: Any = None  # the module, once switched on
+
+
+def one_pass(on: bool = True) -> None:
+    """Let backward take dS and dB from one pass over dY, by a Triton kernel, where `kernels.suits` says so.
+
+    That is on CUDA, in half precision and for ranks up to about 32. Off until it is asked for: what it gains
+    has not been measured on a GPU yet. Needs Triton, else ImportError. It is a switch of the process.
+    """
+    global _kernels
+    _kernels = importlib.import_module("lowrank.layers.kernels") if on else None
 
 
 _backward_once = once_differentiable(_backward)
+
+
+def _through_B(
+    dY: Tensor, up: Tensor, S: Tensor | None, scaling: float, rank: int, wants_S: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """``dS = s·dY·B`` if asked for, and ``dB = s·dYᵀ·S`` of the first `rank` columns if S is there."""
+    if S is not None and wants_S and _kernels is not None and _kernels.suits(dY, up.shape[1]):
+        dS, dB = _kernels.dS_and_dB(dY, up, S, scaling)
+        return dS, dB[:, :rank]
+    dS = _product(dY, up, scaling) if wants_S else None
+    # (Sᵀ·dY)ᵀ, not dYᵀ·S: the same numbers, but it reads dY along its rows.
+    return dS, None if S is None else _product(_columns(S, 0, rank).t(), dY, scaling).t()
 
 
 def _down(A: Sequence[Tensor], A0: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
