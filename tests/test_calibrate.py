@@ -160,6 +160,30 @@ def test_sharing_is_checked_in_each_batch() -> None:
         )
 
 
+def test_an_address_used_again_is_another_input() -> None:
+    """What a freed input leaves is often where the next one of that shape is put."""
+
+    class Passing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            memory = x * 1
+            first = memory.data  # same place, a version of its own
+            y = self.a(first).sum()
+            del first
+            memory *= 2
+            return y + self.b(memory.data).sum()
+
+    model, x = Passing(), torch.randn(2, 5, 64)
+    got = calibrate(
+        model, find_projections(model), ["covariance"], [x], loss=lambda m, b: m(b), progress=False
+    )
+    a, b = got.values()
+    torch.testing.assert_close(b.covariance, 4 * a.covariance)
+
+
 def test_a_projection_out_of_the_losss_reach_has_sensitivity_zero() -> None:
     model = zoo.build("deberta")
     model.register_module("unused", nn.Linear(4, 4))

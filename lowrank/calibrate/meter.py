@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,23 @@ from lowrank.batches import Mask, attention_mask
 from lowrank.projections import Projection, Role
 from lowrank.statistics import ProjectionStatistics, Statistics
 
-Key = tuple[Any, ...]
+
+class _Seen:
+    """An input tensor of the present batch, told again by where it lies.
+
+    An address means something only while its tensor lives: afterwards another may be put there.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.place = _place(x)
+        self.tensor = weakref.ref(x)
+
+    def is_same(self, x: Tensor) -> bool:
+        return self.tensor() is not None and self.place == _place(x)
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x.storage_offset(), x.shape, x.stride(), x._version, x.dtype
 
 
 @dataclass
@@ -24,7 +41,10 @@ class _Input:
     moment: Tensor | None = None
     total: Tensor | None = None
     tokens: int = 0
-    seen: list[Key] = field(default_factory=list)
+    seen: list[_Seen] = field(default_factory=list)
+
+    def saw(self, x: Tensor) -> bool:
+        return any(each.is_same(x) for each in self.seen)
 
 
 @dataclass
@@ -84,23 +104,22 @@ class Meter:
         self.batch_size = self.batch_size or len(x)
         if not self.needs_inputs or self.in_backward:  # in backward checkpointing runs a forward again
             return
-        key = (x.data_ptr(), x.storage_offset(), x.shape, x.stride(), x._version, x.dtype)
         weight = self.weights[held[0]]
         if not weight.input:
-            same = [n for n, each in self.inputs.items() if key in each.seen and _siblings(n, name)]
+            same = [n for n, each in self.inputs.items() if each.saw(x) and _siblings(n, name)]
             for p in held:
                 self.weights[p].input = same[0] if same else name
         if weight.input == name:
-            self._add(name, x, key)
-        elif key not in self.inputs[weight.input].seen:
+            self._add(name, x)
+        elif not self.inputs[weight.input].saw(x):
             raise ValueError(
                 f"{name} and {weight.input} read the same input at first, but not in batch {self.number}: "
                 f"they cannot be measured together; measure them apart, with exclude="
             )
 
-    def _add(self, name: str, x: Tensor, key: Key) -> None:
+    def _add(self, name: str, x: Tensor) -> None:
         running = self.inputs.setdefault(name, _Input())
-        running.seen.append(key)
+        running.seen.append(_Seen(x))
         examples, mask = self._by_example(name, x)
         rows = examples.to(_wide(x))
         kept = None if mask is None else mask[..., None]
@@ -160,7 +179,7 @@ class Meter:
     def see_gradient(
         self, name: str, held: Sequence[Projection], x: Tensor, dy: Tensor, first: int = 0
     ) -> None:
-        """``dy`` (..., rows) is the gradient of what ``held``'s tensor made of ``x``, from its row ``first`` on."""
+        """``dy`` (..., rows) is the gradient of x times ``held``'s tensor from its row ``first`` on."""
         if self._tokens_first(x):
             dy = dy.transpose(0, 1)
         x, _ = self._by_example(name, x)
