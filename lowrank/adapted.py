@@ -80,12 +80,23 @@ def on_weight(model: nn.Module, p: Projection) -> bool:
 def make_adapter(
     model: nn.Module, p: Projection, A: Tensor, B: Tensor, scaling: float, frozen: Iterable[str] = ()
 ) -> Adapter:
-    """An adapter for ``p`` with the full factors A, B, on the device of its weight."""
+    """An adapter for ``p`` with the full factors A, B, beside its weight."""
     weight = model.get_submodule(p.module)._parameters[p.param]
     assert weight is not None
-    return Adapter(A, B, scaling, rows=p.rows, frozen=frozenset(frozen), dtype=master_dtype(weight.dtype)).to(
-        weight.device
-    )
+    adapter = Adapter(A, B, scaling, rows=p.rows, frozen=frozenset(frozen), dtype=master_dtype(weight.dtype))
+    return adapter.to(device_beside(model, p))
+
+
+def device_beside(model: nn.Module, p: Projection) -> torch.device:
+    """Where an adapter of ``p`` belongs: where its weight is, or, from the meta device, where it will be."""
+    module = model.get_submodule(p.module)
+    weight = module._parameters[p.param]
+    assert weight is not None
+    if not weight.is_meta:
+        return weight.device
+    # accelerate brings an offloaded weight to this device for each call.
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return torch.device("cpu" if device is None else device)
 
 
 def install(model: nn.Module, plan: Plan, adapters: Mapping[Projection, Adapter]) -> None:
@@ -212,6 +223,10 @@ def merge(model: nn.Module) -> nn.Module:
         weight = _stored(root, p)
         if len(holders[id(weight)]) > 1:
             raise ValueError(f"{p.name} is tied to another module's weight, which merging would change too")
+        if weight.is_meta:
+            raise ValueError(
+                f"{p.name} is on the meta device: there is nothing yet that ΔW could be added to"
+            )
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             stored = f"{type(weight).__name__} of {weight.dtype}"
             raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowrank.adapted import (
     adapters_of,
     check_unwrapped,
+    device_beside,
     holder,
     install,
     plan_of,
@@ -230,38 +231,49 @@ def _adapter(
         for factor in ("A", "B", "A0", "B0")
         if f"{p.name}.{factor}" in tensors
     }
-    device = as_rows(model.get_submodule(p.module), p.param).device
-    return Adapter.from_state(state, plan[p].scaling, rows=p.rows, frozen=frozen).to(device)
+    adapter = Adapter.from_state(state, plan[p].scaling, rows=p.rows, frozen=frozen)
+    return adapter.to(device_beside(model, p))
 
 
 # -- the fingerprint of a base ------------------------------------------------------------------------
 
 
 def _fingerprint(module: nn.Module, p: Projection) -> dict[str, Any]:
-    """A sample of the projection's weights, evenly spread, and the dtype that they had."""
+    """How the projection's weight is stored, and a sample of it, evenly spread; none from the meta device."""
+    stored = module._parameters[p.param]
+    assert stored is not None
+    dtype = str(stored.dtype).removeprefix("torch.")
+    if type(stored) is not nn.Parameter or not stored.is_floating_point():
+        dtype = f"{type(stored).__name__} of {dtype}"
+    if stored.is_meta:
+        return {"dtype": dtype, "sample": None}
     weight = as_rows(module, p.param)[slice(*p.rows)]
     places = torch.linspace(0, weight.numel() - 1, min(SAMPLES, weight.numel()), dtype=torch.float64).long()
     sample = weight[(places // p.in_features).to(weight.device), (places % p.in_features).to(weight.device)]
-    return {"dtype": str(weight.dtype).removeprefix("torch."), "sample": sample.double().tolist()}
+    return {"dtype": dtype, "sample": sample.double().tolist()}
 
 
 def _weight_problems(model: nn.Module, plan: Plan, saved: Mapping[str, Any]) -> list[str]:
     """A line for each projection whose weights are not those of the base that the adapter was made for.
 
-    The same dtype means the same bits; a base in another precision may differ by its rounding.
+    The same storage means the same bits; another precision may differ by its rounding, a quantized
+    weight by more. What is on the meta device, now or then, cannot be compared.
     """
     problems = []
     for p in plan.adapted:
         here, there = _fingerprint(model.get_submodule(p.module), p), saved[p.name]
+        if here["sample"] is None or there["sample"] is None:
+            continue
         a, b = (torch.tensor([float(value) for value in each["sample"]]) for each in (here, there))
         if a.shape != b.shape:
             problems.append(f"{p.name}: its fingerprint has {len(b)} samples, not {len(a)}")
             continue
+        dtypes = str(there["dtype"]), str(here["dtype"])
+        packed_ = any(" of " in dtype for dtype in dtypes)
+        allowed = 0.0 if dtypes[0] == dtypes[1] else 0.25 if packed_ else 0.02
         distance = float((a - b).norm() / b.norm().clamp_min(1e-30))
-        allowed = 0.0 if here["dtype"] == there["dtype"] else 0.02
         if not distance <= allowed:
             problems.append(
-                f"{p.name}: its weights differ by {distance:.2%} "
-                f"({there['dtype']} then, {here['dtype']} here)"
+                f"{p.name}: its weights differ by {distance:.2%} ({dtypes[0]} then, {dtypes[1]} here)"
             )
     return problems

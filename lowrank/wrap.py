@@ -190,10 +190,22 @@ def _start(
     """The adapter of one projection as ``init`` starts it, and the energy of the start where it is known."""
     rank, scaling = plan[p].rank, plan[p].scaling
     generator = torch.Generator().manual_seed(_seed(plan.seed, p))
-    with torch.no_grad():
-        factors = init(p.weight(model), rank, scaling, role=p.role, statistics=measured, generator=generator)
-    _check_factors(p, factors, rank, frozen_factors(init, p.role))
-    return make_adapter(model, p, factors.A, factors.B, scaling, factors.frozen), factors.energy
+    weight = p.weight(model)
+    absent = weight.is_meta
+    if absent:  # its values are not there yet: an initializer that reads them will make nothing of NaN
+        weight = torch.full((), torch.nan).expand(weight.shape)
+    try:
+        with torch.no_grad():
+            factors = init(weight, rank, scaling, role=p.role, statistics=measured, generator=generator)
+        _check_factors(p, factors, rank, frozen_factors(init, p.role))
+        return make_adapter(model, p, factors.A, factors.B, scaling, factors.frozen), factors.energy
+    except (ValueError, RuntimeError) as error:
+        if not absent:
+            raise
+        raise ValueError(
+            f"{p.name} is on the meta device, and {init} starts from its values: "
+            "load the base first, or start with Kaiming()"
+        ) from error
 
 
 def _check_factors(p: Projection, factors: Factors, rank: int, declared: frozenset[str]) -> None:

@@ -7,12 +7,13 @@ in `adapter`; it knows no model.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.layers.adapter import Adapter, full_delta
+from lowrank.layers.loading import move_below_base
 from lowrank.layers.ops import add_lora, fused_lora
 
 
@@ -86,6 +87,10 @@ class LoRALinear(nn.Module):
     def delta_weight(self) -> Tensor:
         """``ΔW`` (out, in), detached, in fp32 (fp64 for fp64 adapters): what is added to the weight."""
         return full_delta(self._held(), self.out_features)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        move_below_base(state_dict, prefix, ("base.", "adapters."))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, dropout={self.dropout}"

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lowrank.layers.loading import move_below_base
+
 
 class TrainedModule(nn.Module):
     """Calls a trainable copy of ``base``; while it is not enabled, ``base`` itself.
@@ -28,6 +30,11 @@ class TrainedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.in_use(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in move_below_base(state_dict, prefix, ("base.", "copy.")):
+            state_dict.setdefault(f"{prefix}copy.{name}", state_dict[f"{prefix}base.{name}"].clone())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getattr__(self, name: str) -> Any:
         try:

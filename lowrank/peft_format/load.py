@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lowrank.adapted import check_unwrapped, install, weight_shape
+from lowrank.adapted import check_unwrapped, device_beside, install, weight_shape
 from lowrank.files import FLOATS, AdapterError
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.linear import master_dtype
@@ -53,7 +53,7 @@ def import_peft(model: nn.Module, path: str | Path) -> nn.Module:
         weight = model.get_submodule(p.module)._parameters["weight"]
         assert weight is not None
         state = {"A": pair.A.to(master_dtype(weight.dtype)), "B": pair.B.to(master_dtype(weight.dtype))}
-        adapters[p] = Adapter.from_state(state, pair.scaling, rows=p.rows).to(weight.device)
+        adapters[p] = Adapter.from_state(state, pair.scaling, rows=p.rows).to(device_beside(model, p))
     plan = Plan(allocations, dropout=contents.config.dropout, train=trained)
     install(model, plan, adapters)
     for name in trained:
