@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank.init.base import NOTHING, Factors
-from lowrank.init.spectrum import full_precision
+from lowrank.init.spectrum import frobenius, full_precision
 from lowrank.projections import Role
 from lowrank.statistics import ProjectionStatistics
 
@@ -43,7 +43,7 @@ class Orthogonal:
         """
         if not 1 <= rank <= min(weight.shape):
             raise ValueError(f"rank {rank} is out of range for a weight {tuple(weight.shape)}")
-        norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+        norm = frobenius(weight.detach())
         if not isfinite(norm):
             raise ValueError(f"NaN or Inf in a weight {tuple(weight.shape)}: it has no QR decomposition")
         with full_precision(weight.device):

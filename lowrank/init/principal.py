@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank.init.base import NOTHING, Factors
-from lowrank.init.spectrum import Triplets, bottom_singular, top_singular
+from lowrank.init.spectrum import Triplets, bottom_singular, frobenius, top_singular
 from lowrank.projections import Role
 from lowrank.statistics import ProjectionStatistics
 
@@ -77,7 +77,6 @@ class Minor:
 
 
 def _factors(weight: Tensor, found: Triplets, scaling: float) -> Factors:
-    norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
-    floor = FLOOR * (norm / sqrt(min(weight.shape)) or 1.0)
+    floor = FLOOR * (frobenius(weight.detach()) / sqrt(min(weight.shape)) or 1.0)
     root = (found.S.clamp_min(floor) / scaling).sqrt()
     return Factors(A=(root[:, None] * found.Vh).float(), B=(found.U * root).float(), energy=found.energy)

@@ -140,10 +140,11 @@ def _extension(basis: Tensor, block: Tensor, size: float, generator: torch.Gener
 
     Projects, then orthonormalizes by the eigenvectors of the block's Gram matrix in fp64 (Stathopoulos & Wu
     2002): a few products, where a QR of a tall block is many small steps. Again, if the block was far from
-    orthogonal; what then still shrinks to a tenth was rounding, and is drawn anew.
+    orthogonal or lay almost in the basis; what then still shrinks to a tenth was rounding, and is drawn anew.
     """
     noise = 8 * torch.finfo(block.dtype).eps * size
     for _ in range(6):
+        before = frobenius(block)
         block = block - basis @ (basis.mT @ block)
         wide = block.double()
         squares, vectors = torch.linalg.eigh((wide.mT @ wide).cpu())
@@ -152,7 +153,7 @@ def _extension(basis: Tensor, block: Tensor, size: float, generator: torch.Gener
         block = (wide @ scaled.to(wide)).to(block)
         if nothing:
             block = torch.cat([block, _random(block, block.shape[0], nothing, generator)], 1)
-        elif squares[0] > 1e-3 * squares[-1]:
+        elif squares[0] > 1e-3 * squares[-1] and squares.sum() > 1e-2 * before**2:
             break
         noise = 0.1
     return block

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import sqrt
@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# How many columns per column of a block, and how much slower each than in a large product: measured.
+# A product is formed, and its norm known, where that costs about as much as the iteration at most.
 NARROW = 60
 
 
@@ -24,7 +24,13 @@ def frobenius(matrix: Tensor) -> float:
     norm = float(torch.linalg.vector_norm(rows.double()))
     if 1e-12 < norm < 1e12:
         return norm
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))  # slower, but safe for squares
+    largest = float(matrix.abs().max())  # slower, but squares neither overflow nor vanish
+    return largest * float(torch.linalg.vector_norm(matrix.double() / largest)) if largest else largest
+
+
+def _read(matrix: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    matrix = matrix.detach()
+    return (matrix.double() * scale).to(dtype) if scale != 1 else matrix.to(dtype)
 
 
 class Operator(Protocol):
@@ -75,8 +81,8 @@ class Dense:
     def adjoint(self, columns: Tensor) -> Tensor:
         return (columns.mT @ self.matrix).mT  # on CPUs up to twice as fast as transposing the matrix
 
-    def to(self, dtype: torch.dtype) -> Dense:
-        return Dense(self.matrix.detach().to(dtype))
+    def to(self, dtype: torch.dtype, scales: Sequence[float] = (1.0,)) -> Dense:
+        return Dense(_read(self.matrix, dtype, *scales))
 
     def formed(self) -> Tensor:
         return self.matrix
@@ -114,14 +120,14 @@ class Product:
     def adjoint(self, columns: Tensor) -> Tensor:
         return ((columns.mT @ self.left) @ self.right).mT
 
-    def to(self, dtype: torch.dtype) -> Product:
-        return Product(self.left.detach().to(dtype), self.right.detach().to(dtype))
+    def to(self, dtype: torch.dtype, scales: Sequence[float] = (1.0, 1.0)) -> Product:
+        return Product(_read(self.left, dtype, scales[0]), _read(self.right, dtype, scales[1]))
 
     def formed(self) -> Tensor:
         return self.left @ self.right
 
     def cheaper_formed(self, rank: int) -> bool:
-        """Whether forming it once costs less than a second product for each of some thirty blocks.
+        """Whether forming it costs little beside a second product for each block of columns.
 
         Always on an accelerator, whose large products run at many times the speed of narrow ones.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite, sqrt
+from math import isfinite, log2, prod, sqrt
 
 import torch
 from torch import Tensor
@@ -40,9 +40,10 @@ class Triplets:
 class Question:
     """What was asked: M in the dtype that is answered in, how many triplets, and how small an angle."""
 
-    matrix: Dense | Product
+    matrix: Dense | Product  # times ``scale``, if its squares would overflow or vanish
     rank: int
     tolerance: float
+    scale: float = 1.0
 
     @staticmethod
     def read(matrix: Tensor | Product, rank: int, tolerance: float) -> Question:
@@ -53,13 +54,15 @@ class Question:
             raise ValueError(f"singular triplets need floating-point numbers (dequantize first): {dtypes}")
         if not 1 <= rank <= min(shape):
             raise ValueError(f"rank {rank} is out of range for a matrix {shape}: 1 to {min(shape)}")
-        if not all(isfinite(frobenius(part.detach())) for part in operator.parts):
+        norms = [frobenius(part.detach()) for part in operator.parts]
+        if not all(map(isfinite, norms)):
             raise ValueError(f"NaN or Inf in a matrix {shape}: it has no singular values")
+        scales = [1.0 if 1e-6 < norm < 1e6 or not norm else 2.0 ** -round(log2(norm)) for norm in norms]
         with full_precision(operator.like.device):
-            operator = operator.to(torch.float64 if torch.float64 in dtypes else torch.float32)
+            operator = operator.to(torch.float64 if torch.float64 in dtypes else torch.float32, scales)
             if isinstance(operator, Product) and operator.cheaper_formed(rank):
                 operator = Dense(operator.formed())
-        return Question(operator, rank, tolerance)
+        return Question(operator, rank, tolerance, prod(scales))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,7 +139,7 @@ def triplets(
     scale = float(S[0]) if norm is None else norm
     return Triplets(
         U=U.to(question.dtype),
-        S=S.to(U.device, question.dtype),
+        S=(S.double() / question.scale).to(U.device, question.dtype),
         Vh=V.mT.to(question.dtype),
         energy=None if energy is None else min(1.0, energy),
         angle=angle,
