@@ -51,4 +51,4 @@ class Orthogonal:
             B = torch.linalg.qr(W[:, :rank]).Q
             A = B.mT @ W
         energy = min(1.0, float(A.double().square().sum()) / norm**2) if norm else 0.0
-        return Factors(A=A.float(), B=B.float(), energy=energy)
+        return Factors(A=A.float().contiguous(), B=B.float().contiguous(), energy=energy)

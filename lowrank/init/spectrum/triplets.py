@@ -137,10 +137,11 @@ def triplets(
     norm = frobenius(question.matrix.matrix) if isinstance(question.matrix, Dense) else None
     energy = None if norm is None else float(S.double().square().sum()) / norm**2 if norm else 0.0
     scale = float(S[0]) if norm is None else norm
+    layout = torch.contiguous_format  # copies, so that no larger tensor is kept alive
     return Triplets(
-        U=U.to(question.dtype),
+        U=U.to(question.dtype).clone(memory_format=layout),
         S=(S.double() / question.scale).to(U.device, question.dtype),
-        Vh=V.mT.to(question.dtype),
+        Vh=V.mT.to(question.dtype).clone(memory_format=layout),
         energy=None if energy is None else min(1.0, energy),
         angle=angle,
         residual=float(residual.max()) / scale if scale else 0.0,
