@@ -61,9 +61,7 @@ def test_an_unmapped_role_lists_what_is_and_is_not_named() -> None:
         lambda: init.frozen(Role.DOWN),
         lambda: init(gaussian(20, 30), 4, 1.0, role=Role.DOWN, statistics=None, generator=generator()),
     ):
-        with pytest.raises(
-            ValueError, match=r"'down'.*Named: query, value; not named: key, .*down"
-        ):
+        with pytest.raises(ValueError, match=r"'down'.*Named: query, value; not named: key, .*down"):
             refused()
 
 
