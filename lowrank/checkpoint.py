@@ -123,7 +123,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     for name in plan.train:
         module = model.get_submodule(name)
         assert isinstance(module, TrainedModule)
-        module.copy.load_state_dict({key: tensors[f"train:{name}.{key}"] for key in module.copy.state_dict()})
+        module.load_copy({key: tensors[f"train:{name}.{key}"] for key in module.copy.state_dict()})
     return model
 
 

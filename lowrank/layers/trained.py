@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.layers.loading import move_below_base
 
@@ -31,8 +32,14 @@ class TrainedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.in_use(*args, **kwargs)
 
+    def load_copy(self, state: Mapping[str, Tensor]) -> None:
+        """Gives the copy the values in ``state``; one on the meta device takes the tensors themselves."""
+        absent = any(tensor.is_meta for tensor in self.copy.state_dict().values())
+        self.copy.load_state_dict(state, assign=absent)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in move_below_base(state_dict, prefix, ("base.", "copy.")):
+        waiting = {name for name, tensor in self.copy.state_dict().items() if tensor.is_meta}
+        for name in waiting.intersection(move_below_base(state_dict, prefix, ("base.", "copy."))):
             state_dict.setdefault(f"{prefix}copy.{name}", state_dict[f"{prefix}base.{name}"].clone())
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

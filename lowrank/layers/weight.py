@@ -83,7 +83,7 @@ def effective_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
 
 def _read(module: Any, param: str) -> Tensor:
     weight = module._parameters[param]
-    if not module.lora.enabled:
+    if not module.lora.enabled or weight.is_meta:
         return weight
     cache = module.__dict__.get("_adapted")
     if cache is None:

@@ -59,7 +59,7 @@ def import_peft(model: nn.Module, path: str | Path) -> nn.Module:
     for name in trained:
         module = model.get_submodule(name)
         assert isinstance(module, TrainedModule)
-        module.copy.load_state_dict(tensors.state(name, module.copy.state_dict()))
+        module.load_copy(tensors.state(name, module.copy.state_dict()))
     return model
 
 
