@@ -21,7 +21,7 @@ from measure import clocks, interleaved, kept_bytes, peak_bytes, surroundings
 from products import Case, Contender, contenders
 from torch import Tensor
 
-from lowrank.layers.product import one_pass
+from lowrank.layers.gemm import one_pass
 
 RESULTS = Path(__file__).parent / "results"
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -1,6 +1,6 @@
 """A Triton kernel for backward: one pass over dY gives both dS = s·dY·B and dB = s·dYᵀ·S.
 
-Importing this file imports Triton; `product` does so only when `one_pass` switches it on. It multiplies
+Importing this file imports Triton; `gemm` does so only when `one_pass` switches it on. It multiplies
 three matrices, and knows nothing of anchors or row blocks.
 """
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.layers.product import LowRankProduct
+from lowrank.layers.row_blocks import RowBlockProduct
+from lowrank.layers.single import SingleProduct
 
 
 class Block(NamedTuple):
@@ -38,7 +39,9 @@ def lora_linear(
     x ``(..., in)``; weight ``(out, in)``, any strides; bias ``(out,)`` or None; A ``(r, in)``;
     B ``(out, r)``. Returns ``(..., out)`` in x's dtype. The one-block case of `fused_lora`, which says more.
     """
-    return fused_lora(x, weight, bias, (Block((0, weight.shape[0]), A, B, scaling),))
+    block = Block((0, weight.shape[0]), A, B, scaling)
+    check_blocks(weight.shape[0], weight.shape[1], (block,))
+    return fused_lora(x, weight, bias, (block,))
 
 
 def fused_lora(
@@ -63,14 +66,20 @@ def fused_lora(
 
     For backward it keeps x itself (only where an A or the weight is trained) and the ``(tokens, Σr)``
     product of x with the A's. The gradients are those of LoRA (2106.09685, section 4.1). It can be
-    differentiated once: a second derivative raises RuntimeError. Shapes that do not fit: ValueError.
+    differentiated once: a second derivative raises RuntimeError. The blocks are not checked at each call:
+    see `check_blocks`.
     """
-    _check(x, weight.shape[0], weight.shape[1], blocks, dropout)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    exact = exact or len(blocks) > 1 or blocks[0].rows != (0, weight.shape[0])
-    return _apply(x, None, weight, bias, blocks, dropout, exact)
+    if len(blocks) > 1 or blocks[0].rows != (0, weight.shape[0]):
+        return RowBlockProduct.apply(x, None, weight, bias, *_laid_out(x, blocks, dropout))
+    ((_, A, B, scaling, A0, B0),) = blocks
+    mask = None
+    if dropout > 0:
+        # What dropout keeps is to weigh more: the scaling does that, and no pass over x has to.
+        mask, scaling = _mask(x, dropout), scaling / (1 - dropout)
+    return SingleProduct.apply(x, weight, bias, A, B, A0, B0, mask, scaling, exact)
 
 
 def add_lora(y: Tensor, x: Tensor, blocks: Sequence[Block], *, dropout: float = 0.0) -> Tensor:
@@ -79,28 +88,19 @@ def add_lora(y: Tensor, x: Tensor, blocks: Sequence[Block], *, dropout: float = 
     y ``(..., out)`` is what the base made of x ``(..., in)``; it is not written to. The update is computed
     in y's dtype, and an update of zero returns y bit for bit. Otherwise as `fused_lora`.
     """
-    _check(x, y.shape[-1], x.shape[-1], blocks, dropout)
     if x.shape[:-1] != y.shape[:-1]:
         raise ValueError(
             f"x {tuple(x.shape)} and y {tuple(y.shape)} must agree in all but the last dimension"
         )
-    return _apply(x.to(y.dtype), y, None, None, blocks, dropout, True)
+    x = x.to(y.dtype)
+    return RowBlockProduct.apply(x, y, None, None, *_laid_out(x, blocks, dropout))
 
 
-def _apply(
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    blocks: Sequence[Block],
-    dropout: float,
-    exact: bool,
-) -> Tensor:
+def _laid_out(x: Tensor, blocks: Sequence[Block], dropout: float) -> tuple:
+    """The mask, the spans and the factors, one by one: autograd sees only tensors that are arguments."""
     mask = _mask(x, dropout) if dropout > 0 else None
-    # What dropout keeps is to weigh more: the scaling does that, and no pass over x has to.
     spans = [(*block.rows, block.scaling / (1 - dropout)) for block in blocks]
-    factors = [factor for _, A, B, _, A0, B0 in blocks for factor in (A, B, A0, B0)]
-    return LowRankProduct.apply(x, y, weight, bias, mask, exact, spans, *factors)
+    return mask, spans, *(factor for _, A, B, _, A0, B0 in blocks for factor in (A, B, A0, B0))
 
 
 def _mask(x: Tensor, dropout: float) -> Tensor:
@@ -113,13 +113,10 @@ def _mask(x: Tensor, dropout: float) -> Tensor:
     return draws.view(torch.int16)[: x.numel()].view(shape) >= round(dropout * 2**16) - 2**15
 
 
-def _check(x: Tensor, out_features: int, in_features: int, blocks: Sequence[Block], dropout: float) -> None:
+def check_blocks(out_features: int, in_features: int, blocks: Sequence[Block]) -> None:
+    """Raises ValueError unless the blocks fit a weight ``(out_features, in_features)``."""
     if not blocks:
         raise ValueError("without blocks there is nothing to add: call the base alone")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is a share of x in [0, 1), not {dropout}")
-    if x.shape[-1] != in_features:
-        raise ValueError(f"x {tuple(x.shape)} must end in the weight's {in_features} input features")
     for (start, stop), A, B, _, A0, B0 in blocks:
         if not 0 <= start < stop <= out_features:
             raise ValueError(f"rows ({start}, {stop}) must lie within the weight's {out_features} rows")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank.layers import product
+from lowrank.layers import gemm
 from lowrank.layers.ops import Block, fused_lora
 
 pytest.importorskip("triton")
@@ -112,11 +112,11 @@ def test_the_product_takes_it_where_it_suits(
 
     reference = gradients()
     monkeypatch.setattr(kernels, "suits", suits)
-    product.one_pass(True)
+    gemm.one_pass(True)
     try:
         got = gradients()
     finally:
-        product.one_pass(False)
+        gemm.one_pass(False)
     assert calls == [((40, 30), 8 if anchored else 4)]
     for value, plain in zip(got, reference, strict=True):
         torch.testing.assert_close(value, plain, rtol=1e-4, atol=1e-4)

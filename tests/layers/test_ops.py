@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank.layers.ops import Block, add_lora, fused_lora, lora_linear
+from lowrank.layers.ops import Block, add_lora, check_blocks, fused_lora, lora_linear
 
 IN, OUT, RANK = 24, 20, 3
 SHAPES = [(IN,), (0, IN), (1, IN), (7, IN), (2, 0, IN), (3, 5, IN), (2, 3, 4, IN)]
@@ -332,7 +332,6 @@ class TestDropout:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.ones(2, IN + 1)}, "24 input features"),
         ({"rows": (0, OUT + 1)}, "within the weight's 20 rows"),
         ({"rows": (3, 3)}, "within the weight's 20 rows"),
         ({"rows": (0, OUT - 1)}, r"must be \(3, 24\) and \(19, 3\)"),
@@ -340,20 +339,27 @@ class TestDropout:
         ({"B": torch.ones(OUT, RANK + 1)}, r"B \(20, 4\)"),
         ({"A0": torch.ones(RANK, IN)}, "both A0 and B0"),
         ({"A0": torch.ones(1, IN), "B0": torch.ones(OUT, 1)}, "shapes of its offsets"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"dropout": -0.1}, "dropout"),
     ],
 )
-def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
-    x, dropout = change.pop("x", torch.ones(2, IN)), change.pop("dropout", 0.0)
+def test_blocks_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
     (block,) = make_blocks("one")
     with pytest.raises(ValueError, match=message):
-        fused_lora(x, torch.ones(OUT, IN), None, [block._replace(**change)], dropout=dropout)
+        check_blocks(OUT, IN, [block._replace(**change)])
 
 
-def test_nothing_to_add_is_named() -> None:
+@layouts
+def test_blocks_that_fit_pass(layout: str) -> None:
+    check_blocks(OUT, IN, make_blocks(layout))
+
+
+def test_no_blocks_are_named() -> None:
     with pytest.raises(ValueError, match="call the base alone"):
-        fused_lora(torch.ones(2, IN), torch.ones(OUT, IN), None, [])
+        check_blocks(OUT, IN, [])
+
+
+def test_lora_linear_checks_its_factors() -> None:
+    with pytest.raises(ValueError, match=r"must be \(3, 24\) and \(20, 3\)"):
+        lora_linear(torch.ones(2, IN), torch.ones(OUT, IN), None, torch.ones(3, IN), torch.ones(OUT, 2), 1.0)
 
 
 def test_added_shapes_must_agree() -> None:

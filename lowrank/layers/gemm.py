@@ -1,0 +1,97 @@
+"""The few matrix operations that the low-rank products are made of, each in its cheapest form.
+
+Measured choices live here, and the switch for the Triton kernel; what is multiplied with what is not
+decided here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def flat(t: Tensor) -> Tensor:
+    """``(..., n)`` as ``(tokens, n)``."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def scaled(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """``alpha·a·b``: with beta = 0 the scale rides along, where mm and mul_ would be two passes."""
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
+
+
+def accumulate(C: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    """``C += alpha·a·b`` in place, compiled or not."""
+    if torch.compiler.is_compiling():
+        _addmm_(C, a, b, alpha)
+    else:
+        C.addmm_(a, b, alpha=alpha)
+
+
+# The compiler makes addmm_ functional, and then copies all of C; an operation of ours it leaves in place.
+@torch.library.custom_op("lowrank::addmm_", mutates_args={"C"})
+def _addmm_(C: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    C.addmm_(a, b, alpha=alpha)
+
+
+def down(A: Tensor, A0: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What x is multiplied by: A ``(r, in)``, or ``[A0 + A; A]`` beside an anchor."""
+    return (A if A0 is None else torch.cat((A0 + A, A))).to(dtype)
+
+
+def up(B: Tensor, B0: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What multiplies that: B ``(rows, r)``, or ``[B, B0]`` beside an anchor."""
+    return (B if B0 is None else torch.cat((B, B0), 1)).to(dtype)
+
+
+def through_up(
+    dY: Tensor, up: Tensor, S: Tensor | None, alpha: float, like: Tensor, needs_S: bool
+) -> tuple[Any, Any]:
+    """Gradients of S and of B through ``alpha·S·upᵀ``: ``alpha·dY·up`` and ``alpha·dYᵀ·S``, or None.
+
+    dY ``(N, rows)``, up ``(rows, width)``, S ``(N, width)`` or None where B needs none. The second is that of
+    the first columns, those of `like`, which is B: the rest are an anchor's.
+    """
+    dS = dB = None
+    if needs_S and S is not None and _kernels is not None and _kernels.suits(dY, up.shape[1]):
+        dS, dB = _kernels.dS_and_dB(dY, up, S, alpha)
+        return dS, dB[:, : like.shape[1]].to(like.dtype, copy=True)
+    if S is not None:
+        S = S if S.shape[1] == like.shape[1] else S[:, : like.shape[1]]
+        # (Sᵀ·dY)ᵀ, not dYᵀ·S: the same numbers, but it reads dY along its rows.
+        dB = torch.empty_like(like).copy_(scaled(S.t(), dY, alpha).t())
+    if needs_S:
+        dS = scaled(dY, up, alpha)
+    return dS, dB
+
+
+_kernels: Any = None  # the module, once switched on
+
+
+def one_pass(on: bool = True) -> None:
+    """Let backward take dS and dB from one pass over dY, by a Triton kernel, where `kernels.suits` says so.
+
+    That is on CUDA, in half precision and for ranks up to about 32. Off until it is asked for: what it gains
+    has not been measured on a GPU yet. Needs Triton, else ImportError. It is a switch of the process.
+    """
+    global _kernels
+    _kernels = importlib.import_module("lowrank.layers.kernels") if on else None
+
+
+def differentiable_once(gradients: Callable[[Any, Tensor], tuple]) -> Callable[..., Any]:
+    """A backward that runs `gradients` outside autocast, and whose results refuse to be differentiated."""
+    refusing = once_differentiable(gradients)
+
+    def backward(ctx: Any, dY: Tensor) -> tuple:
+        run = refusing if torch.is_grad_enabled() else gradients
+        if torch.is_autocast_enabled(dY.device.type):
+            with torch.autocast(dY.device.type, enabled=False):
+                return run(ctx, dY)
+        return run(ctx, dY)
+
+    return backward
