@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import lowrank
+from lowrank import presets
+from lowrank.adapted import adapters_of
+from lowrank.allocate import Uniform
 from lowrank.calibrate import calibrate
 from lowrank.projections import Projection, find_projections, stored_transposed
 from lowrank.targets import select
@@ -343,3 +347,21 @@ def test_nan_in_an_input_names_module_and_batch(value: float) -> None:
 def test_an_unknown_statistic() -> None:
     with pytest.raises(ValueError, match="unknown statistics"):
         calibrate(zoo.build("perceptron"), [], ["variance"], [])
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "vit", "llama"])
+def test_tlora_spans_the_reference_space_from_padded_batches_too(family: str) -> None:
+    """A against a plain SVD of W·C from single examples (TLoRA, section 3); only its row space matters."""
+    batch, policy = zoo.batch(family), presets.tlora(rank=3, allocate=Uniform())
+    model = zoo.build(family)
+    projections = select(model, "all-linear")
+    wanted = by_definition(model, projections, singles(batch))
+    for batches in ([batch], singles(batch)):
+        adapted = lowrank.wrap_model(zoo.build(family), policy, batches=batches, progress=False)
+        for p, adapter in adapters_of(adapted).items():
+            product = p.weight(model).double() @ wanted[p]["covariance"].double()
+            _, S, Vh = torch.linalg.svd(product)
+            if S[3] < 0.97 * S[2]:  # otherwise the space of the first three is not determined
+                overlap = torch.linalg.svdvals(adapter.A.double() @ Vh[:3].T)
+                torch.testing.assert_close(overlap, torch.ones_like(overlap), rtol=0, atol=1e-3)
+            assert not adapter.B.any() and adapter.frozen == {"A"}
