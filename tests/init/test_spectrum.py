@@ -190,8 +190,8 @@ def test_a_method_that_fails_hands_over(end: str, method: str, monkeypatch: pyte
 @pytest.mark.parametrize("end", FIND)
 def test_too_few_blocks_are_not_an_answer(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = gaussian(520, 520)
-    monkeypatch.setattr(singular, "KRYLOV_BLOCKS", 4)
-    monkeypatch.setattr(singular, "INVERSE_BLOCKS", 2)
+    monkeypatch.setattr(singular, "KRYLOV_BLOCKS", 4 / 520)
+    monkeypatch.setattr(singular, "INVERSE_BLOCKS", 2 / 520)
     found = find(end, matrix, 8)
     assert found.method == "gram"
     assert distance(part(found.U, found.S, found.Vh), part(*exact(matrix, 8, end))) < 1e-3

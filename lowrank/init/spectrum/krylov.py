@@ -99,10 +99,8 @@ def leading(
         if full:
             kept = rank + width // 2
             first = vectors[:, :kept]
-            rights[:, :kept], lefts[:, :kept] = (
-                right @ _partners(core, first).to(right),
-                left @ first.to(left),
-            )
+            lefts[:, :kept] = left @ first.to(left)
+            rights[:, :kept] = right @ _partners(core, first).to(right)
             core = torch.diag(values[:kept])
     return None
 

@@ -19,7 +19,8 @@ from lowrank.init.spectrum.triplets import Answer, Question, Triplets, triplets
 
 # Below this width, or for a larger share of it, the dense methods are faster (benchmarks/bench_init.py).
 KRYLOV_WIDTH, KRYLOV_SHARE = 512, 1 / 20
-KRYLOV_BLOCKS, INVERSE_BLOCKS = 100, 20  # about where the dense methods would have been done too
+# After so many blocks for each column of the matrix the dense methods would have been done too.
+KRYLOV_BLOCKS, INVERSE_BLOCKS = 1 / 16, 1 / 40
 
 
 def top_singular(
@@ -82,7 +83,7 @@ def _krylov(question: Question, dtype: torch.dtype, generator: torch.Generator) 
         question.rank,
         generator=generator,
         tolerance=question.tolerance,
-        blocks=KRYLOV_BLOCKS,
+        blocks=int(KRYLOV_BLOCKS * min(question.matrix.shape)),
         zero=question.rounding,
     )
     if found is None:
@@ -101,7 +102,7 @@ def _inverse(question: Question, generator: torch.Generator) -> Triplets | None:
             question.rank,
             generator=generator,
             tolerance=question.tolerance,
-            blocks=INVERSE_BLOCKS,
+            blocks=int(INVERSE_BLOCKS * tall.shape[1]),
             infinite=1 / nothing if nothing else inf,
         )
         if found is None:
