@@ -5,6 +5,7 @@ It decides nothing: which adapters, of what rank and how started, is said by `wr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.adapter import Adapter
-from lowrank.layers.linear import LoRALinear, master_dtype
+from lowrank.layers.linear import LoRALinear, master_dtype, multiplies
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
 from lowrank.plan import Plan
@@ -205,41 +206,80 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
     """Adds ΔW to the weights, in fp32 and rounded once, and takes the adapters out.
 
     Modules trained in full hand their weights to the original modules.
 
+    Args:
+        dequantize: a quantized weight, which cannot take ΔW without being quantized again, is replaced by
+            W + ΔW in floating point; its layer then needs the memory of an unquantized one.
+
     Raises:
-        ValueError: a weight is tied to another module's, or is stored quantized; nothing was changed.
+        ValueError: a weight is tied to another module's, is quantized, or is not all that its layer
+            computes with; nothing was changed.
     """
     root = wrapped_root(model)
     adapters = adapters_of(root)
+    _check_mergeable(root, list(adapters), dequantize)
+    floating = [q.dtype for q in root.parameters() if not q.requires_grad and q.is_floating_point()]
+    usual = Counter(floating).most_common(1)[0][0] if floating else torch.float32
+    unpacked: dict[Projection, torch.dtype] = {}
+    with torch.no_grad():
+        for p, adapter in adapters.items():
+            stored = _stored(root, p)
+            if _packed(stored):
+                unpacked[p] = stored.dtype if stored.is_floating_point() else usual
+                _unpack(root, p)
+            part = as_rows(holder(root, p), p.param)[slice(*p.rows)]
+            delta = adapter.product()
+            part.copy_(part.to(delta.dtype) + delta)
+        for p, dtype in unpacked.items():
+            _stored(root, p).data = _stored(root, p).data.to(dtype)
+    _remove(root, _with_trained_weights)
+    return model
+
+
+def _check_mergeable(root: nn.Module, projections: Iterable[Projection], dequantize: bool) -> None:
     holders: dict[int, set[nn.Module]] = {}
     for module in root.modules():
         for parameter in module.parameters(recurse=False):
             holders.setdefault(id(parameter), set()).add(module)
-    for p in adapters:
-        weight = _stored(root, p)
+    for p in projections:
+        weight, base = _stored(root, p), holder(root, p)
         if len(holders[id(weight)]) > 1:
             raise ValueError(f"{p.name} is tied to another module's weight, which merging would change too")
         if weight.is_meta:
             raise ValueError(
                 f"{p.name} is on the meta device: there is nothing yet that ΔW could be added to"
             )
-        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        if _packed(weight) and not dequantize:
             stored = f"{type(weight).__name__} of {weight.dtype}"
             raise ValueError(
-                f"{p.name} is stored as {stored}; adding ΔW would mean to quantize again: "
-                "keep the adapter beside it, or merge into a base loaded in floating point"
+                f"{p.name} is stored as {stored}; adding ΔW would mean to quantize again: keep the adapter "
+                "beside it, or merge(model, dequantize=True) to have these layers in floating point"
             )
-    with torch.no_grad():
-        for p, adapter in adapters.items():
-            part = as_rows(holder(root, p), p.param)[slice(*p.rows)]
-            delta = adapter.product()
-            part.copy_(part.to(delta.dtype) + delta)
-    _remove(root, _with_trained_weights)
-    return model
+        if not on_weight(root, p) and not multiplies(base, as_rows(base, p.param)):
+            raise ValueError(
+                f"{p.name}: the forward of {type(base).__name__} is more than a product with its weight, so "
+                "adding ΔW to that is not the same as adding it to the output: keep the adapter beside it"
+            )
+
+
+def _packed(weight: Tensor) -> bool:
+    return type(weight) is not nn.Parameter or not weight.is_floating_point()
+
+
+def _unpack(root: nn.Module, p: Projection) -> None:
+    """Puts the dequantized weight, in fp32, in the place of the packed one, in a plain layer."""
+    layer = root.get_submodule(p.module)
+    assert isinstance(layer, LoRALinear)
+    weight = nn.Parameter(as_rows(layer.base, p.param).to(torch.float32, copy=True), requires_grad=False)
+    if type(layer.base) is not nn.Linear:
+        plain = nn.Linear(layer.in_features, layer.out_features, device="meta").train(layer.training)
+        plain.register_parameter("bias", cast("nn.Parameter | None", layer.base.bias))
+        layer.base = plain
+    layer.base.register_parameter(p.param, weight)
 
 
 def holder(root: nn.Module, p: Projection) -> nn.Module:

@@ -239,15 +239,18 @@ def _adapter(
 
 
 def _fingerprint(module: nn.Module, p: Projection) -> dict[str, Any]:
-    """How the projection's weight is stored, and a sample of it, evenly spread; none from the meta device."""
+    """How the projection's weight is stored, and a sample of it, evenly spread, where it can be read."""
     stored = module._parameters[p.param]
     assert stored is not None
     dtype = str(stored.dtype).removeprefix("torch.")
     if type(stored) is not nn.Parameter or not stored.is_floating_point():
         dtype = f"{type(stored).__name__} of {dtype}"
-    if stored.is_meta:
+    try:
+        weight = as_rows(module, p.param)[slice(*p.rows)]
+    except ValueError:
+        weight = stored.to("meta")
+    if weight.is_meta:
         return {"dtype": dtype, "sample": None}
-    weight = as_rows(module, p.param)[slice(*p.rows)]
     places = torch.linspace(0, weight.numel() - 1, min(SAMPLES, weight.numel()), dtype=torch.float64).long()
     sample = weight[(places // p.in_features).to(weight.device), (places % p.in_features).to(weight.device)]
     return {"dtype": dtype, "sample": sample.double().tolist()}
@@ -257,7 +260,7 @@ def _weight_problems(model: nn.Module, plan: Plan, saved: Mapping[str, Any]) -> 
     """A line for each projection whose weights are not those of the base that the adapter was made for.
 
     The same storage means the same bits; another precision may differ by its rounding, a quantized
-    weight by more. What is on the meta device, now or then, cannot be compared.
+    weight by more. What cannot be read, now or then, is not compared.
     """
     problems = []
     for p in plan.adapted:

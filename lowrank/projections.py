@@ -62,18 +62,44 @@ class Projection:
 
 
 def as_rows(module: nn.Module, param: str) -> Tensor:
-    """The tensor ``param`` of ``module``, as ``(rows, in)``, whatever the layout it is stored in."""
-    stored = module._parameters.get(param)
-    tensor = (getattr(module, param) if stored is None else stored).detach()
-    if hasattr(tensor, "quant_state"):  # bitsandbytes packs two weights in a byte
-        from bitsandbytes.functional import dequantize_4bit
+    """The tensor ``param`` of ``module``, as ``(rows, in)``, whatever the layout it is stored in.
 
-        tensor = dequantize_4bit(tensor, tensor.quant_state)
-    elif type(tensor) is not Tensor and hasattr(tensor, "dequantize"):
-        tensor = tensor.dequantize()
+    Raises ValueError where it is quantized in a way that is not known.
+    """
+    stored = module._parameters.get(param)
+    tensor = _dequantized(module, getattr(module, param) if stored is None else stored)
     if stored_transposed(module):
         return tensor.T
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() == 3 else tensor
+
+
+def _dequantized(module: nn.Module, stored: Tensor) -> Tensor:
+    state = getattr(stored, "quant_state", None)
+    if state is not None:  # bitsandbytes packs two weights in a byte
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "bitsandbytes has packed its 4 bits anew for inference on this CPU, and they cannot be read "
+                "back: wrap, save and merge before the first call in evaluation mode"
+            )
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(stored.data, state)
+    if type(stored).__module__.startswith("torchao."):  # its dtype is that of what it stands for
+        if type(stored).dequantize is not Tensor.dequantize:
+            return stored.detach().dequantize()
+        # Some know their product only, and the product with the identity is the weight.
+        identity = torch.eye(stored.shape[-1], dtype=stored.dtype, device=stored.device)
+        return nn.functional.linear(identity, stored.detach()).T
+    scale = getattr(stored, "SCB", None)
+    if scale is None:
+        scale = getattr(getattr(module, "state", None), "SCB", None)
+    if stored.dtype == torch.int8 and scale is not None:  # bitsandbytes: 127 is the largest of each row
+        return stored.data.float() * (scale.float() / 127).unsqueeze(1)
+    if not stored.is_floating_point() and not stored.is_complex():
+        raise ValueError(
+            f"{type(module).__name__} keeps its weight as {stored.dtype}, in a way that is not known"
+        )
+    return stored.detach()
 
 
 def stored_transposed(module: nn.Module) -> bool:

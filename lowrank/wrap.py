@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.adapted import check_unwrapped, install, make_adapter, on_weight, projection_problems
@@ -190,22 +190,31 @@ def _start(
     """The adapter of one projection as ``init`` starts it, and the energy of the start where it is known."""
     rank, scaling = plan[p].rank, plan[p].scaling
     generator = torch.Generator().manual_seed(_seed(plan.seed, p))
-    weight = p.weight(model)
-    absent = weight.is_meta
-    if absent:  # its values are not there yet: an initializer that reads them will make nothing of NaN
-        weight = torch.full((), torch.nan).expand(weight.shape)
+    weight, unreadable = _shown(model, p)
     try:
         with torch.no_grad():
             factors = init(weight, rank, scaling, role=p.role, statistics=measured, generator=generator)
         _check_factors(p, factors, rank, frozen_factors(init, p.role))
         return make_adapter(model, p, factors.A, factors.B, scaling, factors.frozen), factors.energy
     except (ValueError, RuntimeError) as error:
-        if not absent:
+        if not unreadable:
             raise
         raise ValueError(
-            f"{p.name} is on the meta device, and {init} starts from its values: "
-            "load the base first, or start with Kaiming()"
+            f"{p.name}: {init} starts from its values, but {unreadable}; Kaiming() needs none"
         ) from error
+
+
+def _shown(model: nn.Module, p: Projection) -> tuple[Tensor, str]:
+    """The weight that an initializer sees, and why it is not the real one, where it is not.
+
+    It is all NaN then: a start that takes no more than the shape from it works, any other is noticed.
+    """
+    nothing = torch.full((), torch.nan).expand(p.shape)
+    try:
+        weight = p.weight(model)
+    except ValueError as error:
+        return nothing, str(error)
+    return (nothing, "it is on the meta device: load the base first") if weight.is_meta else (weight, "")
 
 
 def _check_factors(p: Projection, factors: Factors, rank: int, declared: frozenset[str]) -> None:

@@ -122,6 +122,19 @@ def plain_weight(base: nn.Module) -> Tensor | None:
     return None
 
 
+@torch.no_grad()
+def multiplies(base: nn.Module, weight: Tensor) -> bool:
+    """Is calling ``base`` to multiply by ``weight`` (out, in) and add its bias, and no more than that?
+
+    A layer with a forward of its own is tried out; 5 % are allowed, for those that quantize their input.
+    """
+    if type(base).forward is nn.Linear.forward or type(base).__name__ == "Conv1D":
+        return True
+    x = torch.arange(3.0 * weight.shape[1], device=weight.device).cos().view(3, -1).to(weight.dtype)
+    y, wanted = base(x), nn.functional.linear(x, weight, cast("Tensor | None", base.bias))
+    return y.shape == wanted.shape and bool((y - wanted).norm() <= 0.05 * wanted.norm())
+
+
 def master_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     """The dtype of an adapter's parameters: fp32, and fp64 on an fp64 base."""
     return torch.float64 if weight_dtype == torch.float64 else torch.float32
