@@ -276,6 +276,19 @@ def test_a_dispatched_base(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(lowrank.merge(model)), trained, rtol=1e-4, atol=1e-5)
 
 
+class Away(nn.Linear):
+    """Computes on a device of its own, as a layer does that a device map has put elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.device))
+
+
+def test_a_layer_on_another_device_than_its_input() -> None:
+    model = nn.Sequential(Away(6, 4), nn.ReLU())
+    lowrank.wrap_model(model, presets.lora(rank=2), progress=False)
+    assert model.to("meta")(torch.randn(3, 6)).shape == (3, 4)
+
+
 def test_an_offloaded_base(tmp_path: Path) -> None:
     """accelerate keeps the weights elsewhere, and only for a call they are there."""
     lowrank.save_adapter(perturb(wrapped(policy=presets.lora(rank=2))), tmp_path)

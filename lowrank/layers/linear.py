@@ -56,7 +56,8 @@ class LoRALinear(nn.Module):
         dropout = self.dropout if self.training else 0.0
         weight = plain_weight(self.base)
         if weight is None:
-            return add_lora(self.base(x), x, blocks, dropout=dropout)
+            y = self.base(x)  # which may take x to another device
+            return add_lora(y, x.to(y.device), blocks, dropout=dropout)
         return fused_lora(x, weight, self.bias, blocks, dropout=dropout)
 
     def _held(self) -> list[Adapter]:
