@@ -21,6 +21,19 @@ from tests import zoo
 ALL = ("covariance", "sensitivity", "gradient")
 
 
+class Chain(nn.Module):
+    """Calls ``layers`` in turn, then sums; ``after`` each it does what it is told."""
+
+    def __init__(self, *layers: nn.Module, after: Any = torch.tanh) -> None:
+        super().__init__()
+        self.layers, self.after = nn.ModuleList(layers), after
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        for layer in self.layers:
+            x = self.after(layer(x))
+        return x.square().sum(-1).mean()
+
+
 def singles(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The batch's examples one by one, without their padding."""
     made = []
@@ -324,6 +337,135 @@ def test_a_loss_must_be_a_finite_scalar(loss: Any, message: str) -> None:
     model = zoo.build("llama")
     with pytest.raises(ValueError, match=message):
         calibrate(model, select(model, "query"), ALL, [zoo.batch("llama")], loss=loss, progress=False)
+
+
+def measured(model: nn.Module, batches: Any, needs: Any = ALL, **options: Any) -> dict[str, Any]:
+    options = {"loss": lambda m, b: m(b), "progress": False, **options}
+    got = calibrate(model, find_projections(model), needs, batches, **options)
+    return {p.name: each for p, each in got.items()}
+
+
+@pytest.mark.parametrize("tokens", [(), (5,)])
+def test_outputs_may_be_written_over(tokens: tuple[int, ...]) -> None:
+    """A biased product of three dimensions is a view, whose hooks are lost when it is written to."""
+    layers, x = [nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)], torch.randn(3, *tokens, 4)
+    inside, apart = (measured(Chain(*layers, after=f), [x]) for f in (torch.relu_, torch.relu))
+    for name, each in apart.items():
+        assert inside[name].sensitivity == pytest.approx(each.sensitivity) and each.sensitivity > 0
+
+
+def test_an_input_that_is_written_over_is_noticed() -> None:
+    class Residual(Chain):
+        def forward(self, x: Tensor, **_: Any) -> Tensor:
+            x = x.clone()
+            x += self.layers[0](x)
+            return x.square().mean()
+
+    with pytest.raises(ValueError, match="input of layers.0 was written over"):
+        measured(Residual(nn.Linear(4, 4)), [torch.randn(3, 5, 4)])
+
+
+@pytest.mark.parametrize("tokens", [(), (5,)])
+def test_all_uses_of_a_shared_module_make_one_gradient(tokens: tuple[int, ...]) -> None:
+    shared = nn.Linear(4, 4)
+    model, x = Chain(shared, shared, nn.Linear(4, 2)), torch.randn(3, *tokens, 4)
+    got, wanted = measured(model, [x])["layers.0"].sensitivity, 0.0
+    for example in x:
+        model.zero_grad()
+        model(example).backward()
+        wanted += (shared.weight.detach() * shared.weight.grad).abs().mean().item() / len(x)
+    assert got == pytest.approx(wanted, rel=1e-5)
+
+
+def test_layers_called_by_keyword() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(input=x).square().mean()
+
+    assert measured(Named(), [torch.randn(3, 5, 4)])["a"].sensitivity > 0
+
+
+def covariances(family: str, batch: Any, **options: Any) -> dict[str, Tensor]:
+    model = zoo.build(family, torch.float64)
+    got = calibrate(model, select(model, "all-linear"), ["covariance"], [batch], progress=False, **options)
+    return {p.name: each.covariance for p, each in got.items()}
+
+
+def test_a_mask_of_numbers_is_one_of_truth_values() -> None:
+    batch = zoo.batch("bert")
+    own, default = covariances("bert", batch, mask=lambda b: b["attention_mask"]), covariances("bert", batch)
+    assert all(torch.equal(own[name], default[name]) for name in default)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (lambda b: b["attention_mask"][:, 1:], r"mask= gives \(3, 6\) .* not the \(batch, tokens\)"),
+        (lambda b: b["attention_mask"].flatten(), r"mask= is to give \(batch, tokens\) bool"),
+        (lambda b: b["attention_mask"].tolist(), "mask= is to give .* gives list"),
+        (lambda b: b["attention_mask"] < 0, "none of its tokens counts"),
+    ],
+)
+def test_a_mask_that_says_nothing_is_an_error(mask: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        covariances("bert", zoo.batch("bert"), mask=mask)
+
+
+def test_a_decoders_padding_is_told_by_its_labels() -> None:
+    batch = zoo.batch("t5")
+    said = {**batch, "decoder_attention_mask": (batch["labels"] != -100).long()}
+    told, default = covariances("t5", said), covariances("t5", batch)
+    for name, each in told.items():
+        torch.testing.assert_close(default[name], each, msg=name)
+
+
+def test_each_side_of_torch_attention_has_its_own_mask() -> None:
+    class Across(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Identity()
+            self.decoder = nn.ModuleDict({"multihead_attn": nn.MultiheadAttention(4, 1, batch_first=True)})
+
+        def forward(self, x: Tensor, memory: Tensor, **_: Any) -> Tensor:
+            return self.decoder["multihead_attn"](x, memory, memory)[0].mean()
+
+    x, memory = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    batch = {"x": x, "memory": memory, "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    got = measured(Across(), [batch], ["covariance"], loss=lambda m, b: m(**b))
+
+    def scatter(*examples: Tensor) -> Tensor:
+        return sum((e - e.mean(0)).T @ (e - e.mean(0)) for e in examples) / 2
+
+    path = "decoder.multihead_attn.in_proj_weight"
+    torch.testing.assert_close(got[f"{path}[query]"].covariance, scatter(*x))
+    torch.testing.assert_close(got[f"{path}[key]"].covariance, scatter(memory[0], memory[1, :2]))
+
+
+def test_a_text_mask_is_not_one_of_pixels() -> None:
+    model, batch = zoo.build("clip"), zoo.batch("clip")
+    tokens = 5  # of an image: 2 × 2 patches and a class
+    text = {key: batch[key][:, :tokens] for key in ("input_ids", "attention_mask")}
+    text["attention_mask"] = torch.tensor([[1] * tokens, [1, 1, 1, 0, 0], [1] * tokens])
+    projections = select(model, "query")
+    whole, masked = (
+        calibrate(
+            model, projections, ["covariance"], [{**batch, **text, "attention_mask": mask}], progress=False
+        )
+        for mask in (torch.ones(3, tokens, dtype=torch.long), text["attention_mask"])
+    )
+    for p in projections:
+        same = torch.allclose(whole[p].covariance, masked[p].covariance)
+        assert same == p.module.startswith("vision_model")
+
+
+def test_one_batch_is_not_a_list_of_them() -> None:
+    model = zoo.build("bert")
+    with pytest.raises(ValueError, match="batches= is one dict: pass a list"):
+        calibrate(model, select(model, "query"), ALL, zoo.batch("bert"), progress=False)
 
 
 def test_an_empty_loader() -> None:

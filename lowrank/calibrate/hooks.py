@@ -47,11 +47,14 @@ def watched(model: nn.Module, meter: Meter) -> Iterator[None]:
 def _watch_linear(
     stack: ExitStack, meter: Meter, path: str, module: nn.Module, held: Sequence[Projection]
 ) -> None:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        meter.see_input(path, held, args[0])
-        return _tapped(meter, path, held, args[0], output)
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        meter.see_input(path, held, x)
+        return _tapped(meter, path, held, x, output)
 
-    stack.callback(module.register_forward_hook(hook).remove)
+    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
 
 
 def _tapped(
@@ -61,13 +64,22 @@ def _tapped(
     if not meter.needs_backward or not torch.is_grad_enabled():
         return None
     replaced = None
-    if not output.requires_grad:
+    if not output.requires_grad or output._is_view():
         # The graph starts here: at a zero that requires grad, and not at the output itself, so that code
-        # which then writes into the output still may.
+        # which then writes into the output still may. A hook on a view would be lost by such writing.
         anchor = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         output = replaced = output + anchor
-    x = x.detach()
-    output.register_hook(lambda dy: meter.see_gradient(name, held, x, dy.detach(), first))
+    x, version = x.detach(), x._version
+
+    def see(dy: Tensor) -> None:
+        if x._version != version:
+            raise ValueError(
+                f"the input of {name} was written over after it was read: its gradient is lost; "
+                "let that operation make a new tensor, or leave the projection out with exclude="
+            )
+        meter.see_gradient(name, held, x, dy.detach(), first)
+
+    output.register_hook(see)
     return replaced
 
 
@@ -78,7 +90,9 @@ def _watch_attention(
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        meter.batch_size = meter.batch_size or named["query"].shape[0 if module.batch_first else 1]
+        query = named["query"]
+        examples = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]
+        meter.batch_size = meter.batch_size or examples
         for p in held:
             meter.see_input(f"{path}[{p.role}]", [p], named[p.role.value])
 

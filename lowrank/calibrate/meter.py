@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.batches import Mask, attention_mask
+from lowrank.batches import IGNORED_LABEL, Mask, attention_mask
 from lowrank.projections import Projection, Role
 from lowrank.statistics import ProjectionStatistics, Statistics
+
+CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn", "multihead_attn"})
+OTHER_SENSES = ("vision", "visual", "image", "audio")
 
 
 class _Seen:
@@ -74,21 +78,37 @@ class Meter:
         self.examples = self.batches = self.number = self.batch_size = 0
         self.in_backward = False
         self.masks: dict[str, Tensor | None] = {}
+        self.own_mask = self.mask_fits = False
+        self.uses: Counter[str] = Counter()  # how often each name was called in the present batch
+        self.pending: dict[str, list[tuple[Sequence[Projection], int, Tensor, Tensor]]] = {}
         names = {path.split(".")[-1] for path, _ in model.named_modules()}
         self.encoder_decoder = {"encoder", "decoder"} <= names
 
     def begin(self, number: int, batch: Any, mask: Mask | None) -> None:
         """A new batch: its masks, and how many examples it has (told by the first input, without a mask)."""
         self.number, self.in_backward = number, False
-        tokens = (mask or attention_mask)(batch)
-        self.masks = {"tokens": tokens, "decoder": None}
-        if mask is None and isinstance(batch, Mapping) and "decoder_attention_mask" in batch:
-            self.masks["decoder"] = batch["decoder_attention_mask"] > 0
+        tokens = attention_mask(batch) if mask is None else _checked(mask(batch))
+        if tokens is not None and not tokens.any():
+            raise ValueError(f"the mask of calibration batch {number} says that none of its tokens counts")
+        self.masks = {"tokens": tokens, "decoder": _decoder_mask(batch) if mask is None else None}
+        self.own_mask, self.mask_fits = mask is not None, tokens is None
         self.batch_size = 0 if tokens is None else len(tokens)
+        self.uses.clear()
+        self.pending.clear()
         for each in self.inputs.values():
             each.seen.clear()
 
     def end(self) -> None:
+        """Raises ValueError where the user's mask fitted nothing: what it was to leave out was counted."""
+        for name in list(self.pending):  # the loss did not reach all of their uses
+            self._finish(name)
+        if self.own_mask and self.needs_inputs and not (self.mask_fits or self.encoder_decoder):
+            tokens = self.masks["tokens"]
+            shape = None if tokens is None else tuple(tokens.shape)
+            raise ValueError(
+                f"mask= gives {shape} for calibration batch {self.number}, which is not the (batch, tokens) "
+                "of any projection's input"
+            )
         self.batches += 1
         self.examples += self.batch_size
 
@@ -102,7 +122,10 @@ class Meter:
         counts from then on. Raises ValueError where they part later, and for NaN or Inf.
         """
         self.batch_size = self.batch_size or len(x)
-        if not self.needs_inputs or self.in_backward:  # in backward checkpointing runs a forward again
+        if self.in_backward:  # checkpointing runs a forward again
+            return
+        self.uses[name] += 1
+        if not self.needs_inputs:
             return
         weight = self.weights[held[0]]
         if not weight.input:
@@ -156,7 +179,9 @@ class Meter:
             x = x.transpose(0, 1)
         mask = self._mask(name)
         if mask is not None and mask.numel() == x.shape[:-1].numel():
-            return x.reshape(*mask.shape, x.shape[-1]), mask
+            if x.dim() == 2 or len(x) in (1, len(mask)):
+                self.mask_fits = True
+                return x.reshape(*mask.shape, x.shape[-1]), mask
         if x.dim() < 3:
             return x.reshape(1, -1, x.shape[-1]), None
         return x.reshape(x.shape[0], -1, x.shape[-1]), None
@@ -166,12 +191,15 @@ class Meter:
 
     def _mask(self, name: str) -> Tensor | None:
         """The mask of the sequence that ``name`` reads: in a decoder it is the encoder's only across."""
-        parts = name.split(".")
+        path, _, block = name.partition("[")
+        parts = path.split(".")
+        if not self.own_mask and any(part.startswith(OTHER_SENSES) for part in parts):
+            return None  # an attention_mask is of the text
         if not (self.encoder_decoder and "decoder" in parts):
             return self.masks["tokens"]
-        crosses = any("cross" in p.lower() or p in ("EncDecAttention", "encoder_attn") for p in parts)
-        keys = {p.role for p, weight in self.weights.items() if p.module == name} <= {Role.KEY, Role.VALUE}
-        return self.masks["tokens" if crosses and keys else "decoder"]
+        crosses = any("cross" in part.lower() or part in CROSS_ATTENTION for part in parts)
+        roles = {p.role for p in self.weights if p.module == path and (not block or p.role == block[:-1])}
+        return self.masks["tokens" if crosses and roles <= {Role.KEY, Role.VALUE} else "decoder"]
 
     # -- gradients ------------------------------------------------------------------------------------
 
@@ -179,11 +207,34 @@ class Meter:
     def see_gradient(
         self, name: str, held: Sequence[Projection], x: Tensor, dy: Tensor, first: int = 0
     ) -> None:
-        """``dy`` (..., rows) is the gradient of x times ``held``'s tensor from its row ``first`` on."""
+        """``dy`` (..., rows) is the gradient of x times ``held``'s tensor from its row ``first`` on.
+
+        A module that is called several times has one gradient, the sum over its uses: it waits for the last.
+        """
         if self._tokens_first(x):
             dy = dy.transpose(0, 1)
         x, _ = self._by_example(name, x)
         dy = dy.reshape(*x.shape[:-1], dy.shape[-1])
+        self.pending.setdefault(name, []).append((held, first, x, dy))
+        if len(self.pending[name]) >= self.uses[name]:
+            self._finish(name)
+
+    def _finish(self, name: str) -> None:
+        uses = self.pending.pop(name)
+        held, first = uses[0][:2]
+        pairs = [(x, dy) for _, _, x, dy in uses]
+        if len(pairs) > 1:  # an example's tokens of all uses, one after the other
+            rows = [len(x) == 1 and x.shape[1] == self.batch_size for x, _ in pairs]
+            pairs = [
+                (x.transpose(0, 1), dy.transpose(0, 1)) if row else (x, dy)
+                for row, (x, dy) in zip(rows, pairs, strict=True)
+            ]
+            if len({len(x) for x, _ in pairs}) == 1:
+                pairs = [tuple(torch.cat(each, 1) for each in zip(*pairs, strict=True))]  # type: ignore[list-item]
+        for x, dy in pairs:
+            self._see_use(held, first, x, dy)
+
+    def _see_use(self, held: Sequence[Projection], first: int, x: Tensor, dy: Tensor) -> None:
         for p in held:
             weight = p.weight(self.model).to(_wide(x))
             columns = dy[..., p.rows[0] - first : p.rows[1] - first]
@@ -290,6 +341,27 @@ class Meter:
             sensitivity=float(weight.sensitivity) / examples if "sensitivity" in self.needs else None,
             gradient=gradient.div_(examples) if gradient is not None else None,
         )
+
+
+def _checked(said: Any) -> Tensor | None:
+    if said is None:
+        return None
+    if not isinstance(said, Tensor) or said.dim() != 2:
+        got = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
+        raise ValueError(f"mask= is to give (batch, tokens) bool, True where a token counts, and gives {got}")
+    return said > 0
+
+
+def _decoder_mask(batch: Any) -> Tensor | None:
+    """Which of the decoder's tokens are real: as the batch says, or up to each example's last label."""
+    if not isinstance(batch, Mapping):
+        return None
+    said, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if isinstance(said, Tensor):
+        return said > 0
+    if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
+        return (labels != IGNORED_LABEL).flip(1).cumsum(1).flip(1) > 0
+    return None
 
 
 def _siblings(path: str, other: str) -> bool:

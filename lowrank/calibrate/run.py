@@ -41,9 +41,11 @@ def calibrate(
     Covariance is ``C = mean over examples of (X − x̄)ᵀ(X − x̄)``, ``(in, in)``, X an example's ``(tokens,
     in)`` input without padding; an input without a token dimension is centred over its batch. Sensitivity
     is ``mean over examples of mean |W ⊙ ∇W L|`` where L is the batch's mean loss counted for that example
-    alone; the gradient is the mean over examples of ∇W L. The input weights of `nn.MultiheadAttention`, and
-    experts, are measured a batch at a time, which is the same for batches of one; an expert sees only the
-    tokens routed to it. (TLoRA, 2604.18124, section 3; the moment is CorDA's, 2406.05223.)
+    alone, and ∇W that of all uses of a module that is called several times (if each shows the examples
+    apart, as position embeddings common to all do not); the gradient is the mean over examples of ∇W L. The
+    input weights of `nn.MultiheadAttention`, and experts, are measured a batch at a time, which is the same
+    for batches of one; an expert sees only the tokens routed to it. (TLoRA, 2604.18124, section 3; the
+    moment is CorDA's, 2406.05223.)
 
     Everything is accumulated in fp32 (fp64 for fp64 models). The model is in evaluation mode for the while.
     Peak extra memory: `predicted_bytes`, the inputs of one batch while gradients are asked for, and one
@@ -55,7 +57,8 @@ def calibrate(
         loss: ``loss(model, batch) -> scalar``; by default the ``.loss`` of the model's output, and where only
             inputs are measured a call of the model.
         mask: ``mask(batch) -> (batch, tokens)`` bool, True where a token counts; by default the batch's
-            ``attention_mask``, where it has one.
+            ``attention_mask``, where it has one; in a decoder beside an encoder, ``decoder_attention_mask``
+            or what comes after an example's last label.
         steps: use so many batches at most.
         device: where the statistics are kept; by default where each projection's input is.
         progress: say what it will take, and show a bar after two seconds.
@@ -66,6 +69,8 @@ def calibrate(
     unknown = set(needs) - KINDS
     if unknown:
         raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(KINDS)}")
+    if isinstance(batches, Mapping | torch.Tensor | str):
+        raise ValueError(f"batches= is one {type(batches).__name__}: pass a list of batches, or a DataLoader")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1: {steps}")
     if not needs or not projections:
