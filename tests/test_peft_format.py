@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -712,3 +713,20 @@ def test_tlora_ranks_in_peft() -> None:
     }
     assert ranks == {p.module: plan[p].rank for p in plan.adapted}
     assert len(set(ranks.values())) > 1
+
+
+def test_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/peft.md runs, in its order."""
+    import transformers
+
+    guide = (Path(__file__).parents[1] / "docs" / "peft.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert len(blocks) == 5
+    monkeypatch.chdir(tmp_path)
+    build = staticmethod(lambda name: zoo.build("llama"))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", build)
+    names: dict[str, Any] = {"batches": [zoo.batch("llama", seed=seed) for seed in (1, 2)]}
+    for block in blocks:
+        exec(block.replace("...  # train it", "train(model)"), names | {"train": perturb}, names)
+    assert (tmp_path / "for-peft" / CONFIG).exists() and (tmp_path / "for-serving" / CONFIG).exists()
+    assert lowrank.plan_of(names["model"]).adapted
