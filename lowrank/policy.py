@@ -8,6 +8,7 @@ from math import isfinite
 
 from lowrank.allocate import Allocator, Uniform
 from lowrank.init import Initializer, Kaiming
+from lowrank.projections import Role
 from lowrank.targets import Target
 
 
@@ -50,9 +51,9 @@ class Policy:
     def __post_init__(self) -> None:
         if not _whole(self.rank) or self.rank < 1:
             raise ValueError(f"rank must be a whole number, at least 1: {self.rank!r}")
-        if not isfinite(self.alpha) or self.alpha <= 0:
+        if not _number(self.alpha) or not isfinite(self.alpha) or self.alpha <= 0:
             raise ValueError(f"alpha must be positive: {self.alpha!r}")
-        if not 0 <= self.dropout < 1:
+        if not _number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1: {self.dropout!r}")
         if not _whole(self.seed):
             raise ValueError(f"seed must be a whole number: {self.seed!r}")
@@ -62,6 +63,11 @@ class Policy:
             raise ValueError(
                 "budget is a count of trainable parameters (a whole number) or a fraction of the model's "
                 f"(between 0 and 1): {self.budget!r}"
+            )
+        if not isinstance(self.fused, Mapping) or not all(map(_is_rows, self.fused.values())):
+            raise ValueError(
+                'fused says rows by role for each name, such as {"qkv_proj": {"query": 64, "key": 16, '
+                f'"value": 16}}}}: {self.fused!r}'
             )
         for name in ("init", "allocate"):
             choice = getattr(self, name)
@@ -77,3 +83,11 @@ class Policy:
 
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_rows(said: object) -> bool:
+    return isinstance(said, Mapping) and all(role in set(Role) and _whole(n) for role, n in said.items())

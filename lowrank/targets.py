@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -33,6 +33,10 @@ def select(
             weight among them cannot be divided.
     """
     fused = fused or {}
+    paths = [path for path, _ in model.named_modules() if path]
+    for pattern in fused:
+        if not any(matches(path, pattern) for path in paths):
+            raise ValueError(f"fused={pattern!r} names no module{_nearest(pattern, paths)}")
     known = find_projections(model, fused)
     if not known:
         raise ValueError(f"{type(model).__name__} has no linear projection to adapt")
@@ -54,7 +58,7 @@ def select(
     for name in _as_names(exclude, "exclude"):
         chosen -= _named(name, known, heads, model, fused, excluding=True)
     if not chosen:
-        raise ValueError(f"exclude={list(exclude)} leaves nothing of target={target!r}")
+        raise ValueError(f"exclude={_as_names(exclude, 'exclude')} leaves nothing of target={target!r}")
     problems = [reason for p, reason in undivided(model, fused).items() if p in chosen]
     if problems:
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
@@ -70,6 +74,13 @@ def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
         hits = [path for path in paths if matches(path, pattern)]
         if not hits:
             raise ValueError(f"train={pattern!r} names no module{_nearest(pattern, paths)}")
+        for hit in hits:
+            kind = type(model.get_submodule(hit))
+            if kind.forward is nn.Module.forward:
+                raise ValueError(
+                    f"train={pattern!r} names {hit}, a {kind.__name__}, which is never called: "
+                    f"name what it holds, such as {pattern + '.*'!r}"
+                )
         found += [hit for hit in hits if hit not in found]
     return [path for path in found if not _under([p for p in found if p != path])(path)]
 
@@ -87,8 +98,9 @@ def _named(
         return {p for p in known if p.module not in heads}
     if name in Role.__members__.values():
         hits = {p for p in known if p.role == name and p.module not in heads}
-    else:
-        hits = {p for p in known if _is_called(p, name)}
+        if hits:
+            return hits
+    hits = {p for p in known if _is_called(p, name)}
     if excluding:
         inside = [path for path, _ in model.named_modules() if path and matches(path, name)]
         hits |= {p for p in known if _under(inside)(p.module)}
@@ -109,10 +121,10 @@ def _is_called(projection: Projection, name: str) -> bool:
 
 
 def _as_names(names: str | Sequence[str], what: str) -> list[str]:
-    names = [names] if isinstance(names, str) else list(names)
-    if not all(isinstance(name, str) and name for name in names):
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, Iterable) or not all(isinstance(name, str) and name for name in listed):
         raise ValueError(f"{what} takes names, not {names!r}")
-    return names
+    return list(listed)
 
 
 def _under(paths: Sequence[str]) -> Callable[[str], bool]:

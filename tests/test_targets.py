@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
+from torch import nn
 
 from lowrank.projections import Role
 from lowrank.targets import select, trained_modules
@@ -52,6 +55,18 @@ def test_exclude_takes_projections_and_modules_around_them() -> None:
     assert leaves("llama", "all-linear", exclude=("mlp",)) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
+def test_excluding_a_role_leaves_modules_of_that_name_in() -> None:
+    """In BERT the down-projection is ``output.dense``."""
+    kept = {p.role for p in select(zoo.build("bert"), "all-linear", exclude="output")}
+    assert Role.DOWN in kept and Role.OUTPUT not in kept
+
+
+def test_a_name_that_is_a_role_of_nothing_is_a_name() -> None:
+    model = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), output=nn.Linear(4, 4), last=nn.Linear(4, 2)))
+    assert [p.module for p in select(model, "output")] == ["output"]
+    assert [p.module for p in select(model, "all-linear", exclude="output")] == ["first", "last"]
+
+
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
@@ -67,6 +82,11 @@ def test_exclude_takes_projections_and_modules_around_them() -> None:
             "exclude='v_porj' matches no projection; the nearest names are v_proj",
         ),
         ("q_proj", {"train": ("hed",)}, "train='hed' names no module; the nearest names are"),
+        (None, {}, "target takes names, not None"),
+        ("q_proj", {"exclude": None}, "exclude takes names, not None"),
+        ("q_proj", {"train": 5}, "train takes names, not 5"),
+        ("q_proj", {"fused": {"qkv": {"query": 1}}}, "fused='qkv' names no module; the nearest names are"),
+        ("q_proj", {"train": ("layers",)}, r"a ModuleList, which is never called: .* such as 'layers\.\*'"),
     ],
 )
 def test_a_name_that_means_nothing_is_an_error(target: object, options: dict, message: str) -> None:

@@ -53,4 +53,4 @@ class Uniform:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if price(middle) <= budget else (low, middle - 1)
         ranks = {p: min(low, *p.shape) for p in projections}
-        return {p: Allocation(r, alpha / r) for p, r in ranks.items()}
+        return {p: Allocation(r, alpha / max(r, 1)) for p, r in ranks.items()}

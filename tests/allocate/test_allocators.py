@@ -40,6 +40,14 @@ def test_uniform_under_a_budget_is_the_largest_that_fits() -> None:
     assert {a.scaling for a in given_.values()} == {4.0}
 
 
+def test_uniform_leaves_a_projection_without_rows_alone() -> None:
+    empty = Projection("empty", "weight", (0, 0), Role.OTHER, 64, 0)
+    projections = [*PROJECTIONS, empty]
+    cost = {**COST, empty: 64}
+    given_ = Uniform()(projections, rank=8, budget=4 * sum(COST.values()), alpha=16.0, cost=cost)
+    assert [given_[p].rank for p in projections] == [4, 4, 4, 4, 0]
+
+
 def test_uniform_says_what_is_too_much_or_too_little() -> None:
     with pytest.raises(ValueError, match="rank 65 is more than m0 of shape"):
         ranks(Uniform(), rank=65)
