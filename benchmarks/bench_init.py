@@ -83,10 +83,10 @@ def spectrum_cases(device: str, *, quick: bool) -> Iterator[Case]:
         square, shape = out == into, f"{out}×{into}"
         for exponent in (0.5, 0.25):
             law = (out, into, exponent, device)
-            yield Case(f"{shape} k^-{exponent}", lambda law=law: [power_law(*law)], top, 3)
+            yield Case(f"{shape} k^-{exponent}", lambda law=law: [power_law(*law)], top, 2)
         random = (out, into, device)
         asked = top + bottom if square else top
-        yield Case(f"{shape} gaussian", lambda random=random: [gaussian(*random)], asked, 3)
+        yield Case(f"{shape} gaussian", lambda random=random: [gaussian(*random)], asked, 2)
 
 
 def minilm_weights(device: str) -> Iterator[Tensor]:

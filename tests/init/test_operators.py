@@ -13,6 +13,7 @@ from lowrank.init.spectrum.operators import (
     Singular,
     frobenius,
     full_precision,
+    lower_gram,
 )
 from tests.init.matrices import gaussian, geometric
 
@@ -52,6 +53,12 @@ def test_a_singular_matrix_has_no_inverse_but_a_root() -> None:
     assert root.blind > 0 and bool(root.forward(torch.eye(30, dtype=torch.float64)).isfinite().all())
     with pytest.raises(Singular):
         InverseRoot(torch.zeros(30, 30, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 40])
+def test_the_lower_triangle_of_the_gram_matrix(width: int) -> None:
+    W = gaussian(30, width, dtype=torch.float64)
+    assert torch.allclose(lower_gram(W).tril(), (W.mT @ W).tril())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)

@@ -28,6 +28,16 @@ def frobenius(matrix: Tensor) -> float:
     return largest * float(torch.linalg.vector_norm(matrix.double() / largest)) if largest else largest
 
 
+def lower_gram(matrix: Tensor) -> Tensor:
+    """The lower triangle of MᵀM and some of the upper, else zeros: all that eigh reads, 5/8 of the work."""
+    width = matrix.shape[1]
+    gram, step = matrix.new_zeros(width, width), -(-width // 4)
+    for start in range(0, width, step):
+        columns = slice(start, start + step)
+        gram[start:, columns] = matrix[:, start:].mT @ matrix[:, columns]
+    return gram
+
+
 def _read(matrix: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     matrix = matrix.detach()
     return (matrix.double() * scale).to(dtype) if scale != 1 else matrix.to(dtype)
@@ -177,7 +187,7 @@ class InverseRoot:
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        gram = matrix.mT @ matrix
+        gram = lower_gram(matrix)
         diagonal = gram.diagonal()
         shift = 4 * torch.finfo(gram.dtype).eps * float(diagonal.sum())
         diagonal += shift

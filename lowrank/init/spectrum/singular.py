@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from lowrank.init.spectrum.krylov import leading
-from lowrank.init.spectrum.operators import Inverse, InverseRoot, Product, Singular, frobenius, full_precision
+from lowrank.init.spectrum.operators import (
+    Inverse,
+    InverseRoot,
+    Product,
+    Singular,
+    frobenius,
+    full_precision,
+    lower_gram,
+)
 from lowrank.init.spectrum.triplets import Answer, Question, Triplets, triplets
 
 # Below this width, or for a larger share of it, the dense methods are faster (benchmarks/bench_init.py).
@@ -130,7 +138,7 @@ def _inverses(tall: Tensor) -> Iterator[Inverse | InverseRoot]:
 def _gram(question: Question, dtype: torch.dtype, *, top: bool) -> Triplets | None:
     """From all the eigenvectors of MᵀM, or of M·Mᵀ if M is wide."""
     tall, k = question.upright(dtype), question.rank
-    squares, vectors = torch.linalg.eigh(tall.mT @ tall)
+    squares, vectors = torch.linalg.eigh(lower_gram(tall))
     squares = squares.clamp_min(0)
     others = squares[:-k].flip(0) if top else squares[k:]
     shifted = squares + 4 * torch.finfo(dtype).eps * squares.sum()
