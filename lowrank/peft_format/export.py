@@ -6,11 +6,8 @@ What PEFT cannot hold is refused by name. It writes one folder; it changes no mo
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +26,11 @@ from lowrank.peft_format.folder import (
     PREFIX,
     TENSORS,
     Contents,
-    Pair,
     base_paths,
     places,
-    relative_distance,
+    staged,
 )
+from lowrank.peft_format.pairs import Pair, plain, recompressed, relative_distance, stacked, uniform
 from lowrank.plan import peft_patterns
 from lowrank.projections import Projection, stored_transposed
 
@@ -115,15 +112,17 @@ def export_peft(
         )
     exact, written = {}, {}
     for p, adapter in adapters.items():
-        exact[p] = _plain(adapter, torch.float64)
+        exact[p] = plain(adapter, torch.float64)
         if recompress and adapter.anchored:
-            written[p] = _recompressed(exact[p], adapter.rank, adapter.A.dtype)
+            written[p] = recompressed(exact[p], adapter.rank, adapter.A.dtype)
         else:
-            written[p] = _plain(adapter, adapter.A.dtype)
-    modules = dict.fromkeys(p.module for p in adapters)
-    pairs = {module: _stacked(root, written, module) for module in modules}
+            written[p] = plain(adapter, adapter.A.dtype)
+    pairs = {}
+    for module in dict.fromkeys(p.module for p in adapters):
+        blocks = [(p.rows, pair) for p, pair in written.items() if p.module == module]
+        pairs[module] = stacked(blocks, _layer(root, module).out_features)
     if serving:
-        pairs = _uniform(pairs)
+        pairs = uniform(pairs)
     if dtype is not None:
         pairs = {
             module: pair._replace(A=pair.A.to(dtype), B=pair.B.to(dtype)) for module, pair in pairs.items()
@@ -141,7 +140,7 @@ def export_peft(
                 f"{name.removeprefix(PREFIX)} holds NaN or Inf: this adapter is not worth exporting"
             )
 
-    with _staged(Path(path)) as folder:
+    with staged(Path(path)) as folder:
         write(folder / TENSORS, packed(tensors))
         write(folder / CONFIG, json.dumps(_config(root, pairs, list(trained)), indent=2).encode())
         lossy = dtype is not None or recompress
@@ -164,51 +163,6 @@ def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter]) -
     if problems:
         advice = "adapt the model without them (exclude=), or merge(model) and save the whole of it"
         raise ValueError(f"PEFT has no place for these adapters; {advice}:\n  " + "\n  ".join(problems))
-
-
-# -- factors ------------------------------------------------------------------------------------------
-
-
-def _plain(adapter: Adapter, dtype: torch.dtype) -> Pair:
-    """The adapter without an anchor, on the CPU."""
-    A, B = (factor.detach().cpu().to(dtype) for factor in (adapter.A, adapter.B))
-    if adapter.A0 is not None and adapter.B0 is not None:
-        A0, B0 = (factor.cpu().to(dtype) for factor in (adapter.A0, adapter.B0))
-        A, B = torch.cat([A0 + A, A]), torch.cat([B, B0], 1)
-    return Pair(A, B, adapter.scaling)
-
-
-def _recompressed(pair: Pair, rank: int, dtype: torch.dtype) -> Pair:
-    """The closest pair of ``rank`` (Eckart and Young, 1936), with its singular values shared evenly."""
-    left, right = torch.linalg.qr(pair.B), torch.linalg.qr(pair.A.T)
-    U, S, Vh = torch.linalg.svd(left.R @ right.R.T)
-    half = S[:rank].sqrt()
-    A, B = half[:, None] * (Vh[:rank] @ right.Q.T), (left.Q @ U[:, :rank]) * half
-    return Pair(A.to(dtype), B.to(dtype), pair.scaling)
-
-
-def _stacked(root: nn.Module, parts: Mapping[Projection, Pair], module: str) -> Pair:
-    """One pair for a whole weight: the A's of its blocks stacked, each B in its own rows and columns."""
-    blocks = {p: pair for p, pair in parts.items() if p.module == module}
-    rank = sum(pair.rank for pair in blocks.values())
-    scaling = sum(pair.rank * pair.scaling for pair in blocks.values()) / rank or 1.0
-    A = torch.cat([pair.A for pair in blocks.values()])
-    B = A.new_zeros(_layer(root, module).out_features, rank)
-    start = 0
-    for p, pair in blocks.items():
-        B[slice(*p.rows), start : start + pair.rank] = pair.B * (pair.scaling / scaling)
-        start += pair.rank
-    return Pair(A, B, scaling)
-
-
-def _uniform(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
-    """The same updates with one rank and scaling 1."""
-    most = max(pair.rank for pair in pairs.values())
-    pad = nn.functional.pad
-    return {
-        module: Pair(pad(A, (0, 0, 0, most - len(A))), pad(B * scaling, (0, most - len(A))), 1.0)
-        for module, (A, B, scaling) in pairs.items()
-    }
 
 
 def _layer(root: nn.Module, module: str) -> LoRALinear:
@@ -284,30 +238,7 @@ def _task(root: nn.Module, trained: Sequence[str]) -> str | None:
     return None
 
 
-# -- writing ------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _staged(path: Path) -> Iterator[Path]:
-    """A folder to write to: it becomes ``path`` in the end, and disappears on an error."""
-    path = path.absolute()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file: name a folder")
-    existing = next(each for each in (path, *path.parents) if each.is_dir())
-    folder = existing / f".{path.name}.{os.getpid()}"
-    folder.mkdir()
-    try:
-        yield folder
-        if path.is_dir():
-            # Without a configuration in between, so that a crash leaves no mixture of two adapters.
-            (path / CONFIG).unlink(missing_ok=True)
-            os.replace(folder / TENSORS, path / TENSORS)
-            os.replace(folder / CONFIG, path / CONFIG)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+# -- the proof ------------------------------------------------------------------------------------------
 
 
 def _check_written(

@@ -1,23 +1,25 @@
 """What lies in a PEFT folder: a configuration, LoRA factors by module, and modules trained in full.
 
-It reads; what a model has to do with it is for `export` and `load` to say.
+It reads one, and puts a new one in its place; what a model has to do with it, `export` and `load` say.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lowrank.files import AdapterError, Entry, read_header, read_json, read_tensors
 from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
 from lowrank.peft_format.config import PeftConfig
+from lowrank.peft_format.pairs import Pair
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -30,18 +32,6 @@ FEATURES = {
     "lora_B.bias": "lora_bias",
     "base_layer": "a saved base weight, or a tensor that no Linear holds (target_parameters, attention)",
 }
-
-
-class Pair(NamedTuple):
-    """``ΔW = scaling · B·A`` of a whole weight: A ``(rank, in)``, B ``(out, rank)``."""
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
 
 
 @dataclass(frozen=True)
@@ -134,14 +124,27 @@ def places(model: nn.Module, module: nn.Module) -> int:
     return sum(child is module for parent in model.modules() for child in parent._modules.values())
 
 
-def relative_distance(one: Pair, other: Pair) -> float:
-    """``|ΔW₁ − ΔW₂| / |ΔW₂|`` in the Frobenius norm, in fp64 and without forming either."""
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A folder to write to: it becomes ``path`` in the end, and disappears on an error.
 
-    def norm(*terms: tuple[float, Pair]) -> float:
-        B = torch.cat([sign * pair.scaling * pair.B.double() for sign, pair in terms], 1)
-        A = torch.cat([pair.A.double() for _, pair in terms])
-        # Orthogonal factors do not change the norm, so the small triangular ones have it.
-        return float((torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T).norm())
-
-    difference, size = norm((1.0, one), (-1.0, other)), norm((1.0, other))
-    return difference / size if size else (0.0 if difference == 0 else float("inf"))
+    Where ``path`` is there already, the two files of an adapter are replaced and the rest stays.
+    """
+    path = path.absolute()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: name a folder")
+    existing = next(each for each in (path, *path.parents) if each.is_dir())
+    folder = existing / f".{path.name}.{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+        if path.is_dir():
+            # Without a configuration in between, so that a crash leaves no mixture of two adapters.
+            (path / CONFIG).unlink(missing_ok=True)
+            os.replace(folder / TENSORS, path / TENSORS)
+            os.replace(folder / CONFIG, path / CONFIG)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

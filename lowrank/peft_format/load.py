@@ -15,7 +15,8 @@ from lowrank.files import FLOATS, AdapterError
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.linear import master_dtype
 from lowrank.layers.trained import TrainedModule
-from lowrank.peft_format.folder import Contents, Pair, base_paths, places
+from lowrank.peft_format.folder import Contents, base_paths, places
+from lowrank.peft_format.pairs import reduced
 from lowrank.plan import Allocation, Plan
 from lowrank.projections import Projection, Role, find_projections
 from lowrank.wrap import check_layers
@@ -48,7 +49,7 @@ def import_peft(model: nn.Module, path: str | Path) -> nn.Module:
     tensors = contents.tensors()
     allocations, adapters = {}, {}
     for p in projections:
-        pair = _reduced(tensors.pair(p.module))
+        pair = reduced(tensors.pair(p.module))
         allocations[p] = Allocation(pair.rank, pair.scaling)
         weight = model.get_submodule(p.module)._parameters["weight"]
         assert weight is not None
@@ -129,17 +130,3 @@ def _trained(model: nn.Module, contents: Contents) -> tuple[list[str], list[str]
             problems.append(f"{path}: it is used in several places, of which PEFT trains one")
     problems += [f"{name}: it is in the folder, but modules_to_save does not name it" for name in left]
     return [path for path in taken if paths[path].state_dict()], problems
-
-
-def _reduced(pair: Pair) -> Pair:
-    """The same ΔW with a rank of at most min(in, out), in fp32 or better."""
-    A, B = (factor.float() if factor.dtype.itemsize < 4 else factor for factor in (pair.A, pair.B))
-    out, columns = B.shape[0], A.shape[1]
-    if pair.rank > min(out, columns):
-        product = B @ A
-        A, B = (
-            (product, product.new_ones(out).diag())
-            if out < columns
-            else (product.new_ones(columns).diag(), product)
-        )
-    return Pair(A.contiguous(), B.contiguous(), pair.scaling)
