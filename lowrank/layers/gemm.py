@@ -83,15 +83,16 @@ def one_pass(on: bool = True) -> None:
     _kernels = importlib.import_module("lowrank.layers.kernels") if on else None
 
 
-def differentiable_once(gradients: Callable[[Any, Tensor], tuple]) -> Callable[..., Any]:
+def differentiable_once(gradients: Callable[..., tuple]) -> Callable[..., Any]:
     """A backward that runs `gradients` outside autocast, and whose results refuse to be differentiated."""
     refusing = once_differentiable(gradients)
 
-    def backward(ctx: Any, dY: Tensor) -> tuple:
+    def backward(ctx: Any, *dY: Tensor | None) -> tuple:
         run = refusing if torch.is_grad_enabled() else gradients
-        if torch.is_autocast_enabled(dY.device.type):
-            with torch.autocast(dY.device.type, enabled=False):
-                return run(ctx, dY)
-        return run(ctx, dY)
+        kinds = {d.device.type for d in dY if d is not None and torch.is_autocast_enabled(d.device.type)}
+        if kinds:
+            with torch.autocast(kinds.pop(), enabled=False):
+                return run(ctx, *dY)
+        return run(ctx, *dY)
 
     return backward

@@ -69,9 +69,7 @@ def fused_lora(
     differentiated once: a second derivative raises RuntimeError. The blocks are not checked at each call:
     see `check_blocks`.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x, weight, bias = to_autocast(x, weight, bias)
     if len(blocks) > 1 or blocks[0].rows != (0, weight.shape[0]):
         return RowBlockProduct.apply(x, None, weight, bias, *_laid_out(x, blocks, dropout))
     ((_, A, B, scaling, A0, B0),) = blocks
@@ -80,6 +78,14 @@ def fused_lora(
         # What dropout keeps is to weigh more: the scaling does that, and no pass over x has to.
         mask, scaling = _mask(x, dropout), scaling / (1 - dropout)
     return SingleProduct.apply(x, weight, bias, A, B, A0, B0, mask, scaling, exact)
+
+
+def to_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three as F.linear would take them: in autocast's dtype where it is on, and fp64 as it is."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return x, weight, bias
 
 
 def add_lora(y: Tensor, x: Tensor, blocks: Sequence[Block], *, dropout: float = 0.0) -> Tensor:
