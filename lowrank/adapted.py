@@ -131,22 +131,35 @@ def install(model: nn.Module, plan: Plan, adapters: Mapping[Projection, Adapter]
 
 
 def _exchange(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Replaces modules wherever they hang, so that a shared one stays shared."""
+    """Replaces modules wherever they hang, so that a shared one stays shared: in plain attributes, too."""
+
+    def new(held: Any) -> Any:
+        if type(held) is tuple and any(new(each) is not each for each in held):
+            return tuple(map(new, held))
+        return replacements.get(held, held) if isinstance(held, nn.Module) else held
+
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
+        for held in (vars(parent), *vars(parent).values()):
+            if isinstance(held, dict | list):
+                for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
+                    if new(value) is not value:
+                        held[key] = new(value)
 
 
 # -- finding and switching them -------------------------------------------------------------------------
 
 
 def wrapped_root(model: nn.Module) -> nn.Module:
-    """The module that was adapted: ``model``, or the one inside it (a compiled or parallel wrapper)."""
-    for module in model.modules():
-        if "_lowrank" in module.__dict__:
-            return module
-    raise ValueError("the model is not wrapped: call wrap_model(model, policy) first")
+    """The module that was adapted: ``model``, or the one inside it (a compiled or parallel wrapper).
+
+    Raises ValueError where there is none, or more than one: parts that were wrapped apart.
+    """
+    found = [path for path, module in model.named_modules() if "_lowrank" in module.__dict__]
+    if not found:
+        raise ValueError("the model is not wrapped: call wrap_model(model, policy) first")
+    if len(found) > 1:
+        raise ValueError(f"these parts were wrapped apart, so name one of them: {', '.join(found)}")
+    return model.get_submodule(found[0])
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -217,11 +230,14 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
 
     Raises:
         ValueError: a weight is tied to another module's, is quantized, or is not all that its layer
-            computes with; nothing was changed.
+            computes with, or an adapter holds NaN or Inf; nothing was changed.
     """
     root = wrapped_root(model)
     adapters = adapters_of(root)
     _check_mergeable(root, list(adapters), dequantize)
+    for p, adapter in adapters.items():
+        if not all(factor.isfinite().all() for factor in adapter.parameters()):
+            raise ValueError(f"the adapter of {p.name} holds NaN or Inf, and merging would spoil the weight")
     floating = [q.dtype for q in root.parameters() if not q.requires_grad and q.is_floating_point()]
     usual = Counter(floating).most_common(1)[0][0] if floating else torch.float32
     unpacked: dict[Projection, torch.dtype] = {}

@@ -186,16 +186,22 @@ def undivided(model: nn.Module, fused: Mapping[str, Mapping[str, int]]) -> dict[
 
 def output_heads(model: nn.Module) -> set[str]:
     """Paths of the linear modules that turn hidden states into scores, and of tied weights."""
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
     tied = {id(p) for m in model.modules() if is_embedding(m) for p in m.parameters(recurse=False)}
-    return {
+    heads = {
         path
         for path, module in model.named_modules()
-        if (output is not None and module is output)
-        or path.split(".")[0] in HEADS
-        or (not is_embedding(module) and any(id(p) in tied for p in module.parameters(recurse=False)))
+        if not is_embedding(module) and any(id(p) in tied for p in module.parameters(recurse=False))
     }
+    for around, part in model.named_modules():  # a transformers model may sit in another module
+        get_output = getattr(part, "get_output_embeddings", None)
+        if part is not model and not callable(get_output):
+            continue
+        output = get_output() if callable(get_output) else None
+        for path, module in part.named_modules(prefix=around):
+            below = path.removeprefix(f"{around}.") if around else path
+            if (output is not None and module is output) or below.split(".")[0] in HEADS:
+                heads.add(path)
+    return heads
 
 
 def is_embedding(module: nn.Module) -> bool:

@@ -244,6 +244,24 @@ def check_layers(
     model: nn.Module, projections: Sequence[Projection], train: Sequence[str], dropout: float
 ) -> None:
     """Raises ValueError where these projections and modules cannot be adapted and trained like that."""
+    replaced = {p.module for p in projections if not on_weight(model, p)}
+    for p in projections:
+        module = model.get_submodule(p.module)
+        stored = module._parameters.get(p.param)
+        if stored is None:
+            raise ValueError(
+                f"{p.name}: its weight is no parameter, but a buffer or made from others, as by weight_norm "
+                "and parametrizations: remove these first, or leave it out with exclude="
+            )
+        if isinstance(stored, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{p.name} has no shape yet: call the model on a batch first")
+        parts = p.module.split(".")
+        for above in (".".join(parts[:i]) for i in range(1, len(parts))):
+            if above in replaced:
+                raise ValueError(
+                    f"{p.name} lies inside {above}, which would be adapted too: leave one of them out with "
+                    "exclude=, or take out the other adapter that it belongs to"
+                )
     if dropout:
         held = [p.name for p in projections if on_weight(model, p)]
         if held:

@@ -298,6 +298,13 @@ def test_heads(family: str, heads: set[str]) -> None:
     assert output_heads(zoo.build(family)) == heads
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "vit"])
+def test_heads_are_known_inside_another_module(family: str) -> None:
+    inner = zoo.build(family)
+    outer = nn.ModuleDict({"net": nn.ModuleDict({"model": inner})})
+    assert output_heads(outer) == {f"net.model.{path}" for path in output_heads(inner)} != set()
+
+
 def test_experts_stored_the_other_way_round_are_undivided() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:

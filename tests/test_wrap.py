@@ -150,6 +150,39 @@ def test_a_policy_checks_itself(field: str, value: Any, message: str) -> None:
         Policy(**{field: value})
 
 
+def buffered() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    return layer
+
+
+class Around(nn.Linear):
+    """As PEFT's layers are: a linear layer with linear layers inside."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.inner = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "1: its weight is no parameter"),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), "1: its weight is no parameter"),
+        (buffered, "1: its weight is no parameter"),
+        (lambda: nn.LazyLinear(4), "1 has no shape yet: call the model"),
+        (Around, "1.inner lies inside 1, which would be adapted too"),
+    ],
+)
+def test_layers_that_cannot_be_adapted_say_why(layer: Any, message: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), layer())
+    with pytest.raises(ValueError, match=message):
+        lowrank.wrap_model(model, presets.lora(rank=1), progress=False)
+    assert type(model[0]) is nn.Linear
+
+
 def test_a_model_is_wrapped_once() -> None:
     model = wrapped()
     for again in (model, nn.ModuleList([model])):
@@ -287,6 +320,59 @@ def test_a_shared_module_is_adapted_once_and_stays_shared() -> None:
     assert all(p.grad is not None for p in lowrank.adapter_parameters(model))
     lowrank.unwrap(model)
     assert model.first is model.second is model.inner[0] is original
+
+
+class Aside(nn.Module):
+    """Calls its layers by way of a plain list, a tuple or an attribute that hides them from `modules`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.__dict__["hidden"] = {
+            "list": [self.a, self.b],
+            "tuple": ((self.a,), self.b),
+            "attribute": self.a,
+        }[kind]
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "attribute":
+            return self.b(self.hidden(x))
+        first, second = self.hidden
+        return second(first[0](x) if self.kind == "tuple" else first(x))
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple", "attribute"])
+def test_modules_are_replaced_where_no_module_dict_holds_them(kind: str) -> None:
+    model, x = Aside(kind), torch.randn(2, 4)
+    base = model(x)
+    perturb(lowrank.wrap_model(model, presets.lora(rank=2), progress=False))
+    assert not torch.equal(model(x), base)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in lowrank.adapter_parameters(model))
+    lowrank.unwrap(model)
+    assert torch.equal(model(x), base)
+    kept = model.hidden if kind == "attribute" else model.hidden[0]
+    assert (kept[0] if kind == "tuple" else kept) is model.a
+
+
+def test_parts_that_were_wrapped_apart_are_named_apart() -> None:
+    pair = nn.ModuleDict({"a": wrapped("perceptron"), "b": wrapped("perceptron")})
+    for act in (lowrank.unwrap, lowrank.merge, lowrank.plan_of):
+        with pytest.raises(ValueError, match="wrapped apart, so name one of them: a, b"):
+            act(pair)
+    lowrank.unwrap(pair["a"])
+    assert lowrank.plan_of(pair) is lowrank.plan_of(pair["b"])
+
+
+def test_merging_what_is_not_finite_is_refused() -> None:
+    model = wrapped()
+    next(lowrank.adapter_parameters(model)).data[0, 0] = float("nan")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        lowrank.merge(model)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if "adapters" not in name)
 
 
 def test_merging_a_shared_module_adds_its_update_once() -> None:

@@ -49,14 +49,16 @@ class LoRALinear(nn.Module):
         self.enabled = True
         self.train(base.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base makes of its arguments, of which the first is x, plus the updates."""
         if not self.enabled:
-            return self.base(x)
+            return self.base(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
         blocks = [adapter.block for adapter in self._held()]
         dropout = self.dropout if self.training else 0.0
         weight = plain_weight(self.base)
         if weight is None:
-            y = self.base(x)  # which may take x to another device
+            y = self.base(*args, **kwargs)  # which may take x to another device
             return add_lora(y, x.to(y.device), blocks, dropout=dropout)
         return fused_lora(x, weight, self.bias, blocks, dropout=dropout)
 

@@ -135,6 +135,25 @@ def test_dropout_acts_on_the_adapter_alone_and_in_training_alone() -> None:
     assert torch.equal(layer.train()(x), base(x))
 
 
+def test_it_is_called_as_its_base_is() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor, scale: float = 1.0) -> Tensor:
+            return super().forward(input) * scale
+
+    x = torch.randn(3, 4)
+    for base, args, kwargs in (
+        (nn.Linear(4, 2), (), {"input": x}),
+        (Scaled(4, 2), (x, 3.0), {}),
+        (Scaled(4, 2), (x,), {"scale": 3.0}),
+    ):
+        adapter = Adapter(torch.randn(1, 4), torch.zeros(2, 1), 1.0, rows=(0, 2))
+        layer = LoRALinear(base, [adapter], in_features=4, out_features=2)
+        assert torch.equal(layer(*args, **kwargs), base(*args, **kwargs))
+        with torch.no_grad():
+            adapter.B.fill_(1.0)
+        torch.testing.assert_close(layer(*args, **kwargs), base(*args, **kwargs) + x @ layer.delta_weight().T)
+
+
 def test_hooks_on_the_base_still_run() -> None:
     base, x = nn.Linear(8, 6), torch.randn(4, 8)
     layer = layer_over(base, moved(adapter()))
