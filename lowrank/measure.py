@@ -5,7 +5,7 @@ What does not fit in memory at once is measured in parts. What statistics are fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,38 @@ class Source:
             found = found.merged(measured)
         return found
 
+    def sketch(self, model: nn.Module, ranks: Mapping[Projection, int], factor: int, seed: int) -> Statistics:
+        """Sketches of the covariances that hold the first ``ranks[p]`` right singular vectors of W·C.
+
+        Of two passes the first finds a basis, C·Wᵀ·Ω for a random Ω of factor·rank columns; the second C
+        times that basis, so that the best directions in it can be told (Rayleigh-Ritz). For each projection
+        it takes memory of in·q instead of in·in.
+        """
+        if self.batches is None:
+            raise ValueError("this policy measures sketch: pass calibration batches=")
+        self.check_rereadable(list(ranks), frozenset())
+        draw = torch.Generator().manual_seed(seed)
+        columns = {}
+        for p, rank in ranks.items():
+            weight = p.weight(model)
+            noise = torch.randn(p.out_features, min(factor * rank, p.in_features), generator=draw)
+            columns[p] = weight.T.float() @ noise.to(weight.device)
+        for _ in range(2):
+            measured = calibrate(
+                model,
+                list(ranks),
+                {"sketch"},
+                self.batches,
+                loss=self.loss,
+                mask=self.mask,
+                columns=columns,
+                progress=self.progress,
+            )
+            columns = {
+                p: torch.linalg.qr(each.sketch).Q for p, each in measured.items() if each.sketch is not None
+            }
+        return measured
+
     def fits(self, projections: Sequence[Projection], needs: frozenset[str]) -> bool:
         """Can all of it be held at once?"""
         return self.memory is None or predicted_bytes(projections, needs) <= self.memory
@@ -83,10 +115,13 @@ class Source:
     def check_rereadable(self, projections: Sequence[Projection], needs: frozenset[str]) -> None:
         """Raises ValueError for batches that can be read once where that is not enough."""
         if self.batches is not None and iter(self.batches) is self.batches:
-            size = predicted_bytes(projections, needs)
+            why = "a sketch takes two passes"
+            if self.memory is not None and needs:
+                size = predicted_bytes(projections, needs)
+                why = f"{size:,} bytes of statistics exceed memory={self.memory:,}, so they go in parts"
             raise ValueError(
-                f"{size:,} bytes of statistics exceed memory={self.memory:,}; to measure them in parts the "
-                "batches must be read several times: pass a list or a DataLoader, or allow more memory"
+                f"{why}, and the batches must be read several times: pass a list or a DataLoader, "
+                "or allow more memory"
             )
 
     def _chunks(self, projections: Sequence[Projection], needs: frozenset[str]) -> list[list[Projection]]:

@@ -17,7 +17,7 @@ from lowrank.projections import Projection, Role
 
 FORMAT, VERSION = "lowrank-statistics", "1"
 
-KINDS = frozenset({"covariance", "moment", "sensitivity", "gradient"})
+KINDS = frozenset({"covariance", "moment", "sketch", "sensitivity", "gradient"})
 """What can be measured on batches."""
 
 OF_WEIGHTS = frozenset({"spectrum"})
@@ -32,6 +32,8 @@ class ProjectionStatistics:
         example centred by itself (TLoRA, section 3). Projections that read the same input share it.
     moment: (in, in), fp32 or better; mean of x·xᵀ over all input tokens, not centred (CorDA, 2406.05223).
     mean: (in,), of all input tokens; measured with the moment.
+    sketch: (in, q), the covariance times `basis`, in place of the covariance itself.
+    basis: (in, q), orthonormal columns.
     sensitivity: mean over examples of mean |W ⊙ ∇W| (TLoRA, section 3).
     gradient: (out, in), fp32 or better; mean over examples of ∇W.
     spectrum: (min(out, in),), fp64, descending: the singular values of the weight; needs no batches.
@@ -40,6 +42,8 @@ class ProjectionStatistics:
     covariance: Tensor | None = None
     moment: Tensor | None = None
     mean: Tensor | None = None
+    sketch: Tensor | None = None
+    basis: Tensor | None = None
     sensitivity: float | None = None
     gradient: Tensor | None = None
     spectrum: Tensor | None = None

@@ -94,6 +94,9 @@ def _plan(model: nn.Module, policy: Policy, source: Source, more: frozenset[str]
     )
     # What needs no calibration complains before one.
     allocations = None if policy.allocate.needs else allocate(statistics=None)
+    if "sketch" in policy.init.needs:
+        source.check_rereadable(projections, frozenset())
+        more -= {"sketch"}  # how wide it is, is known when the ranks are
     if not source.fits(projections, policy.needs):
         source.check_rereadable(projections, policy.needs)
         more -= MATRICES
@@ -153,6 +156,10 @@ def wrap_model(
     else:
         plan, source.statistics = _plan(model, policy, source, getattr(policy, "needs", frozenset()))
         init = policy.init
+    if "sketch" in init.needs:
+        ranks = {p: plan[p].rank for p in plan.adapted}
+        sketches = source.sketch(model, ranks, getattr(init, "sketch", None) or 8, plan.seed)
+        source.statistics = (source.statistics or Statistics({})).merged(sketches)
     adapters: dict[Projection, Adapter] = {}
     bar = tqdm(total=len(plan.adapted), desc="initializing", disable=not progress, delay=2, leave=False)
     with bar:

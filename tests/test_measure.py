@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import Policy, Statistics, presets
+from lowrank.adapted import adapters_of
 from lowrank.allocate import EnergyRank, ExplainedVariance, StableRank, Uniform
 from lowrank.calibrate import calibrate, predicted_bytes
 from lowrank.init import Kaiming, TaskAligned
@@ -294,3 +295,48 @@ def test_initializers_and_allocators_combine(init: Any, allocate: Any) -> None:
 def test_spectra_need_no_batches() -> None:
     plan = lowrank.plan_model(zoo.build("llama"), Policy(allocate=StableRank(), budget=2000), progress=False)
     assert 0 < plan.trainable_parameters <= 2000
+
+
+# -- sketches --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "mixtral"])
+def test_a_sketch_spans_what_the_covariance_does(family: str) -> None:
+    """Energy of W·C held by A, of small models whose spectra decay slowly, at half the width."""
+    many = [{**zoo.batch(family, seed=s)} for s in range(3)]
+    exact, sketched = (
+        lowrank.wrap_model(
+            zoo.build(family),
+            presets.tlora(rank=2, init=init, allocate=Uniform()),
+            batches=many,
+            progress=False,
+        )
+        for init in (TaskAligned(), TaskAligned(sketch=8))
+    )
+    covariances = lowrank.measure(zoo.build(family), presets.tlora(), many, progress=False)
+    model = zoo.build(family)
+    starts = zip(adapters_of(exact).items(), adapters_of(sketched).items(), strict=True)
+    for (p, wanted), (_, got) in starts:
+        product = p.weight(model) @ covariances[p].covariance
+        best, held = (float((product @ adapter.A.T).square().sum()) for adapter in (wanted, got))
+        assert held >= 0.97 * best
+        torch.testing.assert_close(got.A @ got.A.T, torch.eye(2), rtol=0, atol=1e-4)
+        assert got.frozen == {"A"}
+
+
+def test_a_sketch_is_of_given_columns() -> None:
+    model, many = zoo.build("bert"), batches("bert")
+    (p, *_) = projections = select(model, "query")
+    columns = {p: torch.randn(p.in_features, 5) for p in projections}
+    got = calibrate(model, projections, ["sketch", "covariance"], many, columns=columns, progress=False)
+    torch.testing.assert_close(got[p].sketch, got[p].covariance @ columns[p], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="times given columns="):
+        calibrate(model, projections, ["sketch"], many)
+
+
+def test_a_sketch_reads_the_batches_twice() -> None:
+    policy = presets.tlora(rank=2, init=TaskAligned(sketch=4), allocate=Uniform())
+    with pytest.raises(ValueError, match="a sketch takes two passes"):
+        lowrank.wrap_model(zoo.build("llama"), policy, batches=iter(batches()), progress=False)
+    with pytest.raises(ValueError, match="sketch must be at least 2"):
+        TaskAligned(sketch=1)

@@ -57,6 +57,7 @@ class _Weight:
 
     sensitivity: Tensor | float = 0.0
     gradient: Tensor | None = None
+    sketch: Tensor | None = None
     input: str = ""
 
 
@@ -69,9 +70,11 @@ class Meter:
         projections: Sequence[Projection],
         needs: frozenset[str],
         device: torch.device | None = None,
+        columns: Mapping[Projection, Tensor] | None = None,
     ) -> None:
         self.model, self.needs, self.device = model, needs, device
-        self.needs_inputs = bool(needs & {"covariance", "moment"})
+        self.columns = columns or {}
+        self.needs_inputs = bool(needs & {"covariance", "moment", "sketch"})
         self.needs_backward = bool(needs & {"sensitivity", "gradient"})
         self.weights = {p: _Weight() for p in projections}
         self.inputs: dict[str, _Input] = {}
@@ -125,7 +128,9 @@ class Meter:
         if self.in_backward:  # checkpointing runs a forward again
             return
         self.uses[name] += 1
-        if not self.needs_inputs:
+        if "sketch" in self.needs:
+            self._add_sketches(name, held, x)
+        if not self.needs & {"covariance", "moment"}:
             return
         weight = self.weights[held[0]]
         if not weight.input:
@@ -143,26 +148,35 @@ class Meter:
     def _add(self, name: str, x: Tensor) -> None:
         running = self.inputs.setdefault(name, _Input())
         running.seen.append(_Seen(x))
-        examples, mask = self._by_example(name, x)
-        rows = examples.to(_wide(x))
-        kept = None if mask is None else mask[..., None]
-        if kept is not None:
-            rows = torch.where(kept, rows, 0)
+        rows, kept = self._rows(name, x)
         if "moment" in self.needs:
             flat = rows.reshape(-1, rows.shape[-1])
             running.moment = self._summed(running.moment, flat)
             total = flat.sum(0).to(running.moment.device)
             running.total = total if running.total is None else running.total + total
-            running.tokens += len(flat) if mask is None else int(mask.sum())
+            running.tokens += len(flat) if kept is None else int(kept.sum())
         if "covariance" in self.needs:
-            if kept is None:
-                centred = rows - rows.mean(1, keepdim=True)
-            else:
-                means = rows.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp_min(1)
-                centred = torch.where(kept, rows - means, 0)
-            running.covariance = self._summed(running.covariance, centred.reshape(-1, rows.shape[-1]))
+            running.covariance = self._summed(running.covariance, _centred(rows, kept))
+
+    def _add_sketches(self, name: str, held: Sequence[Projection], x: Tensor) -> None:
+        """C times the columns of each: it takes (in, q) where C itself would take (in, in)."""
+        centred = _centred(*self._rows(name, x))
+        for p in held:
+            columns = self.columns[p].to(centred)
+            added = (centred.T @ (centred @ columns)).to(self.device or centred.device)
+            weight = self.weights[p]
+            weight.sketch = added if weight.sketch is None else weight.sketch.add_(added)
+
+    def _rows(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Each example's tokens in fp32 or better, padding zero, and which are kept (examples, tokens, 1)."""
+        examples, mask = self._by_example(name, x)
+        rows = examples.to(_wide(x))
+        kept = None if mask is None else mask[..., None]
+        if kept is not None:
+            rows = torch.where(kept, rows, 0)
         if not torch.isfinite(rows.sum()):
             raise ValueError(f"NaN or Inf in the input of {name} in calibration batch {self.number}")
+        return rows, kept
 
     def _summed(self, total: Tensor | None, rows: Tensor) -> Tensor:
         """``total`` plus ``rowsᵀ·rows``, where the statistics are kept."""
@@ -300,6 +314,8 @@ class Meter:
                 )
             if "gradient" in self.needs:
                 weight.gradient = self._added(weight.gradient, p.shape, p)
+            if "sketch" in self.needs:
+                weight.sketch = self._added(weight.sketch, tuple(self.columns[p].shape), p)
         self.examples = int(self._added(torch.tensor(float(self.examples)), (), next(iter(self.weights))))
 
     def _added(self, own: Tensor | None, shape: tuple[int, ...], p: Projection) -> Tensor:
@@ -322,7 +338,7 @@ class Meter:
 
     def _statistics_of(self, p: Projection, weight: _Weight, examples: int) -> ProjectionStatistics:
         read = self.inputs.get(weight.input, _Input())
-        if self.needs_inputs and not weight.input:
+        if self.needs & {"covariance", "moment"} and not weight.input:
             stored = p.weight(self.model)
             if not p.block:
                 raise ValueError(
@@ -334,7 +350,12 @@ class Meter:
         if "gradient" in self.needs and gradient is None:
             stored = p.weight(self.model)
             gradient = torch.zeros(p.shape, dtype=_wide(stored), device=self.device or stored.device)
+        sketch = weight.sketch
+        if "sketch" in self.needs:
+            sketch = torch.zeros_like(self.columns[p]) if sketch is None else sketch.div_(examples)
         return ProjectionStatistics(
+            sketch=sketch,
+            basis=self.columns.get(p),
             covariance=read.covariance if "covariance" in self.needs else None,
             moment=read.moment if "moment" in self.needs else None,
             mean=read.total if "moment" in self.needs else None,
@@ -362,6 +383,16 @@ def _decoder_mask(batch: Any) -> Tensor | None:
     if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
         return (labels != IGNORED_LABEL).flip(1).cumsum(1).flip(1) > 0
     return None
+
+
+def _centred(rows: Tensor, kept: Tensor | None) -> Tensor:
+    """Each example's tokens around their own mean, (examples · tokens, in); padding stays zero."""
+    if kept is None:
+        centred = rows - rows.mean(1, keepdim=True)
+    else:
+        means = rows.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp_min(1)
+        centred = torch.where(kept, rows - means, 0)
+    return centred.reshape(-1, rows.shape[-1])
 
 
 def _siblings(path: str, other: str) -> bool:

@@ -34,6 +34,7 @@ def calibrate(
     mask: Mask | None = None,
     steps: int | None = None,
     device: torch.device | str | None = None,
+    columns: Mapping[Projection, torch.Tensor] | None = None,
     progress: bool = True,
 ) -> Statistics:
     """Statistics of ``projections`` over ``batches``, each of which is used once.
@@ -61,6 +62,7 @@ def calibrate(
             or what comes after an example's last label.
         steps: use so many batches at most.
         device: where the statistics are kept; by default where each projection's input is.
+        columns: (in, q) for each projection, where "sketch" is needed: what the covariance is multiplied by.
         progress: say what it will take, and show a bar after two seconds.
 
     Raises:
@@ -75,7 +77,12 @@ def calibrate(
         raise ValueError(f"steps must be at least 1: {steps}")
     if not needs or not projections:
         return Statistics({})
-    meter = Meter(model, projections, frozenset(needs), None if device is None else torch.device(device))
+    if "sketch" in needs and (columns is None or set(projections) - set(columns)):
+        raise ValueError(
+            "a sketch is of the covariance times given columns=: TaskAligned(sketch=8) gives them"
+        )
+    home_of_sums = None if device is None else torch.device(device)
+    meter = Meter(model, projections, frozenset(needs), home_of_sums, columns)
     home = model_device(model)
     if progress:
         size = predicted_bytes(projections, needs)
