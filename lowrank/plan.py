@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class Plan(Mapping[Projection, Allocation]):
         energies: share of the squared singular values that the start holds, where it is known.
 
     Raises:
-        ValueError: a rank below 0 or above ``min(in, out)``, or no rank anywhere.
+        ValueError: a rank below 0 or above ``min(in, out)``, no rank anywhere, or a scaling or dropout out of
+            range.
     """
 
     def __init__(
@@ -60,6 +62,10 @@ class Plan(Mapping[Projection, Allocation]):
             most = min(projection.shape)
             if not 0 <= allocation.rank <= most:
                 raise ValueError(f"{projection.name}: rank {allocation.rank} is not between 0 and {most}")
+            if not isfinite(allocation.scaling):
+                raise ValueError(f"{projection.name}: scaling {allocation.scaling} is not finite")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1: {dropout}")
         if not any(allocation.rank for allocation in allocations.values()):
             raise ValueError("the plan gives no projection any rank")
         self._allocations = dict(allocations)

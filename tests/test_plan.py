@@ -78,6 +78,8 @@ def test_an_initializer_of_ones_own_is_not_written_as_json() -> None:
         (lambda d: d["projections"][0].update(rank=-1), "rank -1 is not between 0 and 6"),
         (lambda d: d["projections"][0].update(rank=7), "rank 7 is not between"),
         (lambda d: d["projections"][0].update(rank=True), "TypeError"),
+        (lambda d: d["projections"][0].update(scaling=float("inf")), "scaling inf is not finite"),
+        (lambda d: d.update(dropout=1.0), "dropout must be at least 0"),
         (lambda d: d["projections"][0].update(role="cook"), "cook"),
         (lambda d: d["projections"].append(d["projections"][0]), "a is listed twice"),
         (lambda d: d.update(projections=[]), "no projection any rank"),
