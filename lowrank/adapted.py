@@ -247,6 +247,9 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
             if _packed(stored):
                 unpacked[p] = stored.dtype if stored.is_floating_point() else usual
                 _unpack(root, p)
+            weight = _stored(root, p)
+            if weight.dim() == 3:  # of experts: rows are a view of it only where it lies in order
+                weight.data = weight.data.contiguous()
             part = as_rows(holder(root, p), p.param)[slice(*p.rows)]
             delta = adapter.product()
             part.copy_(part.to(delta.dtype) + delta)

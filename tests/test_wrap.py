@@ -365,6 +365,19 @@ def test_parts_that_were_wrapped_apart_are_named_apart() -> None:
     assert lowrank.plan_of(pair) is lowrank.plan_of(pair["b"])
 
 
+def test_merging_into_experts_that_lie_out_of_order() -> None:
+    model, batch = zoo.build("mixtral"), zoo.batch("mixtral")
+    for module in model.modules():
+        for name, weight in list(module._parameters.items()):
+            if weight is not None and weight.dim() == 3:
+                weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+                assert name in ("gate_up_proj", "down_proj") and not weight.is_contiguous()
+    perturb(lowrank.wrap_model(model, presets.lora(rank=2), progress=False))
+    with torch.no_grad():
+        wanted = logits(model, batch)
+        torch.testing.assert_close(logits(lowrank.merge(model), batch), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_merging_what_is_not_finite_is_refused() -> None:
     model = wrapped()
     next(lowrank.adapter_parameters(model)).data[0, 0] = float("nan")
