@@ -69,7 +69,7 @@ def cases(device: str, *, quick: bool) -> list[Case]:
             Case(MINILM, BF16, 16, 128),
             Case(MINILM, BF16, 4, 128, accumulate=4),
             Case(SMOLLM2, BF16, 2, 128),
-            Case(SMOLLM2, FP32, 2, 128),
+            Case(SMOLLM2, BF16, 2, 512),
         ]
     return [
         Case("Llama-3-8B shapes", BF16, 2, 2048, layers=4, device=device),
@@ -287,7 +287,7 @@ def main() -> None:
     left = [(case, False) for case in chosen]
     if options.compile or (options.device == "cuda" and not options.quick):
         left += [(case, True) for case in chosen if case.accumulate == 1]
-    measured: dict[str, list[Row]] = {}
+    kept, measured = shared_input(options.device), dict[str, list[Row]]()
     while left and (remaining := 60 * options.minutes - (time.monotonic() - started)) > 0:
         share = remaining / len(left)
         case, compiled = left.pop(0)
@@ -295,12 +295,22 @@ def main() -> None:
         most = 3 if options.quick else options.repeats
         measured[name] = measure(case, compiled=compiled, seconds=0.7 * share, most=most)
         print(f"{name}: " + ", ".join(f"{row.contender} {row.speedup:.2f}" for row in measured[name]))
-    facts = surroundings(options.device) | {"load average at the start": f"{load:.1f}"}
-    if options.quick:
-        facts["quick"] = "layers left out, too little of everything for the targets"
-    if left:
-        facts["not measured for want of time"] = "; ".join(case.name for case, _ in left)
-    kept = shared_input(options.device)
+        facts = surroundings(options.device) | {"load average at the start": f"{load:.1f}"}
+        if options.quick:
+            facts["quick"] = "layers left out, too little of everything for the targets"
+        if left:
+            facts["not measured for want of time"] = "; ".join(case.name for case, _ in left)
+        report = write(options, facts, measured, kept)  # each time: a step that takes too long loses no other
+    if not measured:
+        raise SystemExit(
+            f"nothing was measured: no case has {options.only!r} in its name, or there was no time"
+        )
+    print(f"\n{report}")
+
+
+def write(
+    options: argparse.Namespace, facts: dict[str, str], measured: dict[str, list[Row]], kept: dict[str, float]
+) -> str:
     name = f"model-{options.device}" + ("-quick" if options.quick else "")
     options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(facts, measured, kept)
@@ -308,7 +318,7 @@ def main() -> None:
     data: dict[str, Any] = {"surroundings": facts, "cases": rows, "kept MiB, shared input": kept}
     (options.out / f"{name}.md").write_text(report)
     (options.out / f"{name}.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-    print(f"\n{report}\nwritten to {options.out / name}.md and .json")
+    return f"{report}\nwritten to {options.out / name}.md and .json"
 
 
 if __name__ == "__main__":
