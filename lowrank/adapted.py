@@ -37,6 +37,8 @@ def check_unwrapped(model: nn.Module) -> None:
     """Raises ValueError where ``model`` cannot be wrapped at all, or is wrapped already."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a torch.nn.Module, not {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("the model is compiled: wrap it first, then call torch.compile")
     if any(isinstance(m, (LoRALinear, AdaptedWeight, TrainedModule)) for m in model.modules()):
         raise ValueError("the model is wrapped already: unwrap(model) or merge(model) first")
     if is_linear(model):

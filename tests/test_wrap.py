@@ -203,6 +203,26 @@ def test_what_is_not_wrapped_cannot_be_taken_out() -> None:
             act(zoo.build("llama"))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_a_compiled_model_is_wrapped_before() -> None:
+    with pytest.raises(ValueError, match="wrap it first, then call torch.compile"):
+        lowrank.wrap_model(torch.compile(zoo.build("llama")), presets.lora())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_what_follows_a_layer_may_write_in_place_compiled_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+    perturb(lowrank.wrap_model(model, presets.pissa(rank=2), progress=False))
+    x, gradients = torch.randn(2, 3, 6), []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in lowrank.adapter_parameters(model)])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
 def test_a_lone_projection_cannot_be_replaced_in_place() -> None:
     with pytest.raises(ValueError, match="itself one projection"):
         lowrank.wrap_model(nn.Linear(4, 4), presets.lora(rank=1))

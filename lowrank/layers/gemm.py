@@ -20,6 +20,16 @@ def flat(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
+def owned(y: Tensor) -> Tensor:
+    """``y``, and where it is a view, without a copy one that autograd does not take for a view.
+
+    What follows may write in place into the output of a layer (``nn.ReLU(inplace=True)``); into a view that
+    a Function returns it may not.
+    """
+    view = y.dim() > 2 if torch.compiler.is_compiling() else y._is_view()
+    return torch.ops.aten._unsafe_view(y, y.shape) if view else y
+
+
 def scaled(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """``alpha·a·b``: with beta = 0 the scale rides along, where mm and mul_ would be two passes."""
     return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.layers.gemm import accumulate, differentiable_once, down, flat, through_up, up
+from lowrank.layers.gemm import accumulate, differentiable_once, down, flat, owned, through_up, up
 
 _FIRST = 6  # of the factors among the arguments: A, B, A0, B0 of each block
 
@@ -102,4 +102,4 @@ class RowBlockProduct(torch.autograd.Function):
             S if needs_B else None,
             *factors,
         )
-        return y
+        return owned(y)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.layers.gemm import accumulate, differentiable_once, down, flat, through_up, up
+from lowrank.layers.gemm import accumulate, differentiable_once, down, flat, owned, through_up, up
 from lowrank.layers.ops import Block, to_autocast
 
 
@@ -172,7 +172,7 @@ class SharedProduct(torch.autograd.Function):
             y = F.linear(x, weight, bias).contiguous()
             accumulate(flat(y), S[:, column : column + right.shape[1]], right.t(), scaling)
             column += right.shape[1]
-            outputs.append(y)
+            outputs.append(owned(y))
         needs_x, _, *needs = ctx.needs_input_grad
         needs_right = any(needs[::_EACH]) or any(needs[2::_EACH])
         ctx.scalings, ctx.shape = scalings, x.shape

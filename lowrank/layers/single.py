@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.layers.gemm import accumulate, differentiable_once, down, flat, scaled, through_up, up
+from lowrank.layers.gemm import accumulate, differentiable_once, down, flat, owned, scaled, through_up, up
 
 
 def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,4 +81,4 @@ class SingleProduct(torch.autograd.Function):
             S if needs_B else None,
             *(A, B, A0, B0),
         )
-        return y
+        return owned(y)

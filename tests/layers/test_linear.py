@@ -229,3 +229,23 @@ def test_a_trained_module_is_a_copy_beside_the_original() -> None:
     assert trained.weight is head.weight
     with pytest.raises(AttributeError, match="nothing"):
         _ = trained.nothing
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, 8), (2, 4, 8)])
+@pytest.mark.parametrize("make", [nn.Linear, OwnForward])
+def test_what_follows_may_write_into_the_output(
+    make: type, shape: tuple[int, ...], bias: bool, blocks: int
+) -> None:
+    rows = [(0, 6)] if blocks == 1 else [(0, 3), (3, 6)]
+    layer = layer_over(make(8, 6, bias=bias).requires_grad_(False), *[moved(adapter(each)) for each in rows])
+    x, after = torch.randn(shape), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 2))
+    loss = after(layer(x)).sum()
+    loss.backward()
+    got = [a.A.grad.clone() for a in layer.adapters]
+    layer.zero_grad()
+    after[0].inplace = False
+    after(layer(x)).sum().backward()
+    for a, grad in zip(layer.adapters, got, strict=True):
+        torch.testing.assert_close(grad, a.A.grad)
