@@ -26,7 +26,7 @@ from lowrank.init.spectrum.operators import (
 from lowrank.init.spectrum.triplets import Answer, Question, Triplets, triplets
 
 # Below this width, or for a larger share of it, the dense methods are faster (benchmarks/bench_init.py).
-KRYLOV_WIDTH, KRYLOV_SHARE = 512, 1 / 20
+KRYLOV_WIDTH, KRYLOV_SHARE = 512, 1 / 24
 # After so many blocks for each column of the matrix the dense methods would have been done too.
 KRYLOV_BLOCKS, INVERSE_BLOCKS = 1 / 16, 1 / 40
 
