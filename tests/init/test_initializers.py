@@ -132,6 +132,12 @@ def test_a_rank_beyond_the_weight_is_refused(method: str) -> None:
         start(method, gaussian(16, 40), 17)
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("Kaiming", "Gaussian")])
+def test_a_weight_without_data_is_refused(method: str) -> None:
+    with pytest.raises(ValueError, match="meta device"):
+        start(method, torch.empty(24, 24, device="meta"))
+
+
 @pytest.mark.parametrize("method", ["Kaiming", "Gaussian"])
 def test_weights_without_data_are_enough_for_random_starts(method: str) -> None:
     weight = torch.empty(40, 24, device="meta", dtype=torch.bfloat16)

@@ -188,6 +188,18 @@ def test_a_method_that_fails_hands_over(end: str, method: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("end", FIND)
+def test_an_eigendecomposition_that_gives_up_hands_over(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def give_up(*_: Tensor) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    matrix = gaussian(60, 60)
+    monkeypatch.setattr(torch.linalg, "eigh", give_up)
+    found = find(end, matrix, 8)
+    assert found.method == "svd"
+    assert distance(part(found.U, found.S, found.Vh), part(*exact(matrix, 8, end))) < 1e-5
+
+
+@pytest.mark.parametrize("end", FIND)
 def test_too_few_blocks_are_not_an_answer(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = gaussian(520, 520)
     monkeypatch.setattr(singular, "KRYLOV_BLOCKS", 4 / 520)

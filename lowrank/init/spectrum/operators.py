@@ -19,7 +19,13 @@ NARROW = 60
 
 
 def frobenius(matrix: Tensor) -> float:
-    """‖M‖_F to fp32 or better; not finite if M is not."""
+    """‖M‖_F to fp32 or better; not finite if M is not.
+
+    Raises:
+        ValueError: M is on the meta device, where it has no values.
+    """
+    if matrix.is_meta:
+        raise ValueError("a weight on the meta device has no values to start from: load it first")
     rows = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.promote_types(matrix.dtype, torch.float32))
     norm = float(torch.linalg.vector_norm(rows.double()))
     if 1e-12 < norm < 1e12:

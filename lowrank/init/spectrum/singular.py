@@ -138,7 +138,10 @@ def _inverses(tall: Tensor) -> Iterator[Inverse | InverseRoot]:
 def _gram(question: Question, dtype: torch.dtype, *, top: bool) -> Triplets | None:
     """From all the eigenvectors of MᵀM, or of M·Mᵀ if M is wide."""
     tall, k = question.upright(dtype), question.rank
-    squares, vectors = torch.linalg.eigh(lower_gram(tall))
+    try:
+        squares, vectors = torch.linalg.eigh(lower_gram(tall))
+    except torch.linalg.LinAlgError:  # LAPACK gives up on a few matrices that an SVD can take
+        return None
     squares = squares.clamp_min(0)
     others = squares[:-k].flip(0) if top else squares[k:]
     shifted = squares + 4 * torch.finfo(dtype).eps * squares.sum()
