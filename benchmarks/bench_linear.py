@@ -78,6 +78,7 @@ class Row:
     kept_MiB: float
     peak_MiB: float | None
     target: float | None
+    undisturbed: bool
 
 
 class Inputs:
@@ -128,7 +129,7 @@ def check(case: Case, named: dict[str, Contender], inputs: Inputs) -> None:
                 raise SystemExit(f"{case.name}: {name!r} is {error:.2g} off fp64; nothing was timed")
 
 
-def measure(case: Case, *, warmups: int, repeats: int, compiled: bool) -> list[Row]:
+def measure(case: Case, *, warmups: int, repeats: int, patience: float, compiled: bool) -> list[Row]:
     """One row a contender. The gradients are checked without dropout, whose masks differ."""
     torch.compiler.reset()
     inputs = Inputs(case)
@@ -141,7 +142,9 @@ def measure(case: Case, *, warmups: int, repeats: int, compiled: bool) -> list[R
             leaf.grad = None
 
     steps = {name: partial(inputs.step, contender) for name, contender in named.items()}
-    times = interleaved(steps, warmups=warmups, repeats=repeats, device=case.device, after=forget)
+    times = interleaved(
+        steps, warmups=warmups, repeats=repeats, device=case.device, after=forget, patience=patience
+    )
     floor = times["frozen"].median
     ratios = {name: taken.median / floor for name, taken in times.items()}
     rows = []
@@ -161,6 +164,7 @@ def measure(case: Case, *, warmups: int, repeats: int, compiled: bool) -> list[R
                 kept_MiB=kept / 2**20,
                 peak_MiB=None if peak is None else peak / 2**20,
                 target=TARGETS.get((case.device, case.name, name)),
+                undisturbed=times[name].undisturbed,
             )
         )
     return rows
@@ -191,6 +195,8 @@ def markdown(facts: dict[str, str], measured: dict[str, list[Row]], kept: dict[s
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     for name, rows in measured.items():
         lines += ["", f"## {name}", ""]
+        if not rows[0].undisturbed:
+            lines += ["Other processes took the processors during most of these steps.", ""]
         lines += [
             "| contender | T/T_frozen | p10–p90 | target | overhead captured | limit | kept MiB | peak MiB |"
         ]
@@ -223,6 +229,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own number by default")
     parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0,
+        help="seconds a case to wait for steps that nothing disturbs (CPU)",
+    )
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no case after this long")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled contenders out")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -231,14 +244,19 @@ def main() -> None:
         torch.set_num_threads(options.threads)
 
     started, measured = time.monotonic(), {}
-    left = list(cases(options.device, quick=options.quick, full=options.full))
+    grid = cases(options.device, quick=options.quick, full=options.full)
+    left = [case for case in grid if options.only in case.name]
     clocks_before = clocks() if options.device == "cuda" else None
     while left and time.monotonic() - started < 60 * options.minutes:
         case = left.pop(0)
+        warmups, repeats = (3, 10) if options.quick else (20, options.repeats)
+        if case.device == "cpu" and case.in_features > 1024:  # long enough to vary little
+            warmups, repeats = warmups // 4, repeats // 4
         measured[case.name] = measure(
             case,
-            warmups=3 if options.quick else 20,
-            repeats=10 if options.quick else options.repeats,
+            warmups=warmups,
+            repeats=repeats,
+            patience=options.patience,
             compiled=not options.no_compile,
         )
         print(f"{case.name}: " + ", ".join(f"{row.contender} {row.ratio:.2f}" for row in measured[case.name]))

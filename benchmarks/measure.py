@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import platform
 import random
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -26,9 +27,10 @@ Step = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of the repeats of one contender, sorted."""
+    """Seconds of the repeats of one contender, sorted; `undisturbed` if no other process got in between."""
 
     seconds: tuple[float, ...]
+    undisturbed: bool = False
 
     @property
     def median(self) -> float:
@@ -39,31 +41,72 @@ class Times:
 
 
 def interleaved(
-    steps: Mapping[str, Step], *, warmups: int, repeats: int, device: str, after: Callable[[], object]
+    steps: Mapping[str, Step],
+    *,
+    warmups: int,
+    repeats: int,
+    device: str,
+    after: Callable[[], object],
+    patience: float = 0,
 ) -> dict[str, Times]:
-    """Times of all steps, one of each a round, in an order drawn each round; `after` each is not timed."""
-    order, draw = list(steps), random.Random(0)
-    taken: dict[str, list] = {name: [] for name in steps}
-    for index in range(warmups + repeats):
-        draw.shuffle(order)
-        for name in order:
-            timed = _cuda_timed if device == "cuda" else _cpu_timed
-            mark = timed(steps[name], index)
-            after()
-            if index >= warmups:
-                taken[name].append(mark)
+    """Times of all steps, one of each a round, in an order drawn each round; `after` each is not timed.
+
+    On a CPU that others use too, it goes on for `patience` seconds more until each step has been run
+    `repeats` times without the process being preempted, and then only those count.
+    """
     if device == "cuda":
-        torch.cuda.synchronize()
-        taken = {name: [a.elapsed_time(b) / 1e3 for a, b in marks] for name, marks in taken.items()}
-    return {name: Times(tuple(sorted(seconds))) for name, seconds in taken.items()}
+        return _cuda_interleaved(steps, warmups, repeats, after)
+    for _, step in _rounds(steps, warmups):
+        _cpu_timed(step, 0)
+        after()
+    everything: dict[str, list[float]] = {name: [] for name in steps}
+    clean: dict[str, list[float]] = {name: [] for name in steps}
+    started, index = time.monotonic(), 0
+    while index < repeats or (
+        min(map(len, clean.values())) < repeats and time.monotonic() - started < patience
+    ):
+        for name, step in _rounds(steps, 1, seed=index):
+            seconds, alone = _cpu_timed(step, index)
+            after()
+            everything[name].append(seconds)
+            if alone:
+                clean[name].append(seconds)
+        index += 1
+    undisturbed = min(map(len, clean.values())) >= max(1, repeats // 2)
+    taken = clean if undisturbed else everything
+    return {name: Times(tuple(sorted(seconds)), undisturbed) for name, seconds in taken.items()}
 
 
-def _cpu_timed(step: Step, index: int) -> float:
-    """With one thread its own processor time, which other processes on a shared machine change little."""
+def _rounds(steps: Mapping[str, Step], rounds: int, seed: int = 0) -> Iterator[tuple[str, Step]]:
+    order, draw = list(steps), random.Random(seed)
+    for _ in range(rounds):
+        draw.shuffle(order)
+        yield from ((name, steps[name]) for name in order)
+
+
+def _cpu_timed(step: Step, index: int) -> tuple[float, bool]:
+    """Seconds, and whether the process kept its processors. With one thread they are its processor time."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    preempted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
     start = clock()
     step(index)
-    return clock() - start
+    seconds = clock() - start
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw == preempted
+
+
+def _cuda_interleaved(
+    steps: Mapping[str, Step], warmups: int, repeats: int, after: Callable[[], object]
+) -> dict[str, Times]:
+    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in steps}
+    for index in range(warmups + repeats):
+        for name, step in _rounds(steps, 1, seed=index):
+            pair = _cuda_timed(step, index)
+            after()
+            if index >= warmups:
+                marks[name].append(pair)
+    torch.cuda.synchronize()
+    seconds = {name: sorted(a.elapsed_time(b) / 1e3 for a, b in pairs) for name, pairs in marks.items()}
+    return {name: Times(tuple(values), True) for name, values in seconds.items()}
 
 
 def _cuda_timed(step: Step, index: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
