@@ -85,7 +85,7 @@ def _parts_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One stripe of columns in one chunk of rows: what it adds to dS, and to dB."""
-    stripe, place = tl.program_id(0), tl.program_id(1)
+    stripe, place = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns, ranks = stripe * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANK)
     in_columns, in_ranks = columns < out, ranks < rank
     b = tl.load(
@@ -113,7 +113,7 @@ def _parts_kernel(  # type: ignore[no-untyped-def]
             g, s = g.to(tl.float32), s.to(tl.float32)
         part = tl.dot(g, b, input_precision="ieee")
         tl.store(
-            dS_parts + (stripe * tokens.to(tl.int64) + rows[:, None]) * rank + ranks[None, :],
+            dS_parts + (stripe * tokens + rows[:, None]) * rank + ranks[None, :],
             part,
             mask=in_rows[:, None] & in_ranks[None, :],
         )
