@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.batches import IGNORED_LABEL, Mask, attention_mask
-from lowrank.projections import Projection, Role
+from lowrank.batches import Mask
+from lowrank.calibrate.masks import Masks
+from lowrank.projections import Projection
 from lowrank.statistics import ProjectionStatistics, Statistics
-
-CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn", "multihead_attn"})
-OTHER_SENSES = ("vision", "visual", "image", "audio")
 
 
 class _Seen:
@@ -80,8 +78,7 @@ class Meter:
         self.inputs: dict[str, _Input] = {}
         self.examples = self.batches = self.number = self.batch_size = 0
         self.in_backward = False
-        self.masks: dict[str, Tensor | None] = {}
-        self.own_mask = self.mask_fits = False
+        self.masks: Masks
         self.uses: Counter[str] = Counter()  # how often each name was called in the present batch
         self.pending: dict[str, list[tuple[Sequence[Projection], int, Tensor, Tensor]]] = {}
         names = {path.split(".")[-1] for path, _ in model.named_modules()}
@@ -90,28 +87,19 @@ class Meter:
     def begin(self, number: int, batch: Any, mask: Mask | None) -> None:
         """A new batch: its masks, and how many examples it has (told by the first input, without a mask)."""
         self.number, self.in_backward = number, False
-        tokens = attention_mask(batch) if mask is None else _checked(mask(batch))
-        if tokens is not None and not tokens.any():
-            raise ValueError(f"the mask of calibration batch {number} says that none of its tokens counts")
-        self.masks = {"tokens": tokens, "decoder": _decoder_mask(batch) if mask is None else None}
-        self.own_mask, self.mask_fits = mask is not None, tokens is None
-        self.batch_size = 0 if tokens is None else len(tokens)
+        self.masks = Masks(batch, mask, number, self.encoder_decoder)
+        self.batch_size = self.masks.examples
         self.uses.clear()
         self.pending.clear()
         for each in self.inputs.values():
             each.seen.clear()
 
     def end(self) -> None:
-        """Raises ValueError where the user's mask fitted nothing: what it was to leave out was counted."""
+        """The batch is over. Raises ValueError where the user's mask fitted nothing."""
         for name in list(self.pending):  # the loss did not reach all of their uses
             self._finish(name)
-        if self.own_mask and self.needs_inputs and not (self.mask_fits or self.encoder_decoder):
-            tokens = self.masks["tokens"]
-            shape = None if tokens is None else tuple(tokens.shape)
-            raise ValueError(
-                f"mask= gives {shape} for calibration batch {self.number}, which is not the (batch, tokens) "
-                "of any projection's input"
-            )
+        if self.needs_inputs:
+            self.masks.check_used()
         self.batches += 1
         self.examples += self.batch_size
 
@@ -138,17 +126,17 @@ class Meter:
             for p in held:
                 self.weights[p].input = same[0] if same else name
         if weight.input == name:
-            self._add(name, x)
+            self._add(name, held, x)
         elif not self.inputs[weight.input].saw(x):
             raise ValueError(
                 f"{name} and {weight.input} read the same input at first, but not in batch {self.number}: "
                 f"they cannot be measured together; measure them apart, with exclude="
             )
 
-    def _add(self, name: str, x: Tensor) -> None:
+    def _add(self, name: str, held: Sequence[Projection], x: Tensor) -> None:
         running = self.inputs.setdefault(name, _Input())
         running.seen.append(_Seen(x))
-        rows, kept = self._rows(name, x)
+        rows, kept = self._rows(name, held, x)
         if "moment" in self.needs:
             flat = rows.reshape(-1, rows.shape[-1])
             running.moment = self._summed(running.moment, flat)
@@ -160,16 +148,16 @@ class Meter:
 
     def _add_sketches(self, name: str, held: Sequence[Projection], x: Tensor) -> None:
         """C times the columns of each: it takes (in, q) where C itself would take (in, in)."""
-        centred = _centred(*self._rows(name, x))
+        centred = _centred(*self._rows(name, held, x))
         for p in held:
             columns = self.columns[p].to(centred)
             added = (centred.T @ (centred @ columns)).to(self.device or centred.device)
             weight = self.weights[p]
             weight.sketch = added if weight.sketch is None else weight.sketch.add_(added)
 
-    def _rows(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _rows(self, name: str, held: Sequence[Projection], x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Each example's tokens in fp32 or better, padding zero, and which are kept (examples, tokens, 1)."""
-        examples, mask = self._by_example(name, x)
+        examples, mask = self._by_example(name, held, x)
         rows = examples.to(_wide(x))
         kept = None if mask is None else mask[..., None]
         if kept is not None:
@@ -187,33 +175,11 @@ class Meter:
             return total.addmm_(rows.T, rows)
         return total.add_((rows.T @ rows).to(home))
 
-    def _by_example(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x as ``(examples, tokens, features)``, and the mask of its tokens where one fits."""
-        if self._tokens_first(x):
-            x = x.transpose(0, 1)
-        mask = self._mask(name)
-        if mask is not None and mask.numel() == x.shape[:-1].numel():
-            if x.dim() == 2 or len(x) in (1, len(mask)):
-                self.mask_fits = True
-                return x.reshape(*mask.shape, x.shape[-1]), mask
-        if x.dim() < 3:
-            return x.reshape(1, -1, x.shape[-1]), None
-        return x.reshape(x.shape[0], -1, x.shape[-1]), None
+    def _by_example(self, name: str, held: Sequence[Projection], x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.masks.by_example(name, held, x.transpose(0, 1) if self._tokens_first(x) else x)
 
     def _tokens_first(self, x: Tensor) -> bool:
         return x.dim() == 3 and x.shape[1] == self.batch_size != x.shape[0]
-
-    def _mask(self, name: str) -> Tensor | None:
-        """The mask of the sequence that ``name`` reads: in a decoder it is the encoder's only across."""
-        path, _, block = name.partition("[")
-        parts = path.split(".")
-        if not self.own_mask and any(part.startswith(OTHER_SENSES) for part in parts):
-            return None  # an attention_mask is of the text
-        if not (self.encoder_decoder and "decoder" in parts):
-            return self.masks["tokens"]
-        crosses = any("cross" in part.lower() or part in CROSS_ATTENTION for part in parts)
-        roles = {p.role for p in self.weights if p.module == path and (not block or p.role == block[:-1])}
-        return self.masks["tokens" if crosses and roles <= {Role.KEY, Role.VALUE} else "decoder"]
 
     # -- gradients ------------------------------------------------------------------------------------
 
@@ -227,7 +193,7 @@ class Meter:
         """
         if self._tokens_first(x):
             dy = dy.transpose(0, 1)
-        x, _ = self._by_example(name, x)
+        x, _ = self._by_example(name, held, x)
         dy = dy.reshape(*x.shape[:-1], dy.shape[-1])
         self.pending.setdefault(name, []).append((held, first, x, dy))
         if len(self.pending[name]) >= self.uses[name]:
@@ -362,27 +328,6 @@ class Meter:
             sensitivity=float(weight.sensitivity) / examples if "sensitivity" in self.needs else None,
             gradient=gradient.div_(examples) if gradient is not None else None,
         )
-
-
-def _checked(said: Any) -> Tensor | None:
-    if said is None:
-        return None
-    if not isinstance(said, Tensor) or said.dim() != 2:
-        got = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
-        raise ValueError(f"mask= is to give (batch, tokens) bool, True where a token counts, and gives {got}")
-    return said > 0
-
-
-def _decoder_mask(batch: Any) -> Tensor | None:
-    """Which of the decoder's tokens are real: as the batch says, or up to each example's last label."""
-    if not isinstance(batch, Mapping):
-        return None
-    said, labels = batch.get("decoder_attention_mask"), batch.get("labels")
-    if isinstance(said, Tensor):
-        return said > 0
-    if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
-        return (labels != IGNORED_LABEL).flip(1).cumsum(1).flip(1) > 0
-    return None
 
 
 def _centred(rows: Tensor, kept: Tensor | None) -> Tensor:
