@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowrank.init.spectrum.operators import Operator, frobenius
+from lowrank.init.spectrum.operators import Operator
 
 OVERSAMPLING = 8  # columns of a block beyond the rank; a basis is several blocks wide
 BLOCKS = 8  # a basis of so many blocks is compressed to its leading vectors
@@ -62,17 +62,19 @@ def leading(
     lefts, rights = like.new_empty(out, limit), like.new_empty(into, limit)  # filled from the left
     core = torch.empty(0, 0, dtype=torch.float64, device="cpu")  # M·right = left·core
     block, due = _random(like, into, width, generator), 3
-    size = frobenius(block)
+    size = _norm(block)
 
     for step in range(1, blocks + 1):
         known, count = len(core), len(core) + width
         right, left = rights[:, :count], lefts[:, :count]
-        fresh = right[:, known:] = _extension(right[:, :known], block, size, generator)
+        fresh, _ = _extension(right[:, :known], block, size, generator)
         image = operator.forward(fresh)
-        answer = left[:, known:] = _extension(left[:, :known], image, frobenius(image), generator)
-        core = torch.cat([pad(core, (0, 0, 0, width)), (left.mT @ image).cpu().double()], 1)
+        answer, inside = _extension(left[:, :known], image, _norm(image), generator)
+        right[:, known:], left[:, known:] = fresh, answer
+        column = torch.cat([inside, answer.mT @ image]).cpu().double()
+        core = torch.cat([pad(core, (0, 0, 0, width)), column], 1)
         block = operator.adjoint(answer)
-        size = frobenius(block)
+        size = _norm(block)
         block = block - right @ (right.mT @ block)  # Mᵀ·left = right·coreᵀ + [0, block]
 
         full = count + width > limit
@@ -131,8 +133,10 @@ def _partners(core: Tensor, first: Tensor) -> Tensor:
     return torch.where(triangle.diagonal() < 0, -basis, basis)
 
 
-def _extension(basis: Tensor, block: Tensor, size: float, generator: torch.Generator) -> Tensor:
-    """An orthonormal basis of what ``block`` adds to ``basis``, as wide as ``block``: filled up at random.
+def _extension(
+    basis: Tensor, block: Tensor, size: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of what ``block`` adds to ``basis``, filled up at random; and ``basisᵀ·block``.
 
     ``size`` is the norm of the block before any projection: what is only rounding beside it adds nothing.
 
@@ -141,9 +145,10 @@ def _extension(basis: Tensor, block: Tensor, size: float, generator: torch.Gener
     orthogonal or lay almost in the basis; what then still shrinks to a tenth was rounding, and is drawn anew.
     """
     noise = 8 * torch.finfo(block.dtype).eps * size
+    first = inside = basis.mT @ block
     for _ in range(6):
-        before = frobenius(block)
-        block = block - basis @ (basis.mT @ block)
+        before = _norm(block)
+        block = block - basis @ inside
         wide = block.double()
         squares, vectors = torch.linalg.eigh((wide.mT @ wide).cpu())
         nothing = int((squares <= noise**2).sum())
@@ -153,8 +158,12 @@ def _extension(basis: Tensor, block: Tensor, size: float, generator: torch.Gener
             block = torch.cat([block, _random(block, block.shape[0], nothing, generator)], 1)
         elif squares[0] > 1e-3 * squares[-1] and squares.sum() > 1e-2 * before**2:
             break
-        noise = 0.1
-    return block
+        noise, inside = 0.1, basis.mT @ block
+    return block, first
+
+
+def _norm(block: Tensor) -> float:
+    return float(torch.linalg.vector_norm(block))
 
 
 def _random(like: Tensor, rows: int, columns: int, generator: torch.Generator) -> Tensor:
