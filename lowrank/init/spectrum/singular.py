@@ -13,7 +13,7 @@ from math import inf, sqrt
 import torch
 from torch import Tensor
 
-from lowrank.init.spectrum.krylov import leading
+from lowrank.init.spectrum.krylov import OVERSAMPLING, leading
 from lowrank.init.spectrum.operators import (
     Inverse,
     InverseRoot,
@@ -25,7 +25,7 @@ from lowrank.init.spectrum.operators import (
 )
 from lowrank.init.spectrum.triplets import Answer, Question, Triplets, triplets
 
-# Below this width, or for a larger share of it, the dense methods are faster (benchmarks/bench_init.py).
+# Below this width, or where a block is a larger share of it, dense methods are faster (benchmarks/results/).
 KRYLOV_WIDTH, KRYLOV_SHARE = 512, 1 / 24
 # After so many blocks for each column of the matrix the dense methods would have been done too.
 KRYLOV_BLOCKS, INVERSE_BLOCKS = 1 / 16, 1 / 40
@@ -82,7 +82,7 @@ def _bottom(question: Question, generator: torch.Generator) -> Iterator[Triplets
 
 def _suits_krylov(question: Question) -> bool:
     width = min(question.matrix.shape)
-    return width >= KRYLOV_WIDTH and question.rank <= KRYLOV_SHARE * width
+    return width >= KRYLOV_WIDTH and question.rank + OVERSAMPLING <= KRYLOV_SHARE * width
 
 
 def _krylov(question: Question, dtype: torch.dtype, generator: torch.Generator) -> Triplets | None:
