@@ -304,6 +304,32 @@ def test_statistics_of_half_precision_models_are_fp32() -> None:
     assert {each.gradient.dtype for each in got.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_are_as_exact_as_what_is_summed(dtype: torch.dtype) -> None:
+    """Also where the program around lets products round: with TF32 or bf16 inside, or under autocast."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 40)).to(dtype)
+    x = torch.randn(2, 50, 300, dtype=dtype) + 3
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            return model(x).float().square().mean()
+
+    projections = find_projections(model)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        statistics = calibrate(model, projections, ALL, [x], loss=loss, progress=False)
+        fast = calibrate(model, projections, ["sensitivity"], [x], loss=loss, progress=False)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    centred = (x.double() - x.double().mean(1, keepdim=True)).flatten(0, 1)
+    wanted = centred.T @ centred / 2
+    error = (statistics[projections[0]].covariance - wanted).norm() / wanted.norm()
+    assert error < (1e-6 if dtype == torch.float32 else 2**-9)
+    for p in projections:
+        assert fast[p].sensitivity == pytest.approx(statistics[p].sensitivity, rel=1e-3)
+
+
 def test_covariance_alone_needs_no_gradient() -> None:
     model = zoo.build("llama")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lowrank.batches import Mask
 from lowrank.calibrate.masks import Masks
+from lowrank.products import fast_precision, full_precision, lower_gram, symmetric
 from lowrank.projections import Projection
 from lowrank.statistics import ProjectionStatistics, Statistics
 
@@ -139,19 +141,20 @@ class Meter:
         rows, kept = self._rows(name, held, x)
         if "moment" in self.needs:
             flat = rows.reshape(-1, rows.shape[-1])
-            running.moment = self._summed(running.moment, flat)
+            running.moment = self._summed(running.moment, flat, x)
             total = flat.sum(0).to(running.moment.device)
             running.total = total if running.total is None else running.total + total
             running.tokens += len(flat) if kept is None else int(kept.sum())
         if "covariance" in self.needs:
-            running.covariance = self._summed(running.covariance, _centred(rows, kept))
+            running.covariance = self._summed(running.covariance, _centred(rows, kept), x)
 
     def _add_sketches(self, name: str, held: Sequence[Projection], x: Tensor) -> None:
         """C times the columns of each: it takes (in, q) where C itself would take (in, in)."""
         centred = _centred(*self._rows(name, held, x))
         for p in held:
             columns = self.columns[p].to(centred)
-            added = (centred.T @ (centred @ columns)).to(self.device or centred.device)
+            with _as_exact_as(x):
+                added = (centred.T @ (centred @ columns)).to(self.device or centred.device)
             weight = self.weights[p]
             weight.sketch = added if weight.sketch is None else weight.sketch.add_(added)
 
@@ -166,14 +169,15 @@ class Meter:
             raise ValueError(f"NaN or Inf in the input of {name} in calibration batch {self.number}")
         return rows, kept
 
-    def _summed(self, total: Tensor | None, rows: Tensor) -> Tensor:
-        """``total`` plus ``rowsᵀ·rows``, where the statistics are kept."""
+    def _summed(self, total: Tensor | None, rows: Tensor, x: Tensor) -> Tensor:
+        """``total`` plus ``rowsᵀ·rows``, its lower triangle, where the statistics are kept."""
         home = self.device or rows.device
         if total is None:
             total = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=home)
-        if home == rows.device:
-            return total.addmm_(rows.T, rows)
-        return total.add_((rows.T @ rows).to(home))
+        with _as_exact_as(x):
+            if home == rows.device:
+                return lower_gram(rows, total)
+            return total.add_(lower_gram(rows).to(home))
 
     def _by_example(self, name: str, held: Sequence[Projection], x: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.masks.by_example(name, held, x.transpose(0, 1) if self._tokens_first(x) else x)
@@ -215,17 +219,20 @@ class Meter:
             self._see_use(held, first, x, dy)
 
     def _see_use(self, held: Sequence[Projection], first: int, x: Tensor, dy: Tensor) -> None:
+        # The mean of |W ⊙ ∇W| does not ask for the last digits of ∇W.
+        precision = full_precision if "gradient" in self.needs else fast_precision
         for p in held:
             weight = p.weight(self.model).to(_wide(x))
             columns = dy[..., p.rows[0] - first : p.rows[1] - first]
             for inputs, outputs in zip(x, columns, strict=True):
                 inputs, outputs = inputs.to(weight.dtype), outputs.to(weight.dtype)
-                if "gradient" in self.needs or not (len(x) == 1 and len(inputs) == self.batch_size):
-                    gradient = outputs.T @ inputs
-                    self._add_gradient(p, gradient)
-                if len(x) == 1 and len(inputs) == self.batch_size:
-                    # An example a row: |dy xᵀ| is |dy||x|ᵀ, so they add up before they are formed.
-                    gradient = outputs.abs().T @ inputs.abs()
+                with precision(x.device):
+                    if "gradient" in self.needs or not (len(x) == 1 and len(inputs) == self.batch_size):
+                        gradient = outputs.T @ inputs
+                        self._add_gradient(p, gradient)
+                    if len(x) == 1 and len(inputs) == self.batch_size:
+                        # An example a row: |dy xᵀ| is |dy||x|ᵀ, so they add up before they are formed.
+                        gradient = outputs.abs().T @ inputs.abs()
                 self._add_sensitivity(p, weight, gradient)
 
     @torch.no_grad()
@@ -248,7 +255,7 @@ class Meter:
 
     def _add_sensitivity(self, p: Projection, weight: Tensor, gradient: Tensor) -> None:
         """Consumes ``gradient``."""
-        size = torch.linalg.vector_norm(gradient.mul_(weight), ord=1, dtype=torch.float64)
+        size = gradient.mul_(weight).abs_().sum().double()  # on a CPU a third of what a norm takes
         measured = self.weights[p]
         measured.sensitivity = measured.sensitivity + size * self.batch_size / weight.numel()
 
@@ -296,9 +303,9 @@ class Meter:
         examples = max(self.examples, 1)
         for each in self.inputs.values():
             if each.covariance is not None:
-                each.covariance /= examples
+                symmetric(each.covariance).div_(examples)
             if each.moment is not None and each.total is not None:
-                each.moment /= max(each.tokens, 1)
+                symmetric(each.moment).div_(max(each.tokens, 1))
                 each.total = each.total / max(each.tokens, 1)
         return Statistics({p: self._statistics_of(p, weight, examples) for p, weight in self.weights.items()})
 
@@ -338,6 +345,12 @@ def _centred(rows: Tensor, kept: Tensor | None) -> Tensor:
         means = rows.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp_min(1)
         centred = torch.where(kept, rows - means, 0)
     return centred.reshape(-1, rows.shape[-1])
+
+
+def _as_exact_as(x: Tensor) -> AbstractContextManager[None]:
+    """For products of what was made of ``x`` in fp32: no less exact than x itself, and fast where x is half."""
+    half = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and x.is_cuda)  # TF32 holds all of fp16
+    return fast_precision(x.device) if half else full_precision(x.device)
 
 
 def _siblings(path: str, other: str) -> bool:

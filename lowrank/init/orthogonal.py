@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lowrank.init.base import NOTHING, Factors
-from lowrank.init.spectrum import frobenius, full_precision
+from lowrank.init.spectrum import frobenius
+from lowrank.products import full_precision
 from lowrank.projections import Role
 from lowrank.statistics import ProjectionStatistics
 

@@ -4,8 +4,8 @@
 matrices, and `operators` is all that it knows of a matrix. What triplets are for is the initializers' affair.
 """
 
-from lowrank.init.spectrum.operators import Product, frobenius, full_precision
+from lowrank.init.spectrum.operators import Product, frobenius
 from lowrank.init.spectrum.singular import bottom_singular, top_singular
 from lowrank.init.spectrum.triplets import Triplets
 
-__all__ = ["Product", "Triplets", "bottom_singular", "frobenius", "full_precision", "top_singular"]
+__all__ = ["Product", "Triplets", "bottom_singular", "frobenius", "top_singular"]

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from lowrank.products import lower_gram
 
 # A product is formed, and its norm known, where that costs about as much as the iteration at most.
 NARROW = 60
@@ -32,16 +33,6 @@ def frobenius(matrix: Tensor) -> float:
         return norm
     largest = float(matrix.abs().max())  # slower, but squares neither overflow nor vanish
     return largest * float(torch.linalg.vector_norm(matrix.double() / largest)) if largest else largest
-
-
-def lower_gram(matrix: Tensor) -> Tensor:
-    """The lower triangle of MᵀM and some of the upper, else zeros: all that eigh reads, 5/8 of the work."""
-    width = matrix.shape[1]
-    gram, step = matrix.new_zeros(width, width), -(-width // 4)
-    for start in range(0, width, step):
-        columns = slice(start, start + step)
-        gram[start:, columns] = matrix[:, start:].mT @ matrix[:, columns]
-    return gram
 
 
 def _read(matrix: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
@@ -219,21 +210,3 @@ class InverseRoot:
     def gram_inverse(self, columns: Tensor) -> Tensor:
         """(WᵀW + δ)⁻¹·X."""
         return self.adjoint(self.forward(columns))
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Products are what their dtype says: no TF32 or bf16 inside them, no autocast, no graph."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for kind in {"cpu", device.type}:
-            if torch.amp.is_autocast_available(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 on
-            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
-                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
-                backend.fp32_precision = "ieee"
-        else:
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
-        yield

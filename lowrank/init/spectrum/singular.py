@@ -20,10 +20,9 @@ from lowrank.init.spectrum.operators import (
     Product,
     Singular,
     frobenius,
-    full_precision,
-    lower_gram,
 )
 from lowrank.init.spectrum.triplets import Answer, Question, Triplets, triplets
+from lowrank.products import full_precision, lower_gram
 
 # Below this width, or where a block is a larger share of it, dense methods are faster (benchmarks/results/).
 KRYLOV_WIDTH, KRYLOV_SHARE = 512, 1 / 24

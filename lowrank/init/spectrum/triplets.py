@@ -9,7 +9,8 @@ from math import isfinite, log2, prod, sqrt
 import torch
 from torch import Tensor
 
-from lowrank.init.spectrum.operators import Dense, Product, frobenius, full_precision
+from lowrank.init.spectrum.operators import Dense, Product, frobenius
+from lowrank.products import full_precision
 
 
 @dataclass(frozen=True, eq=False)
