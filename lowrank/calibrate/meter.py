@@ -348,7 +348,7 @@ def _centred(rows: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def _as_exact_as(x: Tensor) -> AbstractContextManager[None]:
-    """For products of what was made of ``x`` in fp32: no less exact than x itself, and fast where x is half."""
+    """For products of fp32 copies of ``x``: no less exact than x itself, and fast where x is half."""
     half = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and x.is_cuda)  # TF32 holds all of fp16
     return fast_precision(x.device) if half else full_precision(x.device)
 
