@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import interleaved, surroundings
+from measure import interleaved, result_name, surroundings
 from torch import Tensor
 
 from lowrank.layers.ops import Block, fused_lora
@@ -204,7 +204,7 @@ def main() -> None:
         measured[case.name] = measure(case, warmups=2 if options.quick else 10, repeats=repeats)
         print(f"{case.name}: " + ", ".join(f"{r.contender} {r.gain:.1%}" for r in measured[case.name]))
     facts = surroundings(options.device)
-    name = f"bounds-{options.device}" + ("-quick" if options.quick else "")
+    name = result_name("bounds", options)
     options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(facts, measured)
     data = {"surroundings": facts, "cases": {k: [asdict(r) for r in rows] for k, rows in measured.items()}}

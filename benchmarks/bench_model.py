@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleaved, kept_bytes, peak_bytes, surroundings
+from measure import interleaved, kept_bytes, peak_bytes, result_name, surroundings
 from models import (
     FROZEN,
     OURS,
@@ -311,7 +311,7 @@ def main() -> None:
 def write(
     options: argparse.Namespace, facts: dict[str, str], measured: dict[str, list[Row]], kept: dict[str, float]
 ) -> str:
-    name = f"model-{options.device}" + ("-quick" if options.quick else "")
+    name = result_name("model", options)
     options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(facts, measured, kept)
     rows = {case: [asdict(row) for row in rows] for case, rows in measured.items()}

@@ -5,6 +5,7 @@ It knows nothing of what is measured. Results are given as plain data; each scri
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import os
@@ -20,10 +21,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Result = TypeVar("Result")
 Step = Callable[[int], object]
 """One forward and backward; its argument counts the rounds, so that it can rotate its inputs."""
 
@@ -149,11 +152,11 @@ def peak_bytes(step: Step, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def seconds_and_peak(run: Callable[[], object], device: str) -> tuple[float, int | None]:
-    """Wall time, and the most memory that it took beyond what was taken before: torch's, or the process's.
+def timed_with_peak(run: Callable[[], Result], device: str) -> tuple[Result, float, int | None]:
+    """The result, its wall time, and the most memory that it took beyond what was taken before.
 
-    On a CPU it is what the system counts as resident, so scratch space counts too; None where Linux does not
-    tell. Freed memory is handed back to the system first, so that it is counted when it is taken again.
+    On a CPU that is what the system counts as resident, scratch space too; None where Linux does not tell.
+    Freed memory is first handed back to the system, so that it counts when it is taken again.
     """
     gc.collect()
     if device == "cuda":
@@ -163,12 +166,12 @@ def seconds_and_peak(run: Callable[[], object], device: str) -> tuple[float, int
     else:
         before = _resident(reset=True)
     start = time.perf_counter()
-    run()
+    result = run()
     if device == "cuda":
         torch.cuda.synchronize()
-        return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
-    seconds, peak = time.perf_counter() - start, _resident()
-    return seconds, None if before is None or peak is None else peak - before
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _resident()
+    return result, seconds, None if before is None or peak is None else peak - before
 
 
 def _resident(reset: bool = False) -> int | None:
@@ -181,6 +184,12 @@ def _resident(reset: bool = False) -> int | None:
     except (OSError, AttributeError):
         return None
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def result_name(kind: str, options: argparse.Namespace, part: str = "") -> str:
+    """The name of a result's files: what was measured, where, and with which options."""
+    threads = f"threads-{options.threads}" if options.threads else ""
+    return "-".join(filter(None, [kind, options.device, threads, part, "quick" if options.quick else ""]))
 
 
 def surroundings(device: str) -> dict[str, str]:

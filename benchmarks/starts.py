@@ -21,7 +21,7 @@ from typing import Any
 
 import peft
 import torch
-from measure import seconds_and_peak
+from measure import timed_with_peak
 from models import MODELS, smollm2
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -185,7 +185,7 @@ class Seen:
     moment: Tensor | float = 0.0  # Σ xxᵀ
     total: Tensor | float = 0.0
     tokens: int = 0
-    gradient: Tensor | None = None
+    gradient: Tensor | None = None  # Σ ∇W, in fp32
 
 
 def seen(
@@ -207,7 +207,7 @@ def seen(
             layer.weight.requires_grad_()
         backward(model, batches)
         for path, layer in layers.items():
-            found[path].gradient = layer.weight.grad.double()
+            found[path].gradient = layer.weight.grad
     else:
         forward(model, batches)
     for hook in hooks:
@@ -215,32 +215,35 @@ def seen(
     return found
 
 
-def lost(method: str, W: Tensor, sums: Seen | None, A: Tensor, B: Tensor, scaling: float) -> float:
-    """The share of the energy in the exact start of rank r that this one misses, in fp64.
-
-    PiSSA, OLoRA: of the part of W that s·B·A should be. CorDA: of that part times C. EVA: of the inputs'
-    variance, LoRA-GA: of ‖∇W‖², TLoRA: of ‖W·C‖², as the rows of A hold it.
-    """
-    A, B = A.double(), B.double()
-    if method in ("PiSSA", "CorDA"):
-        M = W if method == "PiSSA" else W @ damped(sums)
-        X = scaling * B @ A if method == "PiSSA" else scaling * B @ (A @ damped(sums))
-        energies = spectrum(M)
-        head, tail = float(energies[: len(A)].sum()), float(energies[len(A) :].sum())
-        return (float((M - X).square().sum()) - tail) / head
-    if method == "OLoRA":
-        Q = torch.linalg.qr(W[:, : len(A)]).Q
-        part = Q @ (Q.T @ W)
-        return float((part - scaling * B @ A).square().sum() / part.square().sum())
-    assert sums is not None
-    rows = torch.linalg.qr(A.T).Q
+def matrix(method: str, W: Tensor, sums: Seen) -> Tensor:
+    """What the start of a method is read from."""
+    if method == "CorDA":
+        return W @ damped(sums)
     if method == "EVA":
         mean = sums.total / sums.tokens
-        variance = sums.moment / sums.tokens - torch.outer(mean, mean)
-        best = torch.linalg.eigvalsh(variance)[-len(A) :].sum()
-        return 1 - float((rows * (variance @ rows)).sum() / best)
-    M = sums.gradient if method == "LoRA-GA" else W @ sums.scatter
-    return 1 - float((M @ rows).square().sum() / spectrum(M)[: len(A)].sum())
+        return sums.moment / sums.tokens - torch.outer(mean, mean)
+    if method == "LoRA-GA":
+        assert sums.gradient is not None
+        return sums.gradient.double()
+    return W @ sums.scatter if method == "TLoRA" else W
+
+
+def lost(method: str, M: Tensor, energies: Tensor, sums: Seen, A: Tensor, B: Tensor, scaling: float) -> float:
+    """The share of the energy in the exact start of rank r that this one misses, in fp64.
+
+    PiSSA: of the part of W that s·B·A should be, and CorDA: the same times C; OLoRA: the distance from it.
+    EVA: of the inputs' variance, LoRA-GA: of ‖∇W‖², TLoRA: of ‖W·C‖², as the rows of A hold it.
+    """
+    A, B = A.double(), B.double()
+    if method == "OLoRA":
+        Q = torch.linalg.qr(M[:, : len(A)]).Q
+        part = Q @ (Q.T @ M)
+        return float((part - scaling * B @ A).square().sum() / part.square().sum())
+    head, tail = float(energies[: len(A)].sum()), float(energies[len(A) :].sum())
+    if method in ("PiSSA", "CorDA"):
+        held = scaling * B @ (A if method == "PiSSA" else A @ damped(sums))
+        return (float((M - held).square().sum()) - tail) / head
+    return 1 - float((M @ torch.linalg.qr(A.T).Q).square().sum()) / head
 
 
 def damped(sums: Seen) -> Tensor:
@@ -363,50 +366,54 @@ def measured(case: Case, *, deadline: float) -> tuple[list[Row], list[str]]:
     batches = batches_of(case, base, tokenizer)
     targets = [p.module for p in lowrank.find_projections(base) if "pooler" not in p.module]
     targets = [path for path in targets if path not in ("classifier", "lm_head")]
+    chosen, left = list(starts(case, targets)), list[str]()
     took: dict[Start, list[float]] = {}
     extra: dict[Start, int | None] = {}
     factors: dict[Start, Factors | None] = {}
-    left = []
     for turn in range(3):
-        for start in starts(case, targets):
-            known = next((each for each in took if (each.method, each.by) == (start.method, start.by)), None)
-            if turn and (known is None or took[known][0] > 10):
-                continue
+        for start in chosen:
+            if turn and took.get(start, [20.0])[0] > 10:
+                continue  # what takes long is run once
             if time.monotonic() > deadline:
-                left.append(f"{case.name}: {start.method} by {start.by}")
+                left += [f"{case.name}: {start.method}, {start.by}"] if start not in took else []
                 continue
-            model = deepcopy(base)
-            found: list[Factors | None] = []
-            seconds, peak = seconds_and_peak(
-                lambda: found.append(start.run(model, batches)),  # noqa: B023
-                case.device,
-            )
-            took.setdefault(known or start, []).append(seconds)
-            extra[known or start], factors[known or start] = peak, found[0]
+            run = partial(start.run, deepcopy(base), batches)
+            factors[start], seconds, extra[start] = timed_with_peak(run, case.device)
+            took.setdefault(start, []).append(seconds)
             print(f"{case.name}, {start.method}: {start.by} {seconds:.2f} s", flush=True)
     reference = seen(deepcopy(base), targets, batches, gradients=not case.tlora)
-    losses = {
-        start: [] if by is None else list(all_lost(start.method, base, reference, by))
-        for start, by in factors.items()
-    }
-    rows = [
-        Row(
-            start.method,
-            start.by,
-            statistics.median(seconds),
-            None if extra[start] is None else extra[start] / 2**20,
-            statistics.mean(losses[start]) if losses[start] else None,
-            max(losses[start], default=None),
+    missed: dict[Start, list[float]] = {}
+    for method in {start.method for start in took}:
+        known = {start: each for start, each in factors.items() if each and start.method == method}
+        missed |= losses(method, base, reference, known)
+    rows = []
+    for start, seconds in took.items():
+        peak, shares = extra[start], missed.get(start)
+        rows.append(
+            Row(
+                start.method,
+                start.by,
+                statistics.median(seconds),
+                None if peak is None else peak / 2**20,
+                statistics.mean(shares) if shares else None,
+                max(shares) if shares else None,
+            )
         )
-        for start, seconds in took.items()
-    ]
     return rows, left
 
 
-def all_lost(method: str, base: nn.Module, reference: dict[str, Seen], factors: Factors) -> Iterator[float]:
-    for path, (A, B, scaling) in factors.items():
-        weight = base.get_submodule(path).weight.detach().double()
-        yield lost(method, weight, reference[path], A, B, scaling)
+def losses(
+    method: str, base: nn.Module, reference: dict[str, Seen], found: dict[Start, Factors]
+) -> dict[Start, list[float]]:
+    """What each start of one method loses, projection by projection."""
+    rows: dict[Start, list[float]] = {start: [] for start in found}
+    for path, sums in reference.items():
+        M = matrix(method, base.get_submodule(path).weight.detach().double(), sums)
+        energies = spectrum(M)
+        for start, factors in found.items():
+            if path in factors:
+                rows[start].append(lost(method, M, energies, sums, *factors[path]))
+    return rows
 
 
 # -- a start, trained a little, saved and loaded -----------------------------------------------------------

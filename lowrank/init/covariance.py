@@ -12,7 +12,8 @@ from lowrank.init.spectrum import bottom_singular, top_singular
 from lowrank.projections import Role
 from lowrank.statistics import ProjectionStatistics
 
-DAMPING, INVERSE_ERROR = 0.01, 0.05  # as the authors': added to C until C·C⁻¹ is that near to the identity
+# Of C's mean diagonal, as the authors'; they double it until C can be inverted, which in fp64 it always can.
+DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,13 @@ class CovarianceOriented:
         """
         if statistics is None or statistics.moment is None:
             raise ValueError("CovarianceOriented needs the moment of the inputs: pass batches= to wrap_model")
-        moment = statistics.moment.to(weight.device, torch.float64)
+        moment = statistics.moment.to(weight.device, torch.float64, copy=True)
         if not moment.any():
             raise ValueError("the inputs of this projection are all zero, so they orient nothing")
-        moment, factor = _damped(moment)
+        moment.diagonal().add_(DAMPING * moment.diagonal().mean())
         product = (weight.double() @ moment).float()
         part = bottom_singular if self.preserve else top_singular
         found = part(product, rank, generator=generator)
         root = (found.S.double() / scaling).sqrt()
-        A = torch.cholesky_solve((root[:, None] * found.Vh.double()).T, factor).T
+        A = torch.cholesky_solve((root[:, None] * found.Vh.double()).T, torch.linalg.cholesky(moment)).T
         return Factors(A=A.float(), B=(found.U.double() * root).float(), energy=found.energy)
-
-
-def _damped(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """``C + δ·mean(diag C)·I`` and its Cholesky factor, with the first δ that makes it invertible."""
-    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    damping = DAMPING
-    while True:
-        damped = moment + damping * moment.diagonal().mean() * identity
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and torch.dist(damped @ torch.cholesky_inverse(factor), identity) < INVERSE_ERROR:
-            return damped, factor
-        damping *= 2
