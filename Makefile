@@ -58,11 +58,13 @@ distclean: clean ## remove the environment and the downloaded data too
 
 # A machine with a GPU, whose own Python has torch, Triton, transformers, peft, einops and pytest: nothing is
 # installed or downloaded. Each part stays under nine minutes. To add one, add its number and its line.
-GPU_PARTS := 1 2 3 4
+GPU_PARTS := 1 2 3 4 5 6
 GPU_1 := -m pytest -m gpu -W default tests
 GPU_2 := benchmarks/bench_linear.py --minutes 7
 GPU_3 := benchmarks/bench_model.py
-GPU_4 := benchmarks/bench_init.py
+GPU_4 := benchmarks/bench_init.py --only spectrum
+GPU_5 := benchmarks/bench_init.py --only starts
+GPU_6 := benchmarks/bench_bounds.py
 
 gpu: $(addprefix gpu-,$(or $(PART),$(GPU_PARTS))) ## gpu tests and benchmarks with the machine's own Python; PART=2 for one part
 

@@ -60,9 +60,9 @@ def crossings_report(found: list[Crossing]) -> Iterable[str]:
 
 
 STARTS = f"""\
-Wall time, and the most memory beyond what was taken before; adapting the model is included, loading it is
-not. Rank {starts.RANK}. Lost: the share of the energy that the exact start would hold, against fp64, over the
-projections; of OLoRA the squared distance from the exact start."""
+Wall time, and the most that torch's allocator holds beyond what it held before; adapting the model is
+included, loading it is not. Rank {starts.RANK}. Lost: the share of the energy that the exact start would
+hold, against fp64, over the projections; of OLoRA the squared distance from the exact start."""
 TLORA = """\
 Beyond: over the forward and backward passes of the frozen model, which no calibration of sensitivity can do
 without. Targets, over the authors' procedure: at least 10 times as fast, at most half its memory beyond the
@@ -79,7 +79,7 @@ def starts_report(found: dict[str, list[starts.Row]]) -> Iterable[str]:
         yield f"### {case}"
         lines = ["| method | by | seconds | extra MiB | lost, mean | worst |", "|---|---|---|---|---|---|"]
         lines += [
-            f"| {row.method} | {row.by} | {row.seconds:.2f} | {shown(row.extra_MiB, '.0f')} | "
+            f"| {row.method} | {row.by} | {row.seconds:.2f} | {row.extra_MiB:.0f} | "
             f"{shown(row.lost, '.1e')} | {shown(row.worst, '.1e')} |"
             for row in rows
         ]
@@ -103,7 +103,7 @@ def tlora_table(rows: list[starts.Row]) -> Iterable[str]:
     for row in rows:
         cells = [row.by, f"{row.seconds:.1f}"]
         if floor is None or authors is None or row is floor:
-            cells += ["–"] * 4 + [shown(row.extra_MiB, ".0f")] + ["–"] * 3
+            cells += ["–"] * 4 + [f"{row.extra_MiB:.0f}"] + ["–"] * 3
         else:
             beyond = [each.seconds - floor.seconds for each in (row, authors)]
             cells += [
@@ -112,14 +112,10 @@ def tlora_table(rows: list[starts.Row]) -> Iterable[str]:
                 f"{beyond[1] / beyond[0]:.2f}",
             ]
             cells += [target(-authors.seconds / row.seconds, -SPEED) if row is not authors else "–"]
-            cells += [shown(row.extra_MiB, ".0f")]
-            if row.extra_MiB is None or authors.extra_MiB is None or floor.extra_MiB is None:
-                cells += ["–"] * 3
-            else:
-                over = [each.extra_MiB - floor.extra_MiB for each in (row, authors)]
-                aim = HALF if row.by == starts.OURS else EIGHTH
-                share = over[0] / over[1]
-                cells += [f"{over[0]:.0f}", f"{share:.2f}", target(share, aim) if row is not authors else "–"]
+            cells += [f"{row.extra_MiB:.0f}"]
+            over = [each.extra_MiB - floor.extra_MiB for each in (row, authors)]
+            share, aim = over[0] / over[1], HALF if row.by == starts.OURS else EIGHTH
+            cells += [f"{over[0]:.0f}", f"{share:.2f}", target(share, aim) if row is not authors else "–"]
         worst = target(row.worst, LOST) if row.worst is not None and row is not authors else "–"
         yield f"| {' | '.join([*cells, shown(row.lost, '.1e'), shown(row.worst, '.1e'), worst])} |"
 

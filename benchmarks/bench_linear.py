@@ -78,7 +78,7 @@ class Row:
     captured: float | None
     limit: float
     kept_MiB: float
-    peak_MiB: float | None
+    peak_MiB: float
     target: float | None
     undisturbed: bool
 
@@ -153,7 +153,7 @@ def measure(case: Case, *, warmups: int, repeats: int, patience: float, compiled
     for name, contender in named.items():
         room = ratios["naive"] - contender.limit
         kept = kept_bytes(lambda run=contender.run: run(inputs.x[0]), contender.alive)
-        peak = peak_bytes(steps[name], case.device)
+        peak = peak_bytes(partial(steps[name], 0), case.device)
         forget()
         rows.append(
             Row(
@@ -164,7 +164,7 @@ def measure(case: Case, *, warmups: int, repeats: int, patience: float, compiled
                 captured=(ratios["naive"] - ratios[name]) / room if name != "frozen" and room > 0 else None,
                 limit=contender.limit,
                 kept_MiB=kept / 2**20,
-                peak_MiB=None if peak is None else peak / 2**20,
+                peak_MiB=peak / 2**20,
                 target=TARGETS.get((case.device, case.name, name)),
                 undisturbed=times[name].undisturbed,
             )
@@ -206,7 +206,7 @@ def markdown(facts: dict[str, str], measured: dict[str, list[Row]], kept: dict[s
         lines += [
             f"| {row.contender} | {row.ratio:.2f} | {row.p10:.2f}–{row.p90:.2f} | {_target(row)} | "
             f"{'–' if row.captured is None else format(row.captured, '.0%')} | {row.limit:.3f} | "
-            f"{row.kept_MiB:.2f} | {'–' if row.peak_MiB is None else format(row.peak_MiB, '.0f')} |"
+            f"{row.kept_MiB:.2f} | {row.peak_MiB:.1f} |"
             for row in rows
         ]
     lines += ["", "## Kept for backward: query, key and value on one bf16 input of 8 MiB", ""]

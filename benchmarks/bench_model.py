@@ -36,7 +36,6 @@ from models import (
     frozen,
 )
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from lowrank.adapted import plan_of
 
@@ -186,7 +185,7 @@ def measure(case: Case, *, compiled: bool, seconds: float, most: int) -> list[Ro
         steps, warmups=warmups, repeats=repeats - warmups, device=case.device, after=lambda: None
     )
 
-    memory = {name: step_peak(contender.step, case.device) for name, contender in named.items()}
+    memory = {name: peak_bytes(partial(contender.step, 0), case.device) for name, contender in named.items()}
     peaks = {name: memory[name] + contender.held() for name, contender in named.items()}
     return [
         Row(
@@ -203,21 +202,6 @@ def measure(case: Case, *, compiled: bool, seconds: float, most: int) -> list[Ro
         )
         for name, contender in named.items()
     ]
-
-
-def step_peak(step: Callable[[int], object], device: str) -> int:
-    """The most that torch's allocator holds during a step, beyond what it held before."""
-    peak = peak_bytes(step, device)
-    if peak is not None:
-        return peak
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step(0)
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def shared_input(device: str) -> dict[str, float]:

@@ -6,8 +6,6 @@ It knows nothing of what is measured. Results are given as plain data; each scri
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import os
 import platform
 import random
@@ -20,13 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-Result = TypeVar("Result")
 Step = Callable[[int], object]
 """One forward and backward; its argument counts the rounds, so that it can rotate its inputs."""
 
@@ -140,50 +136,26 @@ def kept_bytes(forward: Callable[[], object], alive: Iterable[Tensor]) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(step: Step, device: str) -> int | None:
-    """What one step allocates at most beyond what was allocated before it; None on the CPU."""
-    if device != "cuda":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step(0)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """The most that torch's allocator holds during a run, beyond what it held before.
 
-
-def timed_with_peak(run: Callable[[], Result], device: str) -> tuple[Result, float, int | None]:
-    """The result, its wall time, and the most memory that it took beyond what was taken before.
-
-    On a CPU that is what the system counts as resident, scratch space too; None where Linux does not tell.
-    Freed memory is first handed back to the system, so that it counts when it is taken again.
+    On a CPU that is summed from the profiler's allocations, without the scratch space inside operations.
     """
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    else:
-        before = _resident(reset=True)
-    start = time.perf_counter()
-    result = run()
-    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _resident()
-    return result, seconds, None if before is None or peak is None else peak - before
-
-
-def _resident(reset: bool = False) -> int | None:
-    """The most bytes that were resident since the last reset; with `reset`, those that are now."""
-    try:
-        if reset:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-    except (OSError, AttributeError):
-        return None
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def result_name(kind: str, options: argparse.Namespace, part: str = "") -> str:

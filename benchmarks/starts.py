@@ -21,7 +21,7 @@ from typing import Any
 
 import peft
 import torch
-from measure import timed_with_peak
+from measure import peak_bytes
 from models import MODELS, smollm2
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -55,14 +55,15 @@ class Start:
 class Row:
     """What one way took, and how much of the energy that the exact start holds it loses.
 
-    seconds: the median. extra_MiB: the most memory beyond what was taken before it began. lost, worst: the
-    mean and the greatest share over the projections, against fp64; None where nothing was started.
+    seconds: the median. extra_MiB: the most that torch's allocator holds beyond what it held before. lost,
+    worst: the mean and the greatest share over the projections, against fp64; None where there is no start
+    or no reference.
     """
 
     method: str
     by: str
     seconds: float
-    extra_MiB: float | None
+    extra_MiB: float
     lost: float | None
     worst: float | None
 
@@ -271,13 +272,16 @@ class Case:
     memory: int  # bytes of statistics that the memory-limited TLoRA may hold
     device: str = "cpu"
     tlora: bool = False  # TLoRA against its authors' procedure, or all the other methods
+    large: bool = False  # all covariances at once would not fit, nor a reference in fp64
 
 
 def cases(device: str, *, quick: bool) -> Iterator[Case]:
     mebi = 2**20
     if device == "cuda":
         few, whole = (partial(shapes, "Llama-2-7B shapes", layers, device) for layers in (2, 32))
-        yield Case("Llama-2-7B shapes, bf16, 32 layers", whole, 64, 512, 2**31, device, tlora=True)
+        yield Case(
+            "Llama-2-7B shapes, bf16, 32 layers", whole, 64, 512, 2**31, device, tlora=True, large=True
+        )
         yield Case("Llama-2-7B shapes, bf16, 2 layers", few, 16, 512, 2**31, device, tlora=True)
         yield Case("Llama-2-7B shapes, bf16, 2 layers", few, 16, 512, 2**31, device)
         return
@@ -335,8 +339,9 @@ def starts(case: Case, targets: Sequence[str]) -> Iterator[Start]:
     if case.tlora:
         limit = f"ours, memory={case.memory // 2**20} MiB"
         yield Start("TLoRA", PASSES, passes)
-        yield Start("TLoRA", AUTHORS, authors_tlora(targets))
-        yield Start("TLoRA", OURS, ours(policy("tlora", targets)))
+        if not case.large:
+            yield Start("TLoRA", AUTHORS, authors_tlora(targets))
+            yield Start("TLoRA", OURS, ours(policy("tlora", targets)))
         sketch = policy("tlora", targets, init=TaskAligned(sketch=8))
         yield Start("TLoRA", "ours, sketch=8", ours(sketch))
         yield Start("TLoRA", limit, ours(policy("tlora", targets), memory=case.memory))
@@ -368,7 +373,7 @@ def measured(case: Case, *, deadline: float) -> tuple[list[Row], list[str]]:
     targets = [path for path in targets if path not in ("classifier", "lm_head")]
     chosen, left = list(starts(case, targets)), list[str]()
     took: dict[Start, list[float]] = {}
-    extra: dict[Start, int | None] = {}
+    extra: dict[Start, int] = {}
     factors: dict[Start, Factors | None] = {}
     for turn in range(3):
         for start in chosen:
@@ -377,24 +382,27 @@ def measured(case: Case, *, deadline: float) -> tuple[list[Row], list[str]]:
             if time.monotonic() > deadline:
                 left += [f"{case.name}: {start.method}, {start.by}"] if start not in took else []
                 continue
-            run = partial(start.run, deepcopy(base), batches)
-            factors[start], seconds, extra[start] = timed_with_peak(run, case.device)
+            model, begun = deepcopy(base), time.perf_counter()
+            factors[start] = start.run(model, batches)
+            if case.device == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - begun
             took.setdefault(start, []).append(seconds)
+            if not turn:  # how much it takes is settled by the first examples
+                model = deepcopy(base)
+                extra[start] = peak_bytes(partial(start.run, model, batches[:2]), case.device)
+            del model
             print(f"{case.name}, {start.method}: {start.by} {seconds:.2f} s", flush=True)
-    reference = seen(deepcopy(base), targets, batches, gradients=not case.tlora)
-    missed: dict[Start, list[float]] = {}
-    for method in {start.method for start in took}:
-        known = {start: each for start, each in factors.items() if each and start.method == method}
-        missed |= losses(method, base, reference, known)
+    missed = {} if case.large else losses(case, base, targets, batches, factors)
     rows = []
     for start, seconds in took.items():
-        peak, shares = extra[start], missed.get(start)
+        shares = missed.get(start)
         rows.append(
             Row(
                 start.method,
                 start.by,
                 statistics.median(seconds),
-                None if peak is None else peak / 2**20,
+                extra[start] / 2**20,
                 statistics.mean(shares) if shares else None,
                 max(shares) if shares else None,
             )
@@ -403,17 +411,24 @@ def measured(case: Case, *, deadline: float) -> tuple[list[Row], list[str]]:
 
 
 def losses(
-    method: str, base: nn.Module, reference: dict[str, Seen], found: dict[Start, Factors]
+    case: Case,
+    base: nn.Module,
+    targets: Sequence[str],
+    batches: list[Batch],
+    factors: dict[Start, Factors | None],
 ) -> dict[Start, list[float]]:
-    """What each start of one method loses, projection by projection."""
-    rows: dict[Start, list[float]] = {start: [] for start in found}
-    for path, sums in reference.items():
-        M = matrix(method, base.get_submodule(path).weight.detach().double(), sums)
-        energies = spectrum(M)
-        for start, factors in found.items():
-            if path in factors:
-                rows[start].append(lost(method, M, energies, sums, *factors[path]))
-    return rows
+    """What each start loses, projection by projection."""
+    reference = seen(deepcopy(base), targets, batches, gradients=not case.tlora)
+    found: dict[Start, list[float]] = {}
+    for method in {start.method for start in factors}:
+        known = {start: each for start, each in factors.items() if each and start.method == method}
+        for path, sums in reference.items():
+            M = matrix(method, base.get_submodule(path).weight.detach().double(), sums)
+            energies = spectrum(M)
+            for start, each in known.items():
+                if path in each:
+                    found.setdefault(start, []).append(lost(method, M, energies, sums, *each[path]))
+    return found
 
 
 # -- a start, trained a little, saved and loaded -----------------------------------------------------------

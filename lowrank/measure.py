@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.batches import Loss, Mask
 from lowrank.calibrate import calibrate, predicted_bytes
+from lowrank.products import full_precision
 from lowrank.projections import Projection
 from lowrank.statistics import KINDS, OF_WEIGHTS, ProjectionStatistics, Statistics
 
@@ -63,36 +64,41 @@ class Source:
         return found
 
     def sketch(self, model: nn.Module, ranks: Mapping[Projection, int], factor: int, seed: int) -> Statistics:
-        """Sketches of the covariances that hold the first ``ranks[p]`` right singular vectors of W·C.
+        """Sketches ``(W·C)ᵀ·U`` that hold the first ``ranks[p]`` right singular vectors of W·C.
 
-        Of two passes the first finds a basis, C·Wᵀ·Ω for a random Ω of factor·rank columns; the second C
-        times that basis, so that the best directions in it can be told (Rayleigh-Ritz). For each projection
-        it takes memory of in·q instead of in·in.
+        A randomized SVD (Halko, Martinsson & Tropp 0909.4061) of factor·rank columns and one power iteration
+        that never forms C: each product with C is a pass over the batches, three in all, and takes in·q of
+        memory for each projection instead of in·in.
         """
         if self.batches is None:
             raise ValueError("this policy measures sketch: pass calibration batches=")
         self.check_rereadable(list(ranks), frozenset())
         draw = torch.Generator().manual_seed(seed)
-        columns = {}
-        for p, rank in ranks.items():
-            weight = p.weight(model)
-            noise = torch.randn(p.out_features, min(factor * rank, p.in_features), generator=draw)
-            columns[p] = weight.T.float() @ noise.to(weight.device)
-        for _ in range(2):
-            measured = calibrate(
-                model,
-                list(ranks),
-                {"sketch"},
-                self.batches,
-                loss=self.loss,
-                mask=self.mask,
-                columns=columns,
-                progress=self.progress,
-            )
-            columns = {
-                p: torch.linalg.qr(each.sketch).Q for p, each in measured.items() if each.sketch is not None
-            }
-        return measured
+        lefts = {
+            p: torch.randn(p.out_features, min(factor * rank, *p.shape), generator=draw)
+            for p, rank in ranks.items()
+        }
+        seen = self._times_covariance(model, {p: _to_right(model, p, U) for p, U in lefts.items()})
+        rights = {p: torch.linalg.qr(sketch).Q for p, sketch in seen.items()}
+        seen = self._times_covariance(model, rights)
+        lefts = {p: torch.linalg.qr(_to_left(model, p, sketch)).Q for p, sketch in seen.items()}
+        seen = self._times_covariance(model, {p: _to_right(model, p, U) for p, U in lefts.items()})
+        return Statistics({p: ProjectionStatistics(sketch=sketch) for p, sketch in seen.items()})
+
+    def _times_covariance(
+        self, model: nn.Module, columns: Mapping[Projection, Tensor]
+    ) -> dict[Projection, Tensor]:
+        measured = calibrate(
+            model,
+            list(columns),
+            {"sketch"},
+            self.batches or (),
+            loss=self.loss,
+            mask=self.mask,
+            columns=columns,
+            progress=self.progress,
+        )
+        return {p: each.sketch for p, each in measured.items() if each.sketch is not None}
 
     def fits(self, projections: Sequence[Projection], needs: frozenset[str]) -> bool:
         """Can all of it be held at once?"""
@@ -115,7 +121,7 @@ class Source:
     def check_rereadable(self, projections: Sequence[Projection], needs: frozenset[str]) -> None:
         """Raises ValueError for batches that can be read once where that is not enough."""
         if self.batches is not None and iter(self.batches) is self.batches:
-            why = "a sketch takes two passes"
+            why = "a sketch takes three passes"
             if self.memory is not None and needs:
                 size = predicted_bytes(projections, needs)
                 why = f"{size:,} bytes of statistics exceed memory={self.memory:,}, so they go in parts"
@@ -144,7 +150,21 @@ class Source:
         return Statistics({p: ProjectionStatistics(spectrum=_singular_values(p.weight(model))) for p in bar})
 
 
-def _singular_values(weight: torch.Tensor) -> torch.Tensor:
+def _singular_values(weight: Tensor) -> Tensor:
     """(min(out, in),) fp64, descending; small ones as accurate as the square root of fp64's."""
     tall = weight.double() if weight.shape[0] >= weight.shape[1] else weight.double().T
     return torch.linalg.eigvalsh(tall.T @ tall).clamp_min(0).sqrt().flip(0)
+
+
+def _to_right(model: nn.Module, p: Projection, lefts: Tensor) -> Tensor:
+    """Wᵀ·lefts, (in, q)."""
+    weight = p.weight(model)
+    with full_precision(weight.device):
+        return weight.T.to(torch.float32) @ lefts.to(weight.device)
+
+
+def _to_left(model: nn.Module, p: Projection, rights: Tensor) -> Tensor:
+    """W·rights, (out, q)."""
+    weight = p.weight(model)
+    with full_precision(weight.device):
+        return weight.to(torch.float32) @ rights.to(weight.device)

@@ -32,8 +32,8 @@ class ProjectionStatistics:
         example centred by itself (TLoRA, section 3). Projections that read the same input share it.
     moment: (in, in), fp32 or better; mean of x·xᵀ over all input tokens, not centred (CorDA, 2406.05223).
     mean: (in,), of all input tokens; measured with the moment.
-    sketch: (in, q), the covariance times `basis`, in place of the covariance itself.
-    basis: (in, q), orthonormal columns.
+    sketch: (in, q), the covariance times given columns; of `TaskAligned(sketch=...)`, ``(W·C)ᵀ·U`` with
+        orthonormal U (out, q).
     sensitivity: mean over examples of mean |W ⊙ ∇W| (TLoRA, section 3).
     gradient: (out, in), fp32 or better; mean over examples of ∇W.
     spectrum: (min(out, in),), fp64, descending: the singular values of the weight; needs no batches.
@@ -43,7 +43,6 @@ class ProjectionStatistics:
     moment: Tensor | None = None
     mean: Tensor | None = None
     sketch: Tensor | None = None
-    basis: Tensor | None = None
     sensitivity: float | None = None
     gradient: Tensor | None = None
     spectrum: Tensor | None = None

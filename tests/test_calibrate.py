@@ -533,3 +533,39 @@ def test_tlora_spans_the_reference_space_from_padded_batches_too(family: str) ->
                 overlap = torch.linalg.svdvals(adapter.A.double() @ Vh[:3].T)
                 torch.testing.assert_close(overlap, torch.ones_like(overlap), rtol=0, atol=1e-3)
             assert not adapter.B.any() and adapter.frozen == {"A"}
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("home", [None, "cpu"], ids=["where the inputs are", "cpu"])
+@pytest.mark.parametrize("family", ["bert", "llama", "mixtral"])
+def test_a_gpu_measures_what_a_cpu_does(family: str, home: str | None) -> None:
+    model, batch = zoo.build(family), zoo.batch(family)
+    projections = select(model, "all-linear")
+    wanted = calibrate(model, projections, ALL, [batch], progress=False)
+    got = calibrate(model.cuda(), projections, ALL, [batch], device=home, progress=False)
+    for p in projections:
+        assert got[p].covariance.device.type == got[p].gradient.device.type == (home or "cuda")
+        covariance, gradient = got[p].covariance.cpu(), got[p].gradient.cpu()
+        torch.testing.assert_close(covariance, wanted[p].covariance, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(gradient, wanted[p].gradient, rtol=1e-3, atol=1e-5)
+        assert got[p].sensitivity == pytest.approx(wanted[p].sensitivity, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["pissa", "milora", "olora", "tlora", "eva", "corda", "lora_ga"])
+def test_starts_on_a_gpu_are_those_on_a_cpu(preset: str) -> None:
+    policy = getattr(presets, preset)(rank=2)
+    models = zoo.build("llama"), zoo.build("llama").cuda()
+    for model in models:
+        lowrank.wrap_model(model, policy, batches=[zoo.batch("llama")], progress=False)
+    on_cpu, on_gpu = (adapters_of(model) for model in models)
+    for p, adapter in on_cpu.items():
+        A, B = (factor.detach() for factor in adapter.factors())
+        other_A, other_B = (factor.detach().cpu() for factor in on_gpu[p].factors())
+        assert other_A.shape == A.shape
+        projector, other = (torch.linalg.pinv(each) @ each for each in (A, other_A))  # signs are free
+        torch.testing.assert_close(other, projector, rtol=0, atol=1e-2)
+        torch.testing.assert_close(other_B @ other_A, B @ A, rtol=0, atol=1e-2 * float((B @ A).norm() + 1e-3))

@@ -319,7 +319,7 @@ def test_a_sketch_spans_what_the_covariance_does(family: str) -> None:
     for (p, wanted), (_, got) in starts:
         product = p.weight(model) @ covariances[p].covariance
         best, held = (float((product @ adapter.A.T).square().sum()) for adapter in (wanted, got))
-        assert held >= 0.97 * best
+        assert held >= 0.999 * best
         torch.testing.assert_close(got.A @ got.A.T, torch.eye(2), rtol=0, atol=1e-4)
         assert got.frozen == {"A"}
 
@@ -334,9 +334,9 @@ def test_a_sketch_is_of_given_columns() -> None:
         calibrate(model, projections, ["sketch"], many)
 
 
-def test_a_sketch_reads_the_batches_twice() -> None:
+def test_a_sketch_reads_the_batches_several_times() -> None:
     policy = presets.tlora(rank=2, init=TaskAligned(sketch=4), allocate=Uniform())
-    with pytest.raises(ValueError, match="a sketch takes two passes"):
+    with pytest.raises(ValueError, match="a sketch takes three passes"):
         lowrank.wrap_model(zoo.build("llama"), policy, batches=iter(batches()), progress=False)
     with pytest.raises(ValueError, match="sketch must be at least 2"):
         TaskAligned(sketch=1)

@@ -205,8 +205,19 @@ def test_what_is_not_wrapped_cannot_be_taken_out() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_a_compiled_model_is_wrapped_before() -> None:
-    with pytest.raises(ValueError, match="wrap it first, then call torch.compile"):
+    with pytest.raises(ValueError, match="the model is compiled: wrap first, then call torch.compile"):
         lowrank.wrap_model(torch.compile(zoo.build("llama")), presets.lora())
+    model = zoo.build("llama")
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    with pytest.raises(ValueError, match=r"model\.layers\.1 is compiled"):
+        lowrank.wrap_model(model, presets.lora())
+
+
+def test_what_would_not_train_is_refused() -> None:
+    model = zoo.build("llama")
+    with torch.inference_mode(), pytest.raises(ValueError, match="cannot be trained: wrap outside"):
+        lowrank.wrap_model(model, presets.lora())
+    lowrank.wrap_model(model, presets.lora())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
@@ -433,6 +444,26 @@ def test_training_one_end_of_a_tie_is_refused() -> None:
 
 
 # -- modules trained in full ----------------------------------------------------------------------------
+
+
+def test_a_trained_sequential_can_be_indexed_and_walked() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.head[0](self.body(x))
+            for layer in list(self.head)[1 : len(self.head)]:
+                x = layer(x)
+            return x if self.head and self.body else -x
+
+    model, x = Model(), torch.randn(3, 4)
+    before = model(x)
+    lowrank.wrap_model(model, presets.lora(rank=2, target="body", train=("head",)))
+    assert torch.equal(model(x), before)
+    model(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.head.copy.parameters())
 
 
 def test_a_trained_head_leaves_the_original_alone() -> None:

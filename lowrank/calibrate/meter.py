@@ -328,7 +328,6 @@ class Meter:
             sketch = torch.zeros_like(self.columns[p]) if sketch is None else sketch.div_(examples)
         return ProjectionStatistics(
             sketch=sketch,
-            basis=self.columns.get(p),
             covariance=read.covariance if "covariance" in self.needs else None,
             moment=read.moment if "moment" in self.needs else None,
             mean=read.total if "moment" in self.needs else None,

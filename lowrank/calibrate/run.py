@@ -85,7 +85,7 @@ def calibrate(
     meter = Meter(model, projections, frozenset(needs), home_of_sums, columns)
     home = model_device(model)
     if progress:
-        size = predicted_bytes(projections, needs)
+        size = predicted_bytes(projections, needs, columns)
         tqdm.write(f"calibrating {len(projections)} projections: {size / 2**20:.0f} MiB of statistics")
     with _undisturbed(model), watched(model, meter):
         bar = tqdm(islice(batches, steps), "calibrating", disable=not progress, delay=2, leave=False)
@@ -113,7 +113,11 @@ def calibrate(
     return meter.statistics()
 
 
-def predicted_bytes(projections: Sequence[Projection], needs: Collection[str]) -> int:
+def predicted_bytes(
+    projections: Sequence[Projection],
+    needs: Collection[str],
+    columns: Mapping[Projection, torch.Tensor] | None = None,
+) -> int:
     """The memory that the statistics will take, where projections share inputs as is usual."""
     inputs = {
         (p.module.rpartition(".")[0], _reads(p), p.in_features, p.block.split(".")[0]) for p in projections
@@ -124,6 +128,8 @@ def predicted_bytes(projections: Sequence[Projection], needs: Collection[str]) -
     size = matrices * len({"covariance", "moment"} & set(needs))
     if "gradient" in needs:
         size += sum(p.in_features * p.out_features for p in projections)
+    if "sketch" in needs and columns is not None:
+        size += sum(columns[p].numel() for p in projections)
     return 4 * size
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -31,6 +31,20 @@ class TrainedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.in_use(*args, **kwargs)
+
+    # A Sequential may be indexed or walked, for which Python looks on the class alone.
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.in_use[index]  # type: ignore[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.in_use)  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return len(self.in_use)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return True  # as any module without a length
 
     def load_copy(self, state: Mapping[str, Tensor]) -> None:
         """Gives the copy the values in ``state``; one on the meta device takes the tensors themselves."""
