@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+STRIPE = 256  # rows that are mirrored at a time
 BLOCKS, NARROW = 6, 256  # of a Gram matrix's rows: 7/12 of it is computed; below the width, all at once
 
 
@@ -64,6 +65,10 @@ def lower_gram(matrix: Tensor, total: Tensor | None = None) -> Tensor:
 
 
 def symmetric(lower: Tensor) -> Tensor:
-    """Mirrors the lower triangle of (n, n) onto the upper one, in place."""
-    lower.tril_()
-    return lower.add_(lower.tril(-1).mT)
+    """Mirrors the lower triangle of (n, n) onto the upper one, in place and without a copy of it all."""
+    for start in range(0, len(lower), STRIPE):
+        end = start + STRIPE
+        corner = lower[start:end, start:end].tril_()
+        corner += corner.tril(-1).mT
+        lower[start:end, end:] = lower[end:, start:end].mT
+    return lower

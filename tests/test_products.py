@@ -20,7 +20,7 @@ def medium() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("width", [1, 5, 255, 256, 300])
+@pytest.mark.parametrize("width", [1, 5, 255, 256, 300, 600])
 def test_the_gram_matrix(width: int) -> None:
     W, V = (gaussian(30, width, seed=seed, dtype=torch.float64) for seed in (0, 1))
     gram = W.mT @ W
