@@ -259,7 +259,9 @@ def main() -> None:
         "--minutes", type=float, default=7.0, help="for everything, shared out among the cases"
     )
     parser.add_argument("--only", default="", help="only cases whose name has this in it")
-    parser.add_argument("--compile", action="store_true", help="compiled contenders too, as always on a GPU")
+    parser.add_argument(
+        "--compile", action="store_true", help="compiled contenders instead; a GPU run has both"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.threads:
@@ -268,7 +270,7 @@ def main() -> None:
 
     started, load = time.monotonic(), os.getloadavg()[0]
     chosen = [c for c in cases(options.device, quick=options.quick) if options.only in c.name]
-    left = [(case, False) for case in chosen]
+    left = [] if options.compile else [(case, False) for case in chosen]
     if options.compile or (options.device == "cuda" and not options.quick):
         left += [(case, True) for case in chosen if case.accumulate == 1]
     kept, measured = shared_input(options.device), dict[str, list[Row]]()
@@ -295,7 +297,7 @@ def main() -> None:
 def write(
     options: argparse.Namespace, facts: dict[str, str], measured: dict[str, list[Row]], kept: dict[str, float]
 ) -> str:
-    name = result_name("model", options)
+    name = result_name("model", options, "compiled" if options.compile else "")
     options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(facts, measured, kept)
     rows = {case: [asdict(row) for row in rows] for case, rows in measured.items()}
