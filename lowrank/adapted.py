@@ -37,12 +37,8 @@ def check_unwrapped(model: nn.Module) -> None:
     """Raises ValueError where ``model`` cannot be wrapped at all, or is wrapped already."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a torch.nn.Module, not {type(model).__name__}")
-    compiled = [path for path, module in model.named_modules() if "_orig_mod" in module._modules]
-    if compiled:
-        what = f"{compiled[0]} is" if compiled[0] else "the model is"
-        raise ValueError(f"{what} compiled: wrap first, then call torch.compile")
-    if torch.is_inference_mode_enabled():
-        raise ValueError("parameters made under torch.inference_mode() cannot be trained: wrap outside of it")
+    if "_orig_mod" in model._modules:
+        raise ValueError("the model is compiled: wrap it first, then call torch.compile")
     if any(isinstance(m, (LoRALinear, AdaptedWeight, TrainedModule)) for m in model.modules()):
         raise ValueError("the model is wrapped already: unwrap(model) or merge(model) first")
     if is_linear(model):

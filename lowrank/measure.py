@@ -67,32 +67,35 @@ class Source:
         """Sketches ``(W·C)ᵀ·U`` that hold the first ``ranks[p]`` right singular vectors of W·C.
 
         A randomized SVD (Halko, Martinsson & Tropp 0909.4061) of factor·rank columns and one power iteration
-        that never forms C: each product with C is a pass over the batches, three in all, and takes in·q of
+        that never forms C: each product with C is a pass over the batches, three in all, and takes 2·in·q of
         memory for each projection instead of in·in.
         """
         if self.batches is None:
             raise ValueError("this policy measures sketch: pass calibration batches=")
         self.check_rereadable(list(ranks), frozenset())
-        draw = torch.Generator().manual_seed(seed)
-        lefts = {
-            p: torch.randn(p.out_features, min(factor * rank, *p.shape), generator=draw)
-            for p, rank in ranks.items()
-        }
-        seen = self._times_covariance(model, {p: _to_right(model, p, U) for p, U in lefts.items()})
-        rights = {p: torch.linalg.qr(sketch).Q for p, sketch in seen.items()}
-        seen = self._times_covariance(model, rights)
-        lefts = {p: torch.linalg.qr(_to_left(model, p, sketch)).Q for p, sketch in seen.items()}
-        seen = self._times_covariance(model, {p: _to_right(model, p, U) for p, U in lefts.items()})
-        return Statistics({p: ProjectionStatistics(sketch=sketch) for p, sketch in seen.items()})
+        draw, columns = torch.Generator().manual_seed(seed), {}
+        for p, rank in ranks.items():
+            noise = torch.randn(p.out_features, min(factor * rank, *p.shape), generator=draw)
+            columns[p] = _times_weight(model, p, noise, transposed=True)
+        # Popped, so that beside a pass's columns there is never more than what it sums up.
+        seen = self._times_covariance(model, columns)
+        columns = {p: torch.linalg.qr(seen.pop(p)).Q for p in ranks}
+        seen = self._times_covariance(model, columns)
+        for p in ranks:
+            lefts = torch.linalg.qr(_times_weight(model, p, seen.pop(p))).Q
+            columns[p] = _times_weight(model, p, lefts, transposed=True)
+        seen = self._times_covariance(model, columns)
+        return Statistics({p: ProjectionStatistics(sketch=seen[p]) for p in ranks})
 
     def _times_covariance(
         self, model: nn.Module, columns: Mapping[Projection, Tensor]
     ) -> dict[Projection, Tensor]:
+        assert self.batches is not None
         measured = calibrate(
             model,
             list(columns),
             {"sketch"},
-            self.batches or (),
+            self.batches,
             loss=self.loss,
             mask=self.mask,
             columns=columns,
@@ -156,15 +159,9 @@ def _singular_values(weight: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(tall.T @ tall).clamp_min(0).sqrt().flip(0)
 
 
-def _to_right(model: nn.Module, p: Projection, lefts: Tensor) -> Tensor:
-    """Wᵀ·lefts, (in, q)."""
+def _times_weight(model: nn.Module, p: Projection, columns: Tensor, *, transposed: bool = False) -> Tensor:
+    """W·columns, or Wᵀ·columns, in fp32 or better."""
     weight = p.weight(model)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     with full_precision(weight.device):
-        return weight.T.to(torch.float32) @ lefts.to(weight.device)
-
-
-def _to_left(model: nn.Module, p: Projection, rights: Tensor) -> Tensor:
-    """W·rights, (out, q)."""
-    weight = p.weight(model)
-    with full_precision(weight.device):
-        return weight.to(torch.float32) @ rights.to(weight.device)
+        return (weight.T if transposed else weight) @ columns.to(weight)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 
 import torch
 from torch import Tensor
 
+_SWITCHES = RLock()  # they are the process's, and a backward pass may have a thread for each device
 STRIPE = 256  # rows that are mirrored at a time
 BLOCKS, NARROW = 6, 256  # of a Gram matrix's rows: 7/12 of it is computed; below the width, all at once
 
@@ -23,7 +25,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def fast_precision(device: torch.device) -> Iterator[None]:
     """The factors of an fp32 product may be rounded to TF32 (CUDA) or bf16 (CPU) where hardware gains by it.
 
-    Sums stay fp32: what many products add up to is off by less than one of them, which is 2⁻⁹ at most.
+    Sums stay fp32. A factor is off by 2⁻⁹ at most: little beside a sum, unless what it sums nearly cancels.
     No autocast and no graph, as in `full_precision`.
     """
     with _products(device, cuda="tf32", cpu="bf16", older="medium"):
@@ -33,6 +35,7 @@ def fast_precision(device: torch.device) -> Iterator[None]:
 @contextmanager
 def _products(device: torch.device, *, cuda: str, cpu: str, older: str) -> Iterator[None]:
     with ExitStack() as stack:
+        stack.enter_context(_SWITCHES)
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", device.type}:
             if torch.amp.is_autocast_available(kind):

@@ -149,6 +149,8 @@ def wrap_model(
     Raises:
         ValueError: see `plan_model`; also a model that is wrapped already.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("parameters made under torch.inference_mode() cannot be trained: wrap outside of it")
     source = Source(batches, loss, mask, statistics, memory, progress)
     if isinstance(policy, Plan):
         plan, init = _fitted(model, policy), policy.init or Kaiming()
@@ -263,6 +265,9 @@ def check_layers(
         if isinstance(stored, nn.parameter.UninitializedParameter):
             raise ValueError(f"{p.name} has no shape yet: call the model on a batch first")
         parts = p.module.split(".")
+        if "_orig_mod" in parts:
+            compiled = ".".join(parts[: parts.index("_orig_mod")])
+            raise ValueError(f"{compiled} is compiled: wrap first, then call torch.compile")
         for above in (".".join(parts[:i]) for i in range(1, len(parts))):
             if above in replaced:
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -328,6 +329,26 @@ def test_sums_are_as_exact_as_what_is_summed(dtype: torch.dtype) -> None:
     assert error < (1e-6 if dtype == torch.float32 else 2**-9)
     for p in projections:
         assert fast[p].sensitivity == pytest.approx(statistics[p].sensitivity, rel=1e-3)
+
+
+def test_a_part_that_cancels_does_not_leave_its_rounding() -> None:
+    """A softmax over tokens has gradients that add up to zero, so what all tokens share does not count."""
+    torch.manual_seed(0)
+    q, common = torch.randn(8), 300 * torch.randn(1, 1, 32)
+    x = torch.randn(3, 20, 32) + common
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return (model(x) @ q.to(x)).softmax(1)[:, 0].square().mean()
+
+    model = nn.Sequential(nn.Linear(32, 8))
+    with torch.no_grad():
+        model[0].weight -= model[0].weight @ common[0].T @ common[0] / common.square().sum()
+    wanted, got = (
+        calibrate(m, find_projections(m), ["sensitivity"], [x.to(m[0].weight)], loss=loss, progress=False)
+        for m in (deepcopy(model).double(), model)
+    )
+    for p, each in wanted.items():
+        assert got[p].sensitivity == pytest.approx(each.sensitivity, rel=1e-2)
 
 
 def test_covariance_alone_needs_no_gradient() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import lowrank
 from lowrank import Policy, Statistics, presets
@@ -300,27 +302,35 @@ def test_spectra_need_no_batches() -> None:
 # -- sketches --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "mixtral"])
-def test_a_sketch_spans_what_the_covariance_does(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, torch.float32) for family in ("llama", "gpt2", "t5", "mixtral")),
+        ("llama", torch.float64),
+        ("llama", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_sketch_spans_what_the_covariance_does(family: str, dtype: torch.dtype) -> None:
     """Energy of W·C held by A, of small models whose spectra decay slowly, at half the width."""
     many = [{**zoo.batch(family, seed=s)} for s in range(3)]
     exact, sketched = (
         lowrank.wrap_model(
-            zoo.build(family),
+            zoo.build(family, dtype),
             presets.tlora(rank=2, init=init, allocate=Uniform()),
             batches=many,
             progress=False,
         )
         for init in (TaskAligned(), TaskAligned(sketch=8))
     )
-    covariances = lowrank.measure(zoo.build(family), presets.tlora(), many, progress=False)
-    model = zoo.build(family)
+    model = zoo.build(family, dtype)
+    covariances = lowrank.measure(model, presets.tlora(), many, progress=False)
     starts = zip(adapters_of(exact).items(), adapters_of(sketched).items(), strict=True)
     for (p, wanted), (_, got) in starts:
-        product = p.weight(model) @ covariances[p].covariance
-        best, held = (float((product @ adapter.A.T).square().sum()) for adapter in (wanted, got))
+        product = p.weight(model).double() @ covariances[p].covariance.double()
+        best, held = (float((product @ adapter.A.double().T).square().sum()) for adapter in (wanted, got))
         assert held >= 0.999 * best
-        torch.testing.assert_close(got.A @ got.A.T, torch.eye(2), rtol=0, atol=1e-4)
+        torch.testing.assert_close(got.A @ got.A.T, torch.eye(2, dtype=got.A.dtype), rtol=0, atol=1e-4)
         assert got.frozen == {"A"}
 
 
@@ -340,3 +350,14 @@ def test_a_sketch_reads_the_batches_several_times() -> None:
         lowrank.wrap_model(zoo.build("llama"), policy, batches=iter(batches()), progress=False)
     with pytest.raises(ValueError, match="sketch must be at least 2"):
         TaskAligned(sketch=1)
+
+
+def test_a_sketch_from_a_loader_without_a_length() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(batches())
+
+    policy = presets.tlora(rank=2, init=TaskAligned(sketch=4), allocate=Uniform())
+    loader = DataLoader(Stream(), batch_size=None)
+    model = lowrank.wrap_model(zoo.build("llama"), policy, batches=loader, progress=False)
+    assert len(lowrank.plan_of(model).adapted) == 14

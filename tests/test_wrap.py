@@ -205,19 +205,25 @@ def test_what_is_not_wrapped_cannot_be_taken_out() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_a_compiled_model_is_wrapped_before() -> None:
-    with pytest.raises(ValueError, match="the model is compiled: wrap first, then call torch.compile"):
+    with pytest.raises(ValueError, match="the model is compiled: wrap it first, then call torch.compile"):
         lowrank.wrap_model(torch.compile(zoo.build("llama")), presets.lora())
     model = zoo.build("llama")
     model.model.layers[1] = torch.compile(model.model.layers[1])
-    with pytest.raises(ValueError, match=r"model\.layers\.1 is compiled"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1 is compiled: wrap first"):
         lowrank.wrap_model(model, presets.lora())
+    lowrank.wrap_model(
+        model, presets.lora(rank=2, target="layers.0.self_attn.q_proj")
+    )  # what is not adapted may be
 
 
 def test_what_would_not_train_is_refused() -> None:
-    model = zoo.build("llama")
-    with torch.inference_mode(), pytest.raises(ValueError, match="cannot be trained: wrap outside"):
-        lowrank.wrap_model(model, presets.lora())
-    lowrank.wrap_model(model, presets.lora())
+    model, batch = zoo.build("llama"), zoo.batch("llama")
+    with torch.inference_mode():
+        plan = lowrank.plan_model(model, presets.lora(rank=2))
+        with pytest.raises(ValueError, match="cannot be trained: wrap outside"):
+            lowrank.wrap_model(model, plan)
+    lowrank.wrap_model(model, plan)
+    model(**batch).loss.backward()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own

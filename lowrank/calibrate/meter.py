@@ -219,19 +219,19 @@ class Meter:
             self._see_use(held, first, x, dy)
 
     def _see_use(self, held: Sequence[Projection], first: int, x: Tensor, dy: Tensor) -> None:
-        # The mean of |W ⊙ ∇W| does not ask for the last digits of ∇W.
-        precision = full_precision if "gradient" in self.needs else fast_precision
+        half = _half(x) and _half(dy)
         for p in held:
             weight = p.weight(self.model).to(_wide(x))
             columns = dy[..., p.rows[0] - first : p.rows[1] - first]
             for inputs, outputs in zip(x, columns, strict=True):
                 inputs, outputs = inputs.to(weight.dtype), outputs.to(weight.dtype)
-                with precision(x.device):
-                    if "gradient" in self.needs or not (len(x) == 1 and len(inputs) == self.batch_size):
-                        gradient = outputs.T @ inputs
-                        self._add_gradient(p, gradient)
-                    if len(x) == 1 and len(inputs) == self.batch_size:
-                        # An example a row: |dy xᵀ| is |dy||x|ᵀ, so they add up before they are formed.
+                alone = len(x) == 1 and len(inputs) == self.batch_size
+                if "gradient" in self.needs or not alone:
+                    gradient = _weight_gradient(inputs, outputs, half, exact="gradient" in self.needs)
+                    self._add_gradient(p, gradient)
+                if alone:
+                    # An example a row: |dy xᵀ| is |dy||x|ᵀ, so they add up before they are formed.
+                    with fast_precision(x.device):
                         gradient = outputs.abs().T @ inputs.abs()
                 self._add_sensitivity(p, weight, gradient)
 
@@ -346,10 +346,27 @@ def _centred(rows: Tensor, kept: Tensor | None) -> Tensor:
     return centred.reshape(-1, rows.shape[-1])
 
 
+def _weight_gradient(inputs: Tensor, outputs: Tensor, half: bool, *, exact: bool) -> Tensor:
+    """``outputsᵀ·inputs`` of fp32 copies of ``half`` or other numbers.
+
+    Where it need not be exact the inputs are taken around their mean: what is common to all tokens often
+    cancels, and its rounding would not.
+    """
+    if exact or half:
+        with fast_precision(inputs.device) if half else full_precision(inputs.device):
+            return outputs.T @ inputs
+    mean = inputs.mean(0)
+    with fast_precision(inputs.device):
+        return (outputs.T @ (inputs - mean)).addr_(outputs.sum(0), mean)
+
+
+def _half(x: Tensor) -> bool:
+    """Are fast products of fp32 copies of ``x`` no less exact than x itself? TF32 holds all of fp16."""
+    return x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and x.is_cuda)
+
+
 def _as_exact_as(x: Tensor) -> AbstractContextManager[None]:
-    """For products of fp32 copies of ``x``: no less exact than x itself, and fast where x is half."""
-    half = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and x.is_cuda)  # TF32 holds all of fp16
-    return fast_precision(x.device) if half else full_precision(x.device)
+    return fast_precision(x.device) if _half(x) else full_precision(x.device)
 
 
 def _siblings(path: str, other: str) -> bool:

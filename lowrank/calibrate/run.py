@@ -48,10 +48,11 @@ def calibrate(
     for batches of one; an expert sees only the tokens routed to it. (TLoRA, 2604.18124, section 3; the
     moment is CorDA's, 2406.05223.)
 
-    Everything is accumulated in fp32 (fp64 for fp64 models). The model is in evaluation mode for the while.
-    Peak extra memory: `predicted_bytes`, the inputs of one batch while gradients are asked for, and one
-    ``(out, in)`` gradient at a time. Under `torch.distributed` the processes' sums are added, so that every
-    rank gets the same statistics.
+    Everything is accumulated in fp32 (fp64 for fp64 models), from products that are as exact as their
+    inputs; only the sensitivity's may round, to TF32 (CUDA) or bf16 (CPU). The model is in evaluation mode
+    for the while. Peak extra memory: `predicted_bytes`, the inputs of one batch while gradients are asked
+    for, and one ``(out, in)`` gradient at a time. Under `torch.distributed` the processes' sums are added,
+    so that every rank gets the same statistics.
 
     Args:
         needs: of {"covariance", "moment", "sensitivity", "gradient"}.
@@ -129,7 +130,7 @@ def predicted_bytes(
     if "gradient" in needs:
         size += sum(p.in_features * p.out_features for p in projections)
     if "sketch" in needs and columns is not None:
-        size += sum(columns[p].numel() for p in projections)
+        size += 2 * sum(columns[p].numel() for p in projections)  # and what they become
     return 4 * size
 
 

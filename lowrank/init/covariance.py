@@ -12,7 +12,7 @@ from lowrank.init.spectrum import bottom_singular, top_singular
 from lowrank.projections import Role
 from lowrank.statistics import ProjectionStatistics
 
-# Of C's mean diagonal, as the authors'; they double it until C can be inverted, which in fp64 it always can.
+# Of C's mean diagonal, as the authors'; they double it until C can be inverted, which in fp64 it is at once.
 DAMPING = 0.01
 
 

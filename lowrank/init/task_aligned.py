@@ -22,7 +22,7 @@ class TaskAligned:
 
     Args:
         sketch: measure ``(W·C)ᵀ·U`` for orthonormal columns U, sketch·rank of them, that hold W·C's left
-            directions, and not C: (in, sketch·rank) of memory a projection, and three passes over the
+            directions, and not C: twice (in, sketch·rank) of memory a projection, and three passes over the
             batches, which must be readable several times. With 8, A misses about 1e-5 of the energy of W·C
             that the exact A holds (benchmarks/results/); with 4, some 1e-3 in the worst projections.
     """
