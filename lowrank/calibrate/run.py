@@ -103,6 +103,7 @@ def calibrate(
                     if value.requires_grad:
                         meter.in_backward = True
                         value.backward()
+                    del value  # else its graph, whose hooks hold the inputs, lives through the next forward
                 else:  # only inputs are asked for, so labels are not needed
                     model(**batch) if isinstance(batch, Mapping) else model(batch)
             meter.end()
