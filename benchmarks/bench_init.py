@@ -19,7 +19,7 @@ from pathlib import Path
 
 import starts
 import torch
-from measure import result_name, surroundings
+from measure import result_name, surroundings, verdict
 from spectra import Crossing, Row, crossings, spectrum
 from transformers.utils import logging
 
@@ -37,7 +37,8 @@ def spectrum_report(measured: dict[str, list[Row]]) -> Iterable[str]:
         lines += ["|---|---|---|---|---|---|---|---|"]
         lines += [
             f"| {row.question} | {row.method} | {row.seconds:.3f} | {row.p10:.3f}–{row.p90:.3f} | "
-            f"{row.speedup:.1f}× | {verdict(row)} | {row.energy_error:.0e} | {row.part_error:.0e} |"
+            f"{row.speedup:.1f}× | {verdict(-row.speedup, row.target and -row.target, '×')} | "
+            f"{row.energy_error:.0e} | {row.part_error:.0e} |"
             for row in rows
         ]
         yield "\n".join(lines)
@@ -111,18 +112,13 @@ def tlora_table(rows: list[starts.Row]) -> Iterable[str]:
                 f"{authors.seconds / row.seconds:.2f}",
                 f"{beyond[1] / beyond[0]:.2f}",
             ]
-            cells += [target(-authors.seconds / row.seconds, -SPEED) if row is not authors else "–"]
+            cells += [verdict(-authors.seconds / row.seconds, -SPEED) if row is not authors else "–"]
             cells += [f"{row.extra_MiB:.0f}"]
             over = [each.extra_MiB - floor.extra_MiB for each in (row, authors)]
             share, aim = over[0] / over[1], HALF if row.by == starts.OURS else EIGHTH
-            cells += [f"{over[0]:.0f}", f"{share:.2f}", target(share, aim) if row is not authors else "–"]
-        worst = target(row.worst, LOST) if row.worst is not None and row is not authors else "–"
+            cells += [f"{over[0]:.0f}", f"{share:.2f}", verdict(share, aim) if row is not authors else "–"]
+        worst = verdict(row.worst, LOST) if row.worst is not None and row is not authors else "–"
         yield f"| {' | '.join([*cells, shown(row.lost, '.1e'), shown(row.worst, '.1e'), worst])} |"
-
-
-def target(value: float, aim: float) -> str:
-    """At most `aim`; a negative one is a floor, and so is its value."""
-    return f"{'≥' if aim < 0 else '≤'} {abs(aim):g} {'met' if value <= aim else 'missed'}"
 
 
 def shown(value: float | None, how: str) -> str:
@@ -136,20 +132,14 @@ def reloads_report(errors: dict[str, float]) -> Iterable[str]:
     yield "\n".join(lines)
 
 
-def verdict(row: Row) -> str:
-    if row.target is None:
-        return "–"
-    return f"≥ {row.target:g}× {'met' if row.speedup >= row.target else 'missed'}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small cases and few repeats: does it run?")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own number by default")
     parser.add_argument("--minutes", type=float, default=7.0, help="start no case after this long")
-    sections = ["spectrum", "starts"]
-    parser.add_argument("--only", nargs=1, choices=sections, default=sections, help="one section")
+    parts = ["spectrum", "starts"]
+    parser.add_argument("--only", nargs=1, choices=parts, default=parts, help="one section")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.threads:

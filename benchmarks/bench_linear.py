@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import clocks, interleaved, kept_bytes, peak_bytes, result_name, surroundings
+from measure import clocks, interleaved, kept_bytes, peak_bytes, result_name, surroundings, verdict
 from products import Case, Contender, contenders
 from torch import Tensor
 
@@ -204,7 +204,8 @@ def markdown(facts: dict[str, str], measured: dict[str, list[Row]], kept: dict[s
         ]
         lines += ["|---|---|---|---|---|---|---|---|"]
         lines += [
-            f"| {row.contender} | {row.ratio:.2f} | {row.p10:.2f}–{row.p90:.2f} | {_target(row)} | "
+            f"| {row.contender} | {row.ratio:.2f} | {row.p10:.2f}–{row.p90:.2f} | "
+            f"{verdict(row.ratio, row.target)} | "
             f"{'–' if row.captured is None else format(row.captured, '.0%')} | {row.limit:.3f} | "
             f"{row.kept_MiB:.2f} | {row.peak_MiB:.1f} |"
             for row in rows
@@ -216,12 +217,6 @@ def markdown(facts: dict[str, str], measured: dict[str, list[Row]], kept: dict[s
         for name, MiB in kept.items()
     ]
     return "\n".join([*lines, ""])
-
-
-def _target(row: Row) -> str:
-    if row.target is None:
-        return "–"
-    return f"≤ {row.target:g} {'met' if row.ratio <= row.target else 'missed'}"
 
 
 def main() -> None:

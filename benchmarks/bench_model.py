@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleaved, kept_bytes, peak_bytes, result_name, surroundings
+from measure import interleaved, kept_bytes, peak_bytes, result_name, surroundings, verdict
 from models import (
     FROZEN,
     OURS,
@@ -225,7 +225,7 @@ def markdown(facts: dict[str, str], measured: dict[str, list[Row]], kept: dict[s
     lines += ["", "## Kept for backward: query, key and value on one bf16 input of 8 MiB", ""]
     lines += ["| contender | MiB | target |", "|---|---|---|"]
     lines += [
-        f"| {name} | {MiB:.2f} | {_target(MiB, KEPT_TARGETS.get(name))} |" for name, MiB in kept.items()
+        f"| {name} | {MiB:.2f} | {verdict(MiB, KEPT_TARGETS.get(name))} |" for name, MiB in kept.items()
     ]
     return "\n".join([*lines, ""])
 
@@ -233,20 +233,13 @@ def markdown(facts: dict[str, str], measured: dict[str, list[Row]], kept: dict[s
 def _cells(rows: list[Row], aimed: bool) -> Iterator[str]:
     for row in rows:
         counts = aimed and row.contender.startswith("ours") and row.contender != OURS_HALF
-        speed = _target(-row.speedup, -SPEED_TARGET if counts else None)
-        memory = _target(row.memory, MEMORY_TARGET if counts else None)
+        speed = verdict(-row.speedup, -SPEED_TARGET if counts else None)
+        memory = verdict(row.memory, MEMORY_TARGET if counts else None)
         yield (
             f"| {row.contender} | {1e3 * row.seconds:.1f} | {1e3 * row.p10:.1f}–{1e3 * row.p90:.1f} | "
             f"{row.tokens_per_second:.0f} | {row.speedup:.2f} | {speed} | {row.kept_MiB:.1f} | "
             f"{row.step_MiB:.1f} | {row.peak_MiB:.1f} | {row.memory:.2f} | {memory} |"
         )
-
-
-def _target(value: float, target: float | None) -> str:
-    """At most `target`; a negative one is a floor, and so is its value."""
-    if target is None:
-        return "–"
-    return f"{'≥' if target < 0 else '≤'} {abs(target):g} {'met' if value <= target else 'missed'}"
 
 
 def main() -> None:

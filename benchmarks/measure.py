@@ -158,6 +158,13 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
     return peak
 
 
+def verdict(value: float, aim: float | None, unit: str = "") -> str:
+    """The target, and whether a figure meets it: at most `aim`. Floors come negated, with their figures."""
+    if aim is None:
+        return "–"
+    return f"{'≥' if aim < 0 else '≤'} {abs(aim):g}{unit} {'met' if value <= aim else 'missed'}"
+
+
 def result_name(kind: str, options: argparse.Namespace, part: str = "") -> str:
     """The name of a result's files: what was measured, where, and with which options."""
     threads = f"threads-{options.threads}" if options.threads else ""

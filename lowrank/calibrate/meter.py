@@ -153,7 +153,7 @@ class Meter:
         centred = _centred(*self._rows(name, held, x))
         for p in held:
             columns = self.columns[p].to(centred)
-            with _as_exact_as(x):
+            with _precision(x.device, half=_half(x)):
                 added = (centred.T @ (centred @ columns)).to(self.device or centred.device)
             weight = self.weights[p]
             weight.sketch = added if weight.sketch is None else weight.sketch.add_(added)
@@ -174,7 +174,7 @@ class Meter:
         home = self.device or rows.device
         if total is None:
             total = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=home)
-        with _as_exact_as(x):
+        with _precision(x.device, half=_half(x)):
             if home == rows.device:
                 return lower_gram(rows, total)
             return total.add_(lower_gram(rows).to(home))
@@ -353,7 +353,7 @@ def _weight_gradient(inputs: Tensor, outputs: Tensor, half: bool, *, exact: bool
     cancels, and its rounding would not.
     """
     if exact or half:
-        with fast_precision(inputs.device) if half else full_precision(inputs.device):
+        with _precision(inputs.device, half=half):
             return outputs.T @ inputs
     mean = inputs.mean(0)
     with fast_precision(inputs.device):
@@ -365,8 +365,8 @@ def _half(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and x.is_cuda)
 
 
-def _as_exact_as(x: Tensor) -> AbstractContextManager[None]:
-    return fast_precision(x.device) if _half(x) else full_precision(x.device)
+def _precision(device: torch.device, *, half: bool) -> AbstractContextManager[None]:
+    return fast_precision(device) if half else full_precision(device)
 
 
 def _siblings(path: str, other: str) -> bool:

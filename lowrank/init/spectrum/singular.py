@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank.init.spectrum.krylov import OVERSAMPLING, leading
-from lowrank.init.spectrum.operators import (
-    Inverse,
-    InverseRoot,
-    Product,
-    Singular,
-    frobenius,
-)
+from lowrank.init.spectrum.operators import Inverse, InverseRoot, Product, Singular, frobenius
 from lowrank.init.spectrum.triplets import Answer, Question, Triplets, triplets
 from lowrank.products import full_precision, lower_gram
 
