@@ -40,6 +40,7 @@ class Plan(Mapping[Projection, Allocation]):
         train: paths of the modules that are trained in full.
         seed: of every random draw.
         energies: share of the squared singular values that the start holds, where it is known.
+        notes: what a reader should know and the rows do not show: what was left out or limited, and why.
 
     Raises:
         ValueError: a rank below 0 or above ``min(in, out)``, no rank anywhere, or a scaling or dropout out of
@@ -57,6 +58,7 @@ class Plan(Mapping[Projection, Allocation]):
         train: Sequence[str] = (),
         seed: int = 0,
         energies: Mapping[Projection, float] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         for projection, allocation in allocations.items():
             most = min(projection.shape)
@@ -76,6 +78,7 @@ class Plan(Mapping[Projection, Allocation]):
         self.train = tuple(train)
         self.seed = seed
         self.energies = dict(energies or {})
+        self.notes = tuple(notes)
 
     def __getitem__(self, projection: Projection) -> Allocation:
         return self._allocations[projection]
@@ -141,6 +144,7 @@ class Plan(Mapping[Projection, Allocation]):
         rows.append(total + (f" of a budget of {self.budget:,}" if self.budget else ""))
         if self.train:
             rows.append(f"trained in full: {', '.join(self.train)}")
+        rows += [f"note: {note}" for note in self.notes]
         return "\n".join(row.rstrip() for row in rows)
 
     # -- JSON ---------------------------------------------------------------------------------------
@@ -155,6 +159,7 @@ class Plan(Mapping[Projection, Allocation]):
             "dropout": self.dropout,
             "train": list(self.train),
             "seed": self.seed,
+            "notes": list(self.notes),
             "projections": [
                 {
                     **asdict(p),
@@ -206,6 +211,7 @@ class Plan(Mapping[Projection, Allocation]):
                 train=[_typed(name, str) for name in data["train"]],
                 seed=_typed(data["seed"], int),
                 energies=energies,
+                notes=[_typed(note, str) for note in data.get("notes", ())],
             )
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"this is no plan: {type(error).__name__}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
@@ -19,13 +20,20 @@ from lowrank.projections import (
 Target = str | Sequence[str] | Callable[[Projection], bool]
 
 
+class Selection(NamedTuple):
+    """The projections that a policy means, and what its plan should say of those that it leaves out."""
+
+    projections: list[Projection]
+    notes: list[str]
+
+
 def select(
     model: nn.Module,
     target: Target,
     exclude: Sequence[str] = (),
     train: Sequence[str] = (),
     fused: Mapping[str, Mapping[str, int]] | None = None,
-) -> list[Projection]:
+) -> Selection:
     """The projections of ``model`` that ``target`` means, in the model's order.
 
     Raises:
@@ -63,7 +71,7 @@ def select(
     if problems:
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         raise ValueError(problems[0] + more)
-    return [p for p in known if p in chosen]
+    return Selection([p for p in known if p in chosen], [])
 
 
 def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:

@@ -68,7 +68,7 @@ def measure(
 
     Arguments and errors as for `plan_model`.
     """
-    projections = select(model, policy.target, policy.exclude, policy.train, policy.fused)
+    projections = select(model, policy.target, policy.exclude, policy.train, policy.fused).projections
     return Source(batches, loss, mask, progress=progress).measure(model, projections, policy.needs)
 
 
@@ -78,7 +78,7 @@ def _plan(model: nn.Module, policy: Policy, source: Source, more: frozenset[str]
     if not isinstance(policy, Policy):
         raise ValueError(f"expected a Policy, such as lowrank.presets.lora(), not {policy!r}")
     train = trained_modules(model, policy.train)
-    projections = select(model, policy.target, policy.exclude, policy.train, policy.fused)
+    projections, notes = select(model, policy.target, policy.exclude, policy.train, policy.fused)
     cost = {p: _cost(policy.init, p) for p in projections}
     budget = policy.budget
     if isinstance(budget, float):
@@ -111,6 +111,7 @@ def _plan(model: nn.Module, policy: Policy, source: Source, more: frozenset[str]
         dropout=policy.dropout,
         train=train,
         seed=policy.seed,
+        notes=notes,
     )
     return plan, statistics
 
@@ -190,6 +191,7 @@ def _fitted(model: nn.Module, plan: Plan) -> Plan:
         dropout=plan.dropout,
         train=trained_modules(model, plan.train),
         seed=plan.seed,
+        notes=plan.notes,
     )
 
 

@@ -36,7 +36,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def test_the_moment_is_of_all_tokens_and_not_centred() -> None:
     model, batch = zoo.build("bert"), zoo.batch("bert")
-    projections = select(model, "query")
+    projections = select(model, "query").projections
     seen: dict[str, Tensor] = {}
     for p in projections:
         model.get_submodule(p.module).register_forward_pre_hook(
@@ -51,7 +51,7 @@ def test_the_moment_is_of_all_tokens_and_not_centred() -> None:
 
 def test_no_more_batches_than_asked_for() -> None:
     model, many = zoo.build("llama"), batches(count=3)
-    projections = select(model, "query")
+    projections = select(model, "query").projections
     two = calibrate(model, projections, ALL, iter(many), steps=2, progress=False)
     wanted = calibrate(model, projections, ALL, many[:2], progress=False)
     for p in projections:
@@ -70,7 +70,7 @@ def test_inputs_alone_need_no_labels() -> None:
 
 def test_what_it_takes_is_predicted_and_said(capsys: pytest.CaptureFixture[str]) -> None:
     model = zoo.build("llama")
-    projections = select(model, "all-linear")
+    projections = select(model, "all-linear").projections
     got = calibrate(model, projections, ["covariance"], batches(), progress=True)
     distinct = {id(each.covariance): each.covariance for each in got.values()}
     taken = sum(c.numel() * c.element_size() for c in distinct.values())
@@ -173,7 +173,7 @@ def test_what_can_be_read_once_does_not_go_in_parts() -> None:
 
 def test_parts_hold_no_more_than_the_memory() -> None:
     model = zoo.build("llama")
-    projections = select(model, "all-linear")
+    projections = select(model, "all-linear").projections
     source = Source(batches=batches(), memory=4 * 3 * 48 * 48, progress=False)
     sizes = []
     for part, _ in source.parts(model, projections, frozenset({"covariance"})):
@@ -183,7 +183,7 @@ def test_parts_hold_no_more_than_the_memory() -> None:
 
 def test_statistics_can_be_kept_elsewhere() -> None:
     model = zoo.build("llama")
-    got = calibrate(model, select(model, "query"), ALL, batches(), device="cpu", progress=False)
+    got = calibrate(model, select(model, "query").projections, ALL, batches(), device="cpu", progress=False)
     assert all(each.covariance.device.type == "cpu" for each in got.values())
 
 
@@ -195,7 +195,7 @@ def test_an_expert_is_measured_on_the_tokens_routed_to_it() -> None:
     experts = model.model.layers[0].mlp.experts
     routed: dict[str, Tensor] = {}
     experts.register_forward_pre_hook(lambda m, args: routed.update(x=args[0].detach(), to=args[1].detach()))
-    projections = [p for p in select(model, "experts.*") if "layers.0" in p.module]
+    projections = [p for p in select(model, "experts.*").projections if "layers.0" in p.module]
     got = calibrate(model, projections, ALL, [batch], progress=False)
 
     model.set_experts_implementation("eager")
@@ -216,7 +216,7 @@ def test_an_expert_is_measured_on_the_tokens_routed_to_it() -> None:
 def test_the_experts_kernel_is_as_before() -> None:
     model = zoo.build("mixtral")
     before = model.config._experts_implementation
-    calibrate(model, select(model, "experts.*"), ["moment"], [zoo.batch("mixtral")], progress=False)
+    calibrate(model, select(model, "experts.*").projections, ["moment"], [zoo.batch("mixtral")], progress=False)
     assert model.config._experts_implementation == before
     assert "forward" not in model.model.layers[0].mlp.experts.__dict__
 
@@ -243,7 +243,7 @@ def test_experts_that_show_nothing_are_refused() -> None:
 
     model = nn.Sequential(Experts())
     with pytest.raises(ValueError, match="0 cannot be calibrated: it does not use its weights by"):
-        calibrate(model, select(model, "all-linear"), ["moment"], [torch.randn(3, 4)], progress=False)
+        calibrate(model, select(model, "all-linear").projections, ["moment"], [torch.randn(3, 4)], progress=False)
 
 
 # -- several processes ----------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_a_sketch_spans_what_the_covariance_does(family: str, dtype: torch.dtype
 
 def test_a_sketch_is_of_given_columns() -> None:
     model, many = zoo.build("bert"), batches("bert")
-    (p, *_) = projections = select(model, "query")
+    (p, *_) = projections = select(model, "query").projections
     columns = {p: torch.randn(p.in_features, 5) for p in projections}
     got = calibrate(model, projections, ["sketch", "covariance"], many, columns=columns, progress=False)
     torch.testing.assert_close(got[p].sketch, got[p].covariance @ columns[p], rtol=1e-3, atol=1e-3)
