@@ -1,4 +1,4 @@
-"""What several test files need: a model's output, an adapter that has moved, the frozen base to compare with."""
+"""What several test files need: small wrapped models, outputs, the frozen base, a change."""
 
 from __future__ import annotations
 
@@ -9,20 +9,33 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
+from lowrank import Policy, presets
+from tests import zoo
 
 
-def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """What ``model`` makes of ``batch``, without grad: its logits, whatever the output calls them."""
+def wrapped(family: str = "llama", policy: Policy | None = None, **options: Any) -> nn.Module:
+    """A small model of ``family`` with an adapter, LoRA of rank 4 unless a policy says otherwise."""
+    return lowrank.wrap_model(zoo.build(family), policy or presets.lora(rank=4), progress=False, **options)
+
+
+def logits(model: nn.Module, batch: Any) -> Tensor:
+    """What ``model`` makes of ``batch``, without grad: its logits, whatever the output calls them.
+
+    A mapping is passed by keyword, anything else as the one argument; a tensor that comes back is the logits.
+    """
     with torch.no_grad():
-        output = model(**batch)
+        output = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    if isinstance(output, Tensor):
+        return output
     return output.logits if hasattr(output, "logits") else output.logits_per_image
 
 
-def frozen_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def frozen_logits(model: nn.Module, batch: Any) -> Tensor:
     """The logits of ``model`` with every parameter frozen; the flags are as before afterwards.
 
-    This is what a wrapped model equals bit for bit. Where a weight requires grad PyTorch may pick another kernel
-    with another rounding, and which one depends on the processor: no test compares with an unfrozen base.
+    This is what a wrapped model equals bit for bit, and what comes back when it is unwrapped. Where a weight
+    requires grad PyTorch may pick another kernel with another rounding, also under no_grad, and which one depends
+    on the processor: no test compares bits with a base that is not frozen.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -35,9 +48,15 @@ def frozen_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def perturb(model: nn.Module, size: float = 0.1) -> nn.Module:
-    """Moves every trainable parameter of the adapters, as training would; the same each time."""
+    """Moves everything that trains, as training would, each tensor its own way; the same each time.
+
+    In a wrapped model these are the adapters and the modules trained in full. Each entry moves by a normal
+    number of standard deviation ``size``.
+    """
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert learning, "nothing of the model trains, so nothing would move"
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in lowrank.adapter_parameters(model):
+        for parameter in learning:
             parameter.add_(size * torch.randn(parameter.shape, generator=draw).to(parameter))
     return model

@@ -16,7 +16,7 @@ import lowrank
 from lowrank import presets
 from lowrank.checkpoint import CONFIG, checksum
 from tests import zoo
-from tests.test_wrap import logits, perturb
+from tests.helpers import logits, perturb
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import lowrank
 from lowrank import Policy, presets
 from lowrank.projections import Role
 from tests import zoo
+from tests.helpers import frozen_logits, logits, perturb
 
 PHI3 = {"qkv_proj": {"query": 32, "key": 16, "value": 16}}
 
@@ -49,22 +50,8 @@ CASES: dict[str, Case] = {
 }
 
 
-def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        output = model(**batch)
-    return output.logits if hasattr(output, "logits") else output.logits_per_image
-
-
 def wrapped(family: str, **options: Any) -> nn.Module:
     return lowrank.wrap_model(zoo.build(family), CASES[family].policy(family, **options), progress=False)
-
-
-def perturb(model: nn.Module) -> nn.Module:
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in lowrank.adapter_parameters(model):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
-    return model
 
 
 @pytest.mark.parametrize("preset", [presets.lora, presets.ailora], ids=["lora", "ailora"])
@@ -78,7 +65,7 @@ def test_wrap_train_save_and_reload(family: str, preset: Any, tmp_path: Path) ->
     batch, exclude = zoo.batch(family), CASES[family].exclude if preset is presets.lora else ()
     base = zoo.build(family)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    plain = logits(base, batch)
+    plain = frozen_logits(base, batch)
     model = lowrank.wrap_model(base, CASES[family].policy(family, preset, exclude=exclude), progress=False)
     assert torch.equal(logits(model, batch), plain)
 
@@ -102,7 +89,7 @@ def test_wrap_train_save_and_reload(family: str, preset: Any, tmp_path: Path) ->
     assert torch.equal(logits(again, batch), trained)
 
     lowrank.unwrap(model)
-    assert torch.equal(logits(model, batch), plain)
+    assert torch.equal(frozen_logits(model, batch), plain)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     torch.testing.assert_close(logits(lowrank.merge(again), batch), trained, rtol=1e-4, atol=1e-4)
 
@@ -168,8 +155,7 @@ def generated(model: nn.Module, family: str, **options: Any) -> tuple[Tensor, Te
 
 @pytest.mark.parametrize("family", GENERATING)
 def test_generation_with_a_cache(family: str) -> None:
-    # Frozen beforehand: for strided inputs PyTorch multiplies a weight that requires grad in another order.
-    model = zoo.build(family).requires_grad_(False)
+    model = zoo.build(family).requires_grad_(False)  # what a wrapped model equals bit for bit
     tokens, scores = generated(model, family)
     lowrank.wrap_model(model, CASES[family].policy(family, presets.pissa), progress=False)
     same, same_scores = generated(model, family)

@@ -14,6 +14,7 @@ from lowrank import presets
 from lowrank.layers.trained import TrainedModule
 from lowrank.projections import Role
 from tests import zoo
+from tests.helpers import frozen_logits, logits
 
 PRESETS: dict[str, Callable[..., lowrank.Policy]] = {
     "lora": presets.lora,
@@ -29,11 +30,6 @@ PRESETS: dict[str, Callable[..., lowrank.Policy]] = {
 LAYOUTS = ["minilm", "llama", "gpt2", "t5", "vit", "torch_encoder"]
 HEADS = {"minilm": "classifier", "vit": "classifier", "torch_encoder": "head"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -62,26 +58,26 @@ def train_a_little(model: nn.Module, batch: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_wrap_train_save_and_take_out(preset: str, layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, batch = zoo.build(layout, dtype), zoo.batch(layout, dtype)
-    modules, before, base = dict(model.named_modules()), snapshot(model), output(model, batch)
+    modules, before, base = dict(model.named_modules()), snapshot(model), frozen_logits(model, batch)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
 
     assert wrap(model, preset, layout, dtype) is model
-    assert torch.equal(output(model, batch), base), "wrapping changed the output"
+    assert torch.equal(logits(model, batch), base), "wrapping changed the output"
 
     train_a_little(model, batch)
-    trained = output(model, batch)
+    trained = logits(model, batch)
     assert not torch.equal(trained, base), "training changed nothing"
     with lowrank.disable_adapters(model):
-        assert torch.equal(output(model, batch), base), "disabled adapters still act"
-    assert torch.equal(output(model, batch), trained)
+        assert torch.equal(logits(model, batch), base), "disabled adapters still act"
+    assert torch.equal(logits(model, batch), trained)
 
     lowrank.save_adapter(model, tmp_path / "adapter")
     fresh = lowrank.load_adapter(zoo.build(layout, dtype), tmp_path / "adapter")
-    assert torch.equal(output(fresh, batch), trained), "the reloaded adapter has other bits"
+    assert torch.equal(logits(fresh, batch), trained), "the reloaded adapter has other bits"
     assert lowrank.plan_of(fresh) == lowrank.plan_of(model)
 
     assert lowrank.unwrap(model) is model
-    assert torch.equal(output(model, batch), base)
+    assert torch.equal(frozen_logits(model, batch), base)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert dict(model.named_modules()) == modules, "other module objects are back"
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
@@ -89,7 +85,7 @@ def test_wrap_train_save_and_take_out(preset: str, layout: str, dtype: torch.dty
     merged = lowrank.merge(fresh)
     assert not any(isinstance(m, (lowrank.LoRALinear, TrainedModule)) for m in merged.modules())
     if dtype == torch.float32:
-        assert (output(merged, batch) - trained).abs().max() < 1e-4 * trained.abs().max().clamp_min(1)
+        assert (logits(merged, batch) - trained).abs().max() < 1e-4 * trained.abs().max().clamp_min(1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

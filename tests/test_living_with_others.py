@@ -16,7 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import lowrank
 from lowrank import Policy, presets
 from lowrank.layers.trained import TrainedModule
-from tests import zoo
+from tests import helpers, zoo
+from tests.helpers import perturb
 
 with warnings.catch_warnings():  # it uses what its dependencies have given up
     warnings.simplefilter("ignore")
@@ -51,16 +52,12 @@ def wrapped(family: str = "bert", policy: Policy = POLICY) -> nn.Module:
 
 
 def logits(model: nn.Module, family: str = "bert") -> Tensor:
-    with torch.no_grad():
-        return model.eval()(**zoo.batch(family)).logits
+    return helpers.logits(model.eval(), zoo.batch(family))
 
 
-def perturb(model: nn.Module) -> nn.Module:
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in lowrank.adapter_parameters(model):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
-    return model
+def frozen_base(family: str = "bert") -> Tensor:
+    """The frozen base's logits: what a wrapped model gives before its first step."""
+    return helpers.frozen_logits(zoo.build(family), zoo.batch(family))
 
 
 def learnt(model: nn.Module, folder: Path) -> None:
@@ -73,7 +70,7 @@ def learnt(model: nn.Module, folder: Path) -> None:
     lowrank.save_adapter(model, folder)
     assert torch.equal(logits(lowrank.load_adapter(zoo.build("bert"), folder)), logits(model))
     with lowrank.disable_adapters(model):
-        assert torch.equal(logits(model), logits(zoo.build("bert")))
+        assert torch.equal(logits(model), frozen_base())
 
 
 # -- trainers -----------------------------------------------------------------------------------------
@@ -263,7 +260,7 @@ def test_a_dispatched_base(tmp_path: Path) -> None:
     model = dispatched()
     assert hasattr(model.bert.encoder.layer[0].attention.self.query, "_hf_hook")
     lowrank.wrap_model(model, POLICY, progress=False)
-    assert torch.equal(logits(model), logits(zoo.build("bert")))
+    assert torch.equal(logits(model), frozen_base())
     for seed in range(2):
         model(**zoo.batch("bert", seed=seed)).loss.backward()
         with torch.no_grad():
@@ -303,7 +300,7 @@ def test_an_offloaded_base(tmp_path: Path) -> None:
         lowrank.merge(model)
     lowrank.unwrap(model)
     lowrank.wrap_model(model, presets.lora(rank=2), progress=False)
-    assert torch.equal(logits(model), logits(zoo.build("bert")))
+    assert torch.equal(logits(model), frozen_base())
     assert {p.device.type for p in lowrank.adapter_parameters(model)} == {"cpu"}
 
 
@@ -337,7 +334,7 @@ def test_wrapped_on_the_meta_device_and_loaded_afterwards(family: str, tmp_path:
     model = lowrank.wrap_model(on_meta(family), policy, progress=False)
     assert all(not p.is_meta for p in lowrank.adapter_parameters(model))
     fill(model, family)
-    assert torch.equal(logits(model, family), logits(zoo.build(family), family))
+    assert torch.equal(logits(model, family), frozen_base(family))
     usual = wrapped(family, policy)
     for one, other in zip(lowrank.adapter_parameters(model), lowrank.adapter_parameters(usual), strict=True):
         assert torch.equal(one, other), "it starts elsewhere than on a loaded base"

@@ -21,6 +21,7 @@ from lowrank.init import Kaiming, TaskAligned
 from lowrank.measure import Source
 from lowrank.targets import select
 from tests import zoo
+from tests.helpers import frozen_logits, logits
 
 ALL = ("covariance", "moment", "sensitivity", "gradient")
 
@@ -216,7 +217,9 @@ def test_an_expert_is_measured_on_the_tokens_routed_to_it() -> None:
 def test_the_experts_kernel_is_as_before() -> None:
     model = zoo.build("mixtral")
     before = model.config._experts_implementation
-    calibrate(model, select(model, "experts.*").projections, ["moment"], [zoo.batch("mixtral")], progress=False)
+    calibrate(
+        model, select(model, "experts.*").projections, ["moment"], [zoo.batch("mixtral")], progress=False
+    )
     assert model.config._experts_implementation == before
     assert "forward" not in model.model.layers[0].mlp.experts.__dict__
 
@@ -224,11 +227,9 @@ def test_the_experts_kernel_is_as_before() -> None:
 @pytest.mark.parametrize("preset", [presets.tlora, presets.eva, presets.corda, presets.lora_ga])
 def test_experts_take_every_start(preset: Any) -> None:
     model, batch = zoo.build("mixtral"), zoo.batch("mixtral")
-    with torch.no_grad():
-        base = model(**batch).logits
+    base = frozen_logits(model, batch)
     lowrank.wrap_model(model, preset(rank=2), batches=batches("mixtral"), progress=False)
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, base)
+    assert torch.equal(logits(model, batch), base)
 
 
 def test_experts_that_show_nothing_are_refused() -> None:
@@ -243,7 +244,9 @@ def test_experts_that_show_nothing_are_refused() -> None:
 
     model = nn.Sequential(Experts())
     with pytest.raises(ValueError, match="0 cannot be calibrated: it does not use its weights by"):
-        calibrate(model, select(model, "all-linear").projections, ["moment"], [torch.randn(3, 4)], progress=False)
+        calibrate(
+            model, select(model, "all-linear").projections, ["moment"], [torch.randn(3, 4)], progress=False
+        )
 
 
 # -- several processes ----------------------------------------------------------------------------------

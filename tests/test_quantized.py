@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import lowrank
 from lowrank import presets
 from lowrank.projections import as_rows
-from tests import zoo
+from tests import helpers, zoo
+from tests.helpers import perturb
 
 with warnings.catch_warnings():  # their own affairs with PyTorch's newest
     warnings.simplefilter("ignore")
@@ -111,8 +112,11 @@ def wrap(model: nn.Module, preset: Any, family: str, **options: Any) -> nn.Modul
 
 
 def logits(model: nn.Module, family: str) -> Tensor:
-    with torch.no_grad():
-        return model(**zoo.batch(family)).logits
+    return helpers.logits(model, zoo.batch(family))
+
+
+def frozen_logits(model: nn.Module, family: str) -> Tensor:
+    return helpers.frozen_logits(model, zoo.batch(family))
 
 
 def train(model: nn.Module, family: str) -> nn.Module:
@@ -138,7 +142,7 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrap_train_save_and_take_out(kind: str, family: str, preset: str, tmp_path: Path) -> None:
     model = base(kind, family)
-    plain, before, modules = logits(model, family), stored(model), dict(model.named_modules())
+    plain, before, modules = frozen_logits(model, family), stored(model), dict(model.named_modules())
     wrap(model, PRESETS[preset], family)
     assert torch.equal(logits(model, family), plain), "an untrained adapter changed the quantized model"
     assert {p.dtype for p in lowrank.adapter_parameters(model)} == {torch.float32}
@@ -155,7 +159,7 @@ def test_wrap_train_save_and_take_out(kind: str, family: str, preset: str, tmp_p
     assert torch.equal(logits(twin, family), trained)
 
     lowrank.unwrap(model)
-    assert torch.equal(logits(model, family), plain) and dict(model.named_modules()) == modules
+    assert torch.equal(frozen_logits(model, family), plain) and dict(model.named_modules()) == modules
     after = stored(model)
     assert all(torch.equal(tensor, after[path]) for path, tensor in before.items())
 
@@ -197,11 +201,7 @@ def test_four_bits_packed_for_inference_are_not_misread() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_is_refused_or_done_in_floating_point(kind: str, dtype: torch.dtype) -> None:
     model = base(kind, "llama", dtype)
-    wrap(model, presets.pissa, "llama")
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in lowrank.adapter_parameters(model):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    perturb(wrap(model, presets.pissa, "llama"))
     trained = logits(model, "llama")
     with pytest.raises(ValueError, match=r"adding ΔW would mean to quantize again.*dequantize=True"):
         lowrank.merge(model)
@@ -284,9 +284,9 @@ def model_of(layer: nn.Module) -> nn.Module:
 def test_the_layers_own_call_is_kept(kind: type[nn.Linear]) -> None:
     layer = Opaque(nn.Linear(7, 6)) if kind is Opaque else kind(7, 6)
     model, x = model_of(layer), torch.randn(4, 7)
-    plain = model(x).detach()
+    plain = helpers.frozen_logits(model, x)
     lowrank.wrap_model(model, presets.lora(rank=2), progress=False)
-    assert torch.equal(model(x), plain)
+    assert torch.equal(helpers.logits(model, x), plain)
     adapter = model[0].adapters[0]
     with torch.no_grad():
         adapter.B.normal_()

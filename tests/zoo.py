@@ -109,6 +109,31 @@ class Perceptron(nn.Module):
         return hf.modeling_outputs.SequenceClassifierOutput(loss=loss, logits=logits)
 
 
+class Shared(nn.Module):
+    """One layer in three places, called three times, and one of its own after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+        self.inner = nn.ModuleList([self.first, nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner[1](self.second(self.inner[0](self.first(x))))
+
+
+class Homemade(nn.Module):
+    """A linear layer (8 to 8) that is neither nn.Linear nor Conv1D, told by its shape and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = 8, 8, None
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
 def bert() -> nn.Module:
     return hf.BertForSequenceClassification(hf.BertConfig(**ENCODER, num_labels=2))
 

@@ -125,7 +125,7 @@ def test_factors_that_make_no_adapter(A: Tensor, B: Tensor, options: dict, messa
 
 
 def test_dropout_acts_on_the_adapter_alone_and_in_training_alone() -> None:
-    base, x = nn.Linear(8, 6), torch.ones(2000, 8)
+    base, x = nn.Linear(8, 6).requires_grad_(False), torch.ones(2000, 8)
     layer = layer_over(base, moved(adapter()), dropout=0.5).train()
     whole = layer.eval()(x)
     dropped = layer.train()(x)
@@ -146,6 +146,7 @@ def test_it_is_called_as_its_base_is() -> None:
         (Scaled(4, 2), (x, 3.0), {}),
         (Scaled(4, 2), (x,), {"scale": 3.0}),
     ):
+        base.requires_grad_(False)
         adapter = Adapter(torch.randn(1, 4), torch.zeros(2, 1), 1.0, rows=(0, 2))
         layer = LoRALinear(base, [adapter], in_features=4, out_features=2)
         assert torch.equal(layer(*args, **kwargs), base(*args, **kwargs))
