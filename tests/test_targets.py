@@ -13,7 +13,7 @@ from tests import zoo
 
 
 def leaves(family: str, *args: object, **kwargs: object) -> set[str]:
-    return {p.name.split(".")[-1] for p in select(zoo.build(family), *args, **kwargs)}
+    return {p.name.split(".")[-1] for p in select(zoo.build(family), *args, **kwargs).projections}
 
 
 def test_all_linear_leaves_heads_out() -> None:
@@ -24,14 +24,16 @@ def test_all_linear_leaves_heads_out() -> None:
 
 
 def test_all_linear_leaves_trained_modules_out() -> None:
-    names = {p.module for p in select(zoo.build("bert"), "all-linear", train=("pooler", "classifier"))}
+    names = {
+        p.module for p in select(zoo.build("bert"), "all-linear", train=("pooler", "classifier")).projections
+    }
     assert not any("pooler" in name or "classifier" in name for name in names)
 
 
 def test_roles_patterns_and_predicates() -> None:
     assert leaves("gpt2", "query") == {"c_attn[query]"}
     assert leaves("llama", ["q_proj", "value"]) == {"q_proj", "v_proj"}
-    assert [p.module for p in select(zoo.build("llama"), "layers.1*.mlp.up_proj")] == [
+    assert [p.module for p in select(zoo.build("llama"), "layers.1*.mlp.up_proj").projections] == [
         "model.layers.1.mlp.up_proj"
     ]
     assert leaves("llama", lambda p: p.role == Role.DOWN) == {"down_proj"}
@@ -42,7 +44,7 @@ def test_roles_patterns_and_predicates() -> None:
 
 
 def test_order_is_the_models() -> None:
-    chosen = [p.name for p in select(zoo.build("llama"), ["v_proj", "q_proj"])]
+    chosen = [p.name for p in select(zoo.build("llama"), ["v_proj", "q_proj"]).projections]
     assert chosen == sorted(chosen, key=lambda name: (name.split(".")[2], name))
 
 
@@ -57,14 +59,14 @@ def test_exclude_takes_projections_and_modules_around_them() -> None:
 
 def test_excluding_a_role_leaves_modules_of_that_name_in() -> None:
     """In BERT the down-projection is ``output.dense``."""
-    kept = {p.role for p in select(zoo.build("bert"), "all-linear", exclude="output")}
+    kept = {p.role for p in select(zoo.build("bert"), "all-linear", exclude="output").projections}
     assert Role.DOWN in kept and Role.OUTPUT not in kept
 
 
 def test_a_name_that_is_a_role_of_nothing_is_a_name() -> None:
     model = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), output=nn.Linear(4, 4), last=nn.Linear(4, 2)))
-    assert [p.module for p in select(model, "output")] == ["output"]
-    assert [p.module for p in select(model, "all-linear", exclude="output")] == ["first", "last"]
+    assert [p.module for p in select(model, "output").projections] == ["output"]
+    assert [p.module for p in select(model, "all-linear", exclude="output").projections] == ["first", "last"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_an_undivided_weight_is_an_error_only_where_it_is_meant(family: str) -> 
     name = {"phi3": "qkv_proj", "neox": "query_key_value"}[family]
     with pytest.raises(ValueError, match=f"exclude=.'{name}',. .and 1 more like it"):
         select(zoo.build(family), "all-linear")
-    assert select(zoo.build(family), "all-linear", exclude=(name,))
+    assert select(zoo.build(family), "all-linear", exclude=(name,)).projections
     with pytest.raises(ValueError, match="matches no projection.*a fused weight could not be divided"):
         select(zoo.build(family), "query")
 
