@@ -34,8 +34,8 @@ def frozen_logits(model: nn.Module, batch: Any) -> Tensor:
     """The logits of ``model`` with every parameter frozen; the flags are as before afterwards.
 
     This is what a wrapped model equals bit for bit, and what comes back when it is unwrapped. Where a weight
-    requires grad PyTorch may pick another kernel with another rounding, also under no_grad, and which one depends
-    on the processor: no test compares bits with a base that is not frozen.
+    requires grad PyTorch may pick another kernel with another rounding, also under no_grad, which depends on
+    the processor: no test compares bits with a base that is not frozen.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

@@ -1,0 +1,169 @@
+"""What PEFT cannot hold is refused by name, and an export is all or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowrank
+from lowrank import AdapterError, Policy, presets
+from lowrank.peft_format import export
+from tests import zoo
+from tests.helpers import perturb
+from tests.peft_format.common import CLOSE, CONFIG, TENSORS, adapted, logits, policy, theirs, warnings_of_peft
+
+pytestmark = warnings_of_peft
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], Policy, str]] = {
+    "attention": (
+        lambda: zoo.build("torch_encoder"),
+        presets.lora(rank=2),
+        r"self_attn.in_proj_weight\[query\]: its weight is read without a call",
+    ),
+    "a fast path": (
+        lambda: zoo.build("torch_encoder"),
+        presets.lora(rank=2, target="linear1"),
+        "encoder.layers.1.linear1: its weight is read without a call",
+    ),
+    "experts": (
+        lambda: zoo.build("mixtral"),
+        presets.lora(rank=2, target="up"),
+        r"experts.gate_up_proj\[0.up\]: its weight is read without a call",
+    ),
+    "a shared module": (zoo.Shared, presets.lora(rank=2), "first: it is used in several places"),
+    "another kind of layer": (
+        lambda: nn.Sequential(zoo.Homemade(), nn.Linear(8, 8)),
+        presets.lora(rank=2),
+        "0: PEFT adapts nn.Linear and Conv1D, not Homemade",
+    ),
+    "a name inside another's": (
+        lambda: nn.ModuleDict({"head": nn.Linear(6, 6), "body_head": nn.ModuleDict({"fc": nn.Linear(6, 6)})}),
+        presets.lora(rank=2, target="fc", train=("head",)),
+        "body_head: it holds adapters",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_peft_cannot_hold_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    build, how, message = REFUSED[case]
+    model = perturb(lowrank.wrap_model(build(), how, progress=False))
+    with pytest.raises(ValueError, match=message):
+        lowrank.export_peft(model, tmp_path / "peft")
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_of_them_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as raised:
+        lowrank.export_peft(adapted("mamba", presets.lora(rank=2)), tmp_path / "peft")
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 1 + 2 * 3 and all("_proj: its weight is read" in line for line in lines[1:])
+
+
+def test_serving_takes_no_trained_modules(tmp_path: Path) -> None:
+    model = adapted("bert", policy("bert", train=("classifier",)))
+    with pytest.raises(ValueError, match="refuse or ignore modules trained in full .classifier."):
+        lowrank.export_peft(model, tmp_path, serving=True)
+
+
+def test_an_unwrapped_model_and_bad_numbers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the model is not wrapped"):
+        lowrank.export_peft(zoo.build("bert"), tmp_path)
+    model = adapted("bert", policy("bert"))
+    with torch.no_grad():
+        next(lowrank.adapter_parameters(model)).fill_(float("inf"))
+    with pytest.raises(ValueError, match="lora_A.weight holds NaN or Inf"):
+        lowrank.export_peft(model, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file: name a folder"):
+        lowrank.export_peft(adapted("bert", policy("bert")), tmp_path / "file")
+
+
+def corrupt_tensor(tensors: dict[str, Tensor]) -> None:
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name] = tensors[name] * (1 + 1e-4)
+
+
+def corrupt_head(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.classifier.bias"] = tensors["base_model.model.classifier.bias"] + 1e-6
+
+
+def drop_layer(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if "layer.1.intermediate" in name]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize("damage", [corrupt_tensor, corrupt_head, drop_layer])
+def test_an_export_that_is_not_the_model_leaves_nothing(
+    damage: Callable[[dict[str, Tensor]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted("bert", policy("bert", train=("classifier",)))
+    packed = export.packed
+
+    def damaged(tensors: dict[str, Tensor]) -> bytes:
+        tensors = dict(tensors)
+        damage(tensors)
+        return packed(tensors)
+
+    monkeypatch.setattr(export, "packed", damaged)
+    with pytest.raises(ValueError, match="nothing was exported"):
+        lowrank.export_peft(model, tmp_path / "below" / "peft")
+    assert not list(tmp_path.iterdir())
+
+    monkeypatch.undo()
+    lowrank.export_peft(model, tmp_path / "below" / "peft")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "below" / "peft").iterdir()}
+    monkeypatch.setattr(export, "packed", damaged)
+    with pytest.raises(ValueError, match="nothing was exported"):
+        lowrank.export_peft(model, tmp_path / "below" / "peft")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "below" / "peft").iterdir()} == before
+
+
+def test_a_wrong_configuration_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patterns = export.peft_patterns
+    monkeypatch.setattr(
+        export, "peft_patterns", lambda *a: {**patterns(*a), "lora_alpha": 1.0, "alpha_pattern": {}}
+    )
+    with pytest.raises(ValueError, match="give another ΔW"):
+        lowrank.export_peft(adapted("gpt2", policy("gpt2")), tmp_path / "peft")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_export_is_replaced_and_other_files_stay(tmp_path: Path) -> None:
+    model = adapted("bert", policy("bert"))
+    lowrank.export_peft(model, tmp_path)
+    (tmp_path / "README.md").write_text("kept")
+    perturb(model)
+    lowrank.export_peft(model, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {CONFIG, TENSORS, "README.md"}
+    torch.testing.assert_close(logits(theirs(tmp_path, "bert"), "bert"), logits(model, "bert"), **CLOSE)
+
+
+@pytest.mark.parametrize("crash_at", [3, 4])
+def test_a_crash_while_replacing_leaves_no_mixture(
+    crash_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted("bert", policy("bert"))
+    lowrank.export_peft(model, tmp_path)
+    perturb(model)
+    replace_file, calls = os.replace, 0
+
+    def crash(source: Any, target: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == crash_at:
+            raise OSError("the machine stops")
+        replace_file(source, target)
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(OSError, match="machine stops"):
+        lowrank.export_peft(model, tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(AdapterError, match=f"holds no {CONFIG}"):
+        lowrank.import_peft(zoo.build("bert"), tmp_path)
