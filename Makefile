@@ -19,11 +19,11 @@ PROJECT := pyproject.toml constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check lint format types benchmarks gpu clean distclean
+.PHONY: help demo test test-levels check lint format types benchmarks gpu clean distclean
 .NOTPARALLEL:
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
 # On cores that other programs use too, threads that wait by spinning cost ten times what waiting costs.
 demo: export OMP_WAIT_POLICY := PASSIVE
@@ -32,6 +32,19 @@ demo: $(READY)-demo ## LoRA, PiSSA, AILoRA and TLoRA on a real encoder and real 
 
 test: $(READY)-test ## the whole test suite (gpu tests too where there is a GPU); ARGS="-k plan" for a part
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+# Which kernels PyTorch, oneDNN and MKL pick, and so the last bits, depends on the processor: what these pick on
+# older ones, and on this one. To add a level, add its name and its line.
+LEVELS := default avx2 native
+LEVEL_default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
+LEVEL_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+LEVEL_native := ONEDNN_MAX_CPU_ISA=DEFAULT
+
+test-levels: $(addprefix test-level-,$(or $(LEVEL),$(LEVELS))) ## the suite with older processors' kernels; LEVEL=avx2 for one
+
+test-level-%: $(READY)-test
+	$(if $(LEVEL_$*),,$(error there is no level $*: LEVEL is one of $(LEVELS)))
+	$(LEVEL_$*) $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 check: test lint types ## everything that must pass before a commit
 
