@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -149,8 +150,8 @@ def _resolved(model: nn.Module, policy: Policy, cost: Costs) -> tuple[int, int]:
     if policy.budget is None:
         if policy.rank > most:
             raise ValueError(
-                f"rank {policy.rank} is more than {policy.init!r} can make of any target: the largest is {most}, "
-                f"of {widest.name} with shape {widest.shape}"
+                f"rank {policy.rank} is more than {policy.init!r} can make of any target: the largest is "
+                f"{most}, of {widest.name} with shape {widest.shape}"
             )
         return policy.rank, uniform_cost(projections, cost, policy.rank)
     budget = policy.budget
@@ -172,7 +173,7 @@ def _logical_size(model: nn.Module) -> int:
                 rows, columns = weight_shape(module, name)
                 sizes[id(parameter)] = rows * columns
             else:
-                sizes[id(parameter)] = parameter.numel() if state is None else state.shape.numel()
+                sizes[id(parameter)] = parameter.numel() if state is None else prod(state.shape)
     return sum(sizes.values())
 
 

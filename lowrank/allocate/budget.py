@@ -68,7 +68,7 @@ def in_proportion(
     cost: Mapping[Projection, int],
     floor: int = 0,
 ) -> list[int]:
-    """Ranks in proportion to ``shares``, as `apportion` guarantees it; a share above 0 gets ``floor`` or more.
+    """Ranks in proportion to ``shares``, as `apportion` guarantees it; a share gets ``floor`` or more.
 
     Raises:
         ValueError: the budget is too small for one rank anywhere or for the floors, or nothing can have rank.
