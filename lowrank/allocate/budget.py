@@ -95,7 +95,7 @@ def limits(projections: Sequence[Projection], cost: Costs, rank: int, initialize
     notes = []
     if none:
         notes.append(
-            f"{_projections(none)} left alone, since {initializer!r} can make no rank of them: {_short(none)}"
+            f"{_projections(none)} left alone, since {initializer!r} can make no rank there: {_short(none)}"
         )
     if less:
         notes.append(f"{_projections(less)} limited to less than the reference rank {rank}: {_short(less)}")
