@@ -30,7 +30,7 @@ class Policy:
         budget: trainable adapter parameters: a count, or a fraction of the model's parameters (0 < f < 1), a
             quantized weight counted by its shape. The reference rank is then the one that the uniform
             allocation of this budget gives, and ``rank`` is not used.
-        alpha: of the scaling.
+        alpha: over r or √r it is the scaling; not used where ``scaling`` is a number.
         scaling: the reference scaling: ``"alpha/r"``; ``"alpha/sqrt(r)"`` (rsLoRA, 2312.03732); or a number,
             the scaling itself. r is the reference rank for every allocator, whatever rank a projection gets.
             `Sensitivity` multiplies it projection by projection, the other allocators take it as it is.

@@ -214,7 +214,7 @@ def _named(name: str) -> Iterator[None]:
     except Exception as error:
         plain = isinstance(error, ValueError | RuntimeError)
         said = str(error) if plain else f"{type(error).__name__}: {error}"
-        raise ValueError(said if said.startswith(name) else f"{name}: {said}") from error
+        raise ValueError(f"{name}: {said}") from error
 
 
 # -- wrapping -----------------------------------------------------------------------------------------
