@@ -74,7 +74,7 @@ def corda(**overrides: Any) -> Policy:
 def lora_ga(**overrides: Any) -> Policy:
     """LoRA-GA (2407.05000): the first step follows the gradient of the whole weight.
 
-    Needs calibration batches with labels. No projection gets more than half of ``min(in, out)`` ranks.
+    Needs calibration batches with labels. A rank is at most ``min(in, out) / 2``.
     """
     return _policy({"init": GradientAligned()}, overrides)
 
