@@ -150,11 +150,14 @@ class Source:
 
     def _of_weights(self, model: nn.Module, projections: Sequence[Projection]) -> Statistics:
         bar = tqdm(projections, "singular values", disable=not self.progress, delay=2, leave=False)
-        return Statistics({p: ProjectionStatistics(spectrum=_singular_values(p.weight(model))) for p in bar})
+        return Statistics({p: ProjectionStatistics(spectrum=_singular_values(model, p)) for p in bar})
 
 
-def _singular_values(weight: Tensor) -> Tensor:
+def _singular_values(model: nn.Module, p: Projection) -> Tensor:
     """(min(out, in),) fp64, descending; small ones as accurate as the square root of fp64's."""
+    weight = p.weight(model)
+    if not weight.isfinite().all():
+        raise ValueError(f"{p.name}: NaN or Inf in its weight, which has no singular values then")
     tall = weight.double() if weight.shape[0] >= weight.shape[1] else weight.double().T
     return torch.linalg.eigvalsh(tall.T @ tall).clamp_min(0).sqrt().flip(0)
 

@@ -34,13 +34,16 @@ class Plan(Mapping[Projection, Allocation]):
     Args:
         allocations: what each projection gets; rank 0 leaves it alone.
         costs: trainable parameters of one rank; ``in + out`` where it is not said.
-        budget: trainable adapter parameters that could be spent, or None where nothing was set.
+        budget: trainable adapter parameters that could be spent: the policy's budget, or what its rank costs
+            everywhere. None where it is not known, or where the ranks were not limited by it.
         init: the initializer, or None: `wrap_model` then starts as plain LoRA does.
         dropout: on the adapters' inputs.
         train: paths of the modules that are trained in full.
         seed: of every random draw.
         energies: share of the squared singular values that the start holds, where it is known.
         notes: what a reader should know and the rows do not show: what was left out or limited, and why.
+        reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
+            None where it is not known, as in a plan made by hand.
 
     Raises:
         ValueError: a rank below 0 or above ``min(in, out)``, no rank anywhere, or a scaling or dropout out of
@@ -59,6 +62,7 @@ class Plan(Mapping[Projection, Allocation]):
         seed: int = 0,
         energies: Mapping[Projection, float] | None = None,
         notes: Sequence[str] = (),
+        reference_rank: int | None = None,
     ) -> None:
         for projection, allocation in allocations.items():
             most = min(projection.shape)
@@ -68,6 +72,8 @@ class Plan(Mapping[Projection, Allocation]):
                 raise ValueError(f"{projection.name}: scaling {allocation.scaling} is not finite")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1: {dropout}")
+        if reference_rank is not None and reference_rank < 1:
+            raise ValueError(f"reference_rank must be at least 1: {reference_rank}")
         if not any(allocation.rank for allocation in allocations.values()):
             raise ValueError("the plan gives no projection any rank")
         self._allocations = dict(allocations)
@@ -79,6 +85,7 @@ class Plan(Mapping[Projection, Allocation]):
         self.seed = seed
         self.energies = dict(energies or {})
         self.notes = tuple(notes)
+        self.reference_rank = reference_rank
 
     def __getitem__(self, projection: Projection) -> Allocation:
         return self._allocations[projection]
@@ -95,7 +102,7 @@ class Plan(Mapping[Projection, Allocation]):
     __hash__ = None  # type: ignore[assignment]
 
     def _state(self) -> tuple[Any, ...]:
-        settings = (self.budget, self.init, self.dropout, self.train, self.seed)
+        settings = (self.budget, self.reference_rank, self.init, self.dropout, self.train, self.seed)
         return self._allocations, self.costs, settings
 
     @property
@@ -140,12 +147,18 @@ class Plan(Mapping[Projection, Allocation]):
             ]
             rows.append("  ".join(cells))
         rows.insert(1, "  ".join("-" * w for w in widths))
-        total = f"{self.trainable_parameters:,} trainable adapter parameters"
-        rows.append(total + (f" of a budget of {self.budget:,}" if self.budget else ""))
+        rows.append(self._total())
         if self.train:
             rows.append(f"trained in full: {', '.join(self.train)}")
         rows += [f"note: {note}" for note in self.notes]
         return "\n".join(row.rstrip() for row in rows)
+
+    def _total(self) -> str:
+        total = f"{self.trainable_parameters:,} trainable adapter parameters"
+        if self.budget is not None:
+            left = self.budget - self.trainable_parameters
+            total += f" of a budget of {self.budget:,}" + (f" ({left:,} left)" if left else "")
+        return total + ("" if self.reference_rank is None else f", reference rank {self.reference_rank}")
 
     # -- JSON ---------------------------------------------------------------------------------------
 
@@ -155,6 +168,7 @@ class Plan(Mapping[Projection, Allocation]):
             "format": FORMAT,
             "version": VERSION,
             "budget": self.budget,
+            "reference_rank": self.reference_rank,
             "init": _encode(self.init),
             "dropout": self.dropout,
             "train": list(self.train),
@@ -200,7 +214,7 @@ class Plan(Mapping[Projection, Allocation]):
                 if "energy" in row:
                     energies[p] = float(_typed(row["energy"], (int, float)))
             init = _decode(data["init"])
-            if init is not None and not hasattr(init, "needs"):
+            if init is not None and not type(init).__module__.startswith("lowrank.init."):
                 raise ValueError(f"{init!r:.80} is no initializer")
             return cls(
                 allocations,
@@ -212,6 +226,9 @@ class Plan(Mapping[Projection, Allocation]):
                 seed=_typed(data["seed"], int),
                 energies=energies,
                 notes=[_typed(note, str) for note in data.get("notes", ())],
+                reference_rank=None
+                if data.get("reference_rank") is None
+                else _typed(data["reference_rank"], int),
             )
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"this is no plan: {type(error).__name__}: {error}") from error
@@ -270,7 +287,7 @@ def peft_patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict
     }
 
 
-# -- initializers as data: dataclasses of lowrank.init, by name ----------------------------------------
+# -- initializers and allocators as data: dataclasses of lowrank.init and lowrank.allocate, by name ------
 
 
 def _encode(value: Any) -> Any:
@@ -280,7 +297,7 @@ def _encode(value: Any) -> Any:
         return [_encode(item) for item in value]
     if isinstance(value, Mapping):
         return {"mapping": [[_encode(k), _encode(v)] for k, v in value.items()]}
-    if is_dataclass(value) and type(value).__module__.startswith("lowrank.init."):
+    if is_dataclass(value) and type(value).__module__.startswith(("lowrank.init.", "lowrank.allocate.")):
         return {
             "class": type(value).__name__,
             "fields": {f.name: _encode(getattr(value, f.name)) for f in fields(value) if f.init},
@@ -300,11 +317,14 @@ def _decode(data: Any) -> Any:
         return Role(data["role"])
     if "mapping" in data:
         return {_decode(k): _decode(v) for k, v in data["mapping"]}
-    offered = importlib.import_module("lowrank.init")  # by name, so that a plan stays below its makers
     name = _typed(data["class"], str)
-    if name not in offered.__all__ or not hasattr(getattr(offered, name), "needs"):
-        raise ValueError(f"the plan's initializer {name!r} is unknown to this version")
-    return getattr(offered, name)(**{k: _decode(v) for k, v in data["fields"].items()})
+    for room in ("lowrank.init", "lowrank.allocate"):
+        offered = importlib.import_module(room)  # by name, so that a plan stays below its makers
+        if name in offered.__all__ and hasattr(getattr(offered, name), "needs"):
+            return getattr(offered, name)(**{k: _decode(v) for k, v in data["fields"].items()})
+    raise ValueError(
+        f"{name!r} is unknown to this version: lowrank.init and lowrank.allocate do not offer it"
+    )
 
 
 def _typed(value: Any, kind: Any) -> Any:

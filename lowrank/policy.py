@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from math import isfinite
+from dataclasses import dataclass, field, fields
+from math import isfinite, sqrt
+from typing import Any
 
 from lowrank.allocate import Allocator, Uniform
 from lowrank.init import Initializer, Kaiming
+from lowrank.plan import _decode, _encode
 from lowrank.projections import Role
 from lowrank.targets import Target
+
+FORMAT, VERSION = "lowrank-policy", 1
+SCALINGS = ("alpha/r", "alpha/sqrt(r)")
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,14 @@ class Policy:
             ``"query"``, a dotted-suffix pattern with ``*`` (``"layers.1*.mlp.up_proj"``), several of
             these, or a predicate of a `Projection`.
         exclude: names of projections, or of modules around them, to leave out.
-        rank: the uniform rank; also the budget, where ``budget`` is None.
-        budget: trainable adapter parameters: a count, or a fraction of the model's parameters (0 < f < 1).
-        alpha: the scaling is alpha / rank (the allocator may refine it).
+        rank: the reference rank where ``budget`` is None; the budget is then what this rank costs everywhere.
+        budget: trainable adapter parameters: a count, or a fraction of the model's parameters (0 < f < 1), a
+            quantized weight counted by its shape. The reference rank is then the one that the uniform
+            allocation of this budget gives, and ``rank`` is not used.
+        alpha: over r or √r it is the scaling; not used where ``scaling`` is a number.
+        scaling: the reference scaling: ``"alpha/r"``; ``"alpha/sqrt(r)"`` (rsLoRA, 2312.03732); or a number,
+            the scaling itself. r is the reference rank for every allocator, whatever rank a projection gets.
+            `Sensitivity` multiplies it projection by projection, the other allocators take it as it is.
         init: how the factors start.
         allocate: how the budget is spent.
         dropout: on the adapters' inputs, in training.
@@ -41,6 +51,7 @@ class Policy:
     rank: int = 8
     budget: int | float | None = None
     alpha: float = 16.0
+    scaling: str | float = "alpha/r"
     init: Initializer = field(default_factory=Kaiming)
     allocate: Allocator = field(default_factory=Uniform)
     dropout: float = 0.0
@@ -49,10 +60,18 @@ class Policy:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("target", "exclude", "train"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if not _whole(self.rank) or self.rank < 1:
             raise ValueError(f"rank must be a whole number, at least 1: {self.rank!r}")
         if not _number(self.alpha) or not isfinite(self.alpha) or self.alpha <= 0:
             raise ValueError(f"alpha must be positive: {self.alpha!r}")
+        if self.scaling not in SCALINGS and not (
+            _number(self.scaling) and isfinite(self.scaling) and self.scaling > 0  # type: ignore[arg-type,operator]
+        ):
+            choices = ", ".join(f'"{name}"' for name in SCALINGS)
+            raise ValueError(f"scaling must be {choices} or a positive number: {self.scaling!r}")
         if not _number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1: {self.dropout!r}")
         if not _whole(self.seed):
@@ -74,11 +93,64 @@ class Policy:
             if not callable(choice) or isinstance(choice, type) or not hasattr(choice, "needs"):
                 example = "Kaiming()" if name == "init" else "Uniform()"
                 raise ValueError(f"{name} takes an instance, such as {name}={example}: {choice!r}")
+        if self.budget is not None and getattr(self.allocate, "unit", "parameters") == "ranks":
+            raise ValueError(
+                f'{self.allocate!r} spends n·rank ranks, whatever they cost: with unit="ranks" give rank=, '
+                "and leave budget=None"
+            )
+
+    def reference_scaling(self, rank: int) -> float:
+        """The scaling that ``scaling`` and ``alpha`` say for the reference rank."""
+        if self.scaling == "alpha/r":
+            return self.alpha / rank
+        return self.alpha / sqrt(rank) if self.scaling == "alpha/sqrt(r)" else float(self.scaling)
 
     @property
     def needs(self) -> frozenset[str]:
         """The statistics that must be measured before this policy can be applied."""
         return self.init.needs | self.allocate.needs
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` makes an equal policy of it.
+
+        Raises:
+            ValueError: a target that is a function, or an initializer or allocator that is not lowrank's.
+        """
+        data: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            try:
+                data[each.name] = _encode(value)
+            except ValueError as error:
+                raise ValueError(
+                    f"{each.name}={value!r} cannot be written as JSON: names, numbers, and what lowrank.init "
+                    "and lowrank.allocate offer can"
+                ) from error
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Policy:
+        """The policy that `to_json` wrote; a field that is not there has its default.
+
+        Raises:
+            ValueError: ``data`` is no policy, or one of another version, or a value is out of range.
+        """
+        try:
+            if data["format"] != FORMAT or data["version"] != VERSION:
+                raise ValueError(f"expected {FORMAT} {VERSION}, got {data['format']} {data['version']}")
+            known = {each.name for each in fields(cls)}
+            said = {key: value for key, value in data.items() if key not in ("format", "version")}
+            if unknown := sorted(said.keys() - known):
+                raise ValueError(
+                    f"a policy has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+                )
+            said = {key: _decode(value) for key, value in said.items()}
+            for name in said.keys() & {"init", "allocate"}:
+                if not type(said[name]).__module__.startswith(f"lowrank.{name}."):
+                    raise ValueError(f"{name} must be one that lowrank.{name} offers: {said[name]!r:.80}")
+            return cls(**said)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is no policy: {type(error).__name__}: {error}") from error
 
 
 def _whole(value: object) -> bool:

@@ -21,7 +21,7 @@ from lowrank.projections import Role
 
 
 def lora(**overrides: Any) -> Policy:
-    """LoRA (2106.09685): A Kaiming-uniform, B zero."""
+    """LoRA (2106.09685): A Kaiming-uniform, B zero; rsLoRA (2312.03732) with ``scaling="alpha/sqrt(r)"``."""
     return _policy({"init": Kaiming()}, overrides)
 
 
@@ -74,7 +74,7 @@ def corda(**overrides: Any) -> Policy:
 def lora_ga(**overrides: Any) -> Policy:
     """LoRA-GA (2407.05000): the first step follows the gradient of the whole weight.
 
-    Needs calibration batches with labels.
+    Needs calibration batches with labels. A rank is at most ``min(in, out) / 2``.
     """
     return _policy({"init": GradientAligned()}, overrides)
 

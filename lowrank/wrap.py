@@ -6,23 +6,34 @@ All or nothing: whatever can go wrong goes wrong before the model is touched.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.adapted import check_unwrapped, install, make_adapter, on_weight, projection_problems
+from lowrank.adapted import (
+    check_unwrapped,
+    install,
+    make_adapter,
+    on_weight,
+    projection_problems,
+    weight_shape,
+)
+from lowrank.allocate.budget import Costs, check_affordable, limits, reference_rank, uniform_cost, unspent
 from lowrank.batches import Loss, Mask
 from lowrank.init import Factors, Initializer, Kaiming
-from lowrank.init.base import frozen_factors
+from lowrank.init.base import frozen_factors, largest_rank
 from lowrank.layers.adapter import Adapter
 from lowrank.measure import MATRICES, Source
-from lowrank.plan import Plan
+from lowrank.plan import Allocation, Plan
 from lowrank.policy import Policy
-from lowrank.projections import Projection
+from lowrank.projections import Projection, is_linear
 from lowrank.statistics import ProjectionStatistics, Statistics
 from lowrank.targets import select, trained_modules
 
@@ -79,19 +90,10 @@ def _plan(model: nn.Module, policy: Policy, source: Source, more: frozenset[str]
         raise ValueError(f"expected a Policy, such as lowrank.presets.lora(), not {policy!r}")
     train = trained_modules(model, policy.train)
     projections, notes = select(model, policy.target, policy.exclude, policy.train, policy.fused)
-    cost = {p: _cost(policy.init, p) for p in projections}
-    budget = policy.budget
-    if isinstance(budget, float):
-        budget = int(budget * sum(parameter.numel() for parameter in model.parameters()))
-    if budget is not None and budget < min(cost.values()):
-        raise ValueError(
-            f"a budget of {budget:,} parameters is too small for one rank anywhere: "
-            f"the cheapest costs {min(cost.values()):,}"
-        )
     check_layers(model, projections, train, policy.dropout)
-    allocate = partial(
-        policy.allocate, projections, rank=policy.rank, budget=budget, alpha=policy.alpha, cost=cost
-    )
+    cost = _costs(policy.init, projections)
+    rank, budget = _resolved(model, policy, cost)
+    allocate = partial(_allocate, policy, rank, budget, cost)
     # What needs no calibration complains before one.
     allocations = None if policy.allocate.needs else allocate(statistics=None)
     if "sketch" in policy.init.needs:
@@ -103,22 +105,116 @@ def _plan(model: nn.Module, policy: Policy, source: Source, more: frozenset[str]
     statistics = source.measure(model, projections, policy.allocate.needs | more)
     if allocations is None:
         allocations = allocate(statistics=statistics)
+    notes = [
+        *notes,
+        *limits(projections, cost, rank, policy.init),
+        *unspent(allocations, cost, budget, policy.allocate),
+    ]
+    spent = sum(allocation.rank * cost[p] for p, allocation in allocations.items())
     plan = Plan(
-        {p: allocations[p] for p in projections},
+        allocations,
         costs=cost,
-        budget=budget,
+        budget=budget if spent <= budget else None,
         init=policy.init,
         dropout=policy.dropout,
         train=train,
         seed=policy.seed,
         notes=notes,
+        reference_rank=rank,
     )
     return plan, statistics
 
 
-def _cost(init: Initializer, p: Projection) -> int:
-    frozen = frozen_factors(init, p.role)
-    return (0 if "A" in frozen else p.in_features) + (0 if "B" in frozen else p.out_features)
+def _costs(init: Initializer, projections: Sequence[Projection]) -> Costs:
+    """Trainable parameters of one rank of each projection, and the largest rank that ``init`` can make."""
+    cost, largest = {}, {}
+    for p in projections:
+        with _named(p.name):
+            frozen = frozen_factors(init, p.role)
+            cost[p] = (0 if "A" in frozen else p.in_features) + (0 if "B" in frozen else p.out_features)
+            largest[p] = largest_rank(init, p.shape, p.role)
+    return Costs(cost, largest)
+
+
+def _resolved(model: nn.Module, policy: Policy, cost: Costs) -> tuple[int, int]:
+    """The reference rank and the budget in trainable parameters, once for whatever allocator.
+
+    Raises:
+        ValueError: a rank that no projection can have, or a budget below one rank anywhere.
+    """
+    projections = list(cost)
+    widest = max(projections, key=lambda p: cost.largest[p])
+    most = cost.largest[widest]
+    if not most:
+        raise ValueError(f"{policy.init!r} can make no rank of {widest.name}, nor of any other target")
+    if policy.budget is None:
+        if policy.rank > most:
+            raise ValueError(
+                f"rank {policy.rank} is more than {policy.init!r} can make of any target: the largest is "
+                f"{most}, of {widest.name} with shape {widest.shape}"
+            )
+        return policy.rank, uniform_cost(projections, cost, policy.rank)
+    budget = policy.budget
+    if isinstance(budget, float):
+        budget = int(budget * _logical_size(model))
+    check_affordable(budget, [cost[p] for p in projections if cost.largest[p]])
+    return reference_rank(projections, cost, budget), budget
+
+
+def _logical_size(model: nn.Module) -> int:
+    """The parameters of ``model``: shared ones once, a packed weight by the shape that it stands for."""
+    sizes: dict[int, int] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in sizes:
+                continue
+            state = getattr(parameter, "quant_state", None)  # bitsandbytes packs two numbers in a byte
+            if name == "weight" and is_linear(module):
+                rows, columns = weight_shape(module, name)
+                sizes[id(parameter)] = rows * columns
+            else:
+                sizes[id(parameter)] = parameter.numel() if state is None else prod(state.shape)
+    return sum(sizes.values())
+
+
+def _allocate(
+    policy: Policy,
+    rank: int,
+    budget: int,
+    cost: Costs,
+    statistics: Mapping[Projection, ProjectionStatistics] | None,
+) -> dict[Projection, Allocation]:
+    """What the policy's allocator gives each projection, cut to the largest rank that it can have."""
+    projections = list(cost)
+    alpha = policy.alpha if policy.scaling == "alpha/r" else policy.reference_scaling(rank) * rank
+    with _named(repr(policy.allocate)):
+        given = policy.allocate(
+            projections, rank=rank, budget=budget, alpha=alpha, cost=cost, statistics=statistics
+        )
+        missing = [p.name for p in projections if p not in given]
+        if missing:
+            raise ValueError(
+                f"it gives nothing for {missing[0]} ({len(missing)} in all); leave alone is rank 0"
+            )
+        allocations = {p: replace(given[p], rank=min(given[p].rank, cost.largest[p])) for p in projections}
+        spent = sum(allocation.rank * cost[p] for p, allocation in allocations.items())
+        if policy.budget is not None and spent > budget:
+            raise ValueError(f"its ranks cost {spent:,} parameters, more than the budget of {budget:,}")
+    return allocations
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors within become ValueErrors that say ``name``, with the error as cause; lack of memory is kept."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        error.add_note(name)
+        raise
+    except Exception as error:
+        plain = isinstance(error, ValueError | RuntimeError)
+        said = str(error) if plain else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name}: {said}") from error
 
 
 # -- wrapping -----------------------------------------------------------------------------------------
@@ -183,6 +279,14 @@ def _fitted(model: nn.Module, plan: Plan) -> Plan:
     problems = projection_problems(model, plan.adapted)
     if problems:
         raise ValueError("the plan was made for another model:\n  " + "\n  ".join(problems))
+    init = plan.init or Kaiming()
+    for p in plan.adapted:
+        with _named(p.name):
+            most = largest_rank(init, p.shape, p.role)
+        if plan[p].rank > most:
+            problems.append(f"{p.name} of shape {p.shape}: rank {plan[p].rank}, at most {most}")
+    if problems:
+        raise ValueError(f"the plan has ranks that {init!r} cannot make:\n  " + "\n  ".join(problems))
     return Plan(
         plan,
         costs=plan.costs,
@@ -192,6 +296,7 @@ def _fitted(model: nn.Module, plan: Plan) -> Plan:
         train=trained_modules(model, plan.train),
         seed=plan.seed,
         notes=plan.notes,
+        reference_rank=plan.reference_rank,
     )
 
 
@@ -201,18 +306,19 @@ def _start(
     """The adapter of one projection as ``init`` starts it, and the energy of the start where it is known."""
     rank, scaling = plan[p].rank, plan[p].scaling
     generator = torch.Generator().manual_seed(_seed(plan.seed, p))
-    weight, unreadable = _shown(model, p)
-    try:
-        with torch.no_grad():
-            factors = init(weight, rank, scaling, role=p.role, statistics=measured, generator=generator)
-        _check_factors(p, factors, rank, frozen_factors(init, p.role))
-        return make_adapter(model, p, factors.A, factors.B, scaling, factors.frozen), factors.energy
-    except (ValueError, RuntimeError) as error:
-        if not unreadable:
-            raise
-        raise ValueError(
-            f"{p.name}: {init} starts from its values, but {unreadable}; Kaiming() needs none"
-        ) from error
+    with _named(p.name):
+        weight, unreadable = _shown(model, p)
+        try:
+            with torch.no_grad():
+                factors = init(weight, rank, scaling, role=p.role, statistics=measured, generator=generator)
+            _check_factors(p, factors, rank, frozen_factors(init, p.role))
+            return make_adapter(model, p, factors.A, factors.B, scaling, factors.frozen), factors.energy
+        except (ValueError, RuntimeError) as error:
+            if not unreadable:
+                raise
+            raise ValueError(
+                f"{init} starts from its values, but {unreadable}; Kaiming() needs none"
+            ) from error
 
 
 def _shown(model: nn.Module, p: Projection) -> tuple[Tensor, str]:
@@ -232,13 +338,11 @@ def _check_factors(p: Projection, factors: Factors, rank: int, declared: frozens
     wanted = (rank, p.in_features), (p.out_features, rank)
     if (tuple(factors.A.shape), tuple(factors.B.shape)) != wanted:
         raise ValueError(
-            f"{p.name}: the initializer made A {tuple(factors.A.shape)} and B {tuple(factors.B.shape)}, "
-            f"not {wanted}"
+            f"the initializer made A {tuple(factors.A.shape)} and B {tuple(factors.B.shape)}, not {wanted}"
         )
     if factors.frozen != declared:
         raise ValueError(
-            f"{p.name}: the initializer freezes {sorted(factors.frozen)}, "
-            f"but its frozen(role) says {sorted(declared)}"
+            f"the initializer freezes {sorted(factors.frozen)}, but its frozen(role) says {sorted(declared)}"
         )
 
 

@@ -43,7 +43,7 @@ def test_the_table() -> None:
     assert a.split() == ["a", "query", "8", "×", "6", "2", "1.5", "28", "46.7%", "0.2500"]
     assert b.split() == ["b", "up", "4", "×", "4", "3", "0.5", "24", "40.0%", "–"]
     assert "left alone" in c
-    assert total == "52 trainable adapter parameters of a budget of 60"
+    assert total == "52 trainable adapter parameters of a budget of 60 (8 left)"
 
 
 def test_frozen_factors_do_not_count() -> None:

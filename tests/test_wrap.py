@@ -51,7 +51,11 @@ BAD = {
         "matches no projection; the nearest names are q_proj",
     ),
     "no target": (presets.lora(target=()), {}, "no target"),
-    "rank above a projection": (presets.lora(rank=17), {}, "rank 17 is more than .*k_proj of shape .16, 32."),
+    "rank above every projection": (
+        presets.lora(rank=33),
+        {},
+        "rank 33 is more than Kaiming.* can make of any target: the largest is 32, of .*q_proj with",
+    ),
     "budget too small": (
         presets.lora(budget=40),
         {},

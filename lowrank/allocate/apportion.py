@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import floor, isfinite
 
+NOTHING = 1e-9  # of a rank: what rounding in t may add to a whole target or take from it
+
 
 def apportion(
     shares: Sequence[float],
@@ -13,15 +15,19 @@ def apportion(
     budget: int,
     floors: Sequence[int] | None = None,
 ) -> list[int]:
-    """Ranks in proportion to ``shares``, whose cost comes as near to ``budget`` as whole ranks can.
+    """Whole ranks in proportion to ``shares``, whose cost is within ``budget``.
 
-    Between its floor and its cap each rank is ``t · share``, with the one t that spends the budget;
-    it is rounded down, and what is left goes out by largest remainder (ties to the first). At the end
-    what is left is less than one more rank of the cheapest entry that can still grow: one whose share
-    is not zero and whose cap is not reached.
+    The target of an entry is ``t · share``, but at least its floor and at most its cap, with the largest t
+    whose targets cost no more than the budget. An entry gets its target rounded down; then the entries with
+    the largest remainders get one rank more each, where what is left pays for it (ties to the larger share,
+    then to the first). An entry without a share gets nothing.
+
+    So each rank differs from its target by less than one, and at equal cost, cap and floor the larger share
+    never gets the smaller rank. What is left is less than the cost of one more rank of any entry that was
+    rounded down. It is not spent on more ranks of the cheap entries, which would break the proportions.
 
     Raises:
-        ValueError: a share is negative or not finite, all are zero, or the floors exceed the budget.
+        ValueError: a share is negative or not finite, all are zero, or the floors cost more than the budget.
     """
     floors = floors or [0] * len(shares)
     if not all(isfinite(share) and share >= 0 for share in shares) or not any(shares):
@@ -29,7 +35,6 @@ def apportion(
     largest = max(shares)
     shares = [share / largest for share in shares]
     lows = [min(low, cap) if share else 0 for low, cap, share in zip(floors, caps, shares, strict=True)]
-    entries = range(len(shares))
 
     def targets(t: float) -> list[float]:
         return [max(low, min(cap, t * share)) for low, cap, share in zip(lows, caps, shares, strict=True)]
@@ -38,7 +43,9 @@ def apportion(
         return sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
 
     if total(lows) > budget:
-        raise ValueError(f"the floors alone cost {total(lows)} parameters, more than the budget of {budget}")
+        raise ValueError(
+            f"the floors alone cost {total(lows):,} parameters, more than the budget of {budget:,}"
+        )
 
     low, high = 0.0, 1.0
     while total(targets(high)) < budget and high < 1e300:
@@ -47,17 +54,15 @@ def apportion(
         middle = (low + high) / 2
         low, high = (middle, high) if total(targets(middle)) <= budget else (low, middle)
     wanted = targets(low)
-    ranks = [max(lows[i], floor(wanted[i] + 1e-9)) for i in entries]
-    while total(ranks) > budget:  # the 1e-9 above may round one rank too many
-        over = max((i for i in entries if ranks[i] > lows[i]), key=lambda i: ranks[i] - wanted[i])
-        ranks[over] -= 1
-
+    ranks = [floor(target + NOTHING) for target in wanted]
+    entries = sorted(range(len(shares)), key=lambda i: (ranks[i] - wanted[i], -shares[i], i))
     left = budget - int(total(ranks))
-    while True:
-        growing = [i for i in entries if shares[i] and ranks[i] < caps[i] and costs[i] <= left]
-        if not growing:
-            return ranks
-        for i in sorted(growing, key=lambda i: (ranks[i] - wanted[i], i)):
-            if costs[i] <= left:
-                ranks[i] += 1
-                left -= costs[i]
+    for i in reversed(entries):  # where NOTHING made a whole rank of a target just below it, and too many did
+        if left < 0 and ranks[i] > wanted[i]:
+            ranks[i] -= 1
+            left += costs[i]
+    for i in entries:
+        if wanted[i] - ranks[i] > NOTHING and costs[i] <= left:
+            ranks[i] += 1
+            left -= costs[i]
+    return ranks

@@ -15,6 +15,9 @@ class Allocator(Protocol):
     """Gives each projection a rank and a scaling.
 
     ``needs`` says which statistics must be measured first, as for an initializer.
+
+    An allocator may have an attribute ``unit``. Where it is ``"ranks"`` the allocator spends ``n · rank``
+    ranks for n projections, whatever they cost, and a policy with a budget of parameters refuses it.
     """
 
     @property
@@ -32,7 +35,34 @@ class Allocator(Protocol):
     ) -> Mapping[Projection, Allocation]:
         """Allocations for ``projections``, within ``budget`` trainable parameters.
 
-        ``cost`` is what one rank of a projection takes; where ``budget`` is None it is what ``rank``
-        would cost everywhere. ``alpha / rank`` is the scaling of a projection that gets ``rank``.
+        Planning resolves the arguments once, so that they mean the same for every allocator:
+
+        Args:
+            rank: the reference rank. It is the rank that the uniform allocation of ``budget`` gives.
+            budget: trainable adapter parameters; where the policy has none, what ``rank`` costs everywhere.
+                None, in a call by hand, means the latter too.
+            alpha: so that ``alpha / rank`` is the reference scaling, whatever rule the policy chose for it
+                (`Policy.scaling`). It does not depend on the rank that a projection gets.
+            cost: trainable parameters that one rank of a projection takes. In planning it is a
+                `lowrank.allocate.budget.Costs`, which also says the largest rank of each projection. A rank
+                above that is cut to it after the call.
+            statistics: what was measured, or None where ``needs`` is empty.
         """
         ...
+
+
+def allocations(
+    projections: Sequence[Projection],
+    ranks: Sequence[int],
+    *,
+    rank: int,
+    alpha: float,
+    factors: Sequence[float] | None = None,
+) -> dict[Projection, Allocation]:
+    """``ranks`` with the reference scaling ``alpha / rank``, times ``factors`` where they are given."""
+    reference = alpha / rank
+    factors = factors or [1.0] * len(ranks)
+    return {
+        p: Allocation(each, reference * factor)
+        for p, each, factor in zip(projections, ranks, factors, strict=True)
+    }

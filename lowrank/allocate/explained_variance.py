@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from lowrank.allocate.base import allocations
+from lowrank.allocate.budget import check_affordable, largest_ranks, spendable
 from lowrank.plan import Allocation
 from lowrank.projections import Projection
 from lowrank.statistics import ProjectionStatistics
@@ -19,10 +21,11 @@ class ExplainedVariance:
 
     With ``unit="parameters"`` ranks are bought until the budget of trainable parameters affords no other;
     with ``unit="ranks"``, as the authors do, until n·rank are spent. No projection gets more than
-    ``rho · rank``. The scaling is ``alpha / rank`` for the uniform rank, whatever a projection gets.
+    ``rho · rank``, where rank is the reference rank: the policy's, or what the uniform allocation of its
+    budget gives. The scaling is the reference scaling, whatever rank a projection gets.
 
     Args:
-        rho: how far one projection may exceed the uniform rank.
+        rho: how far one projection may exceed the reference rank.
         unit: what the budget counts.
     """
 
@@ -47,15 +50,19 @@ class ExplainedVariance:
         cost: Mapping[Projection, int],
         statistics: Mapping[Projection, ProjectionStatistics] | None,
     ) -> dict[Projection, Allocation]:
-        """Raises ValueError without moments, or where the budget is too small for one rank."""
+        """Raises ValueError without moments, where no input varies, or for a budget below one rank."""
         if statistics is None:
             raise ValueError("ExplainedVariance needs measured statistics: pass batches=")
-        if self.unit == "ranks" and budget is not None:
-            raise ValueError('unit="ranks" spends n·rank ranks: give rank=, and leave budget=None')
-        price = dict.fromkeys(projections, 1) if self.unit == "ranks" else cost
-        left = sum(rank * price[p] for p in projections) if budget is None else budget
-        most = max(rank, int(self.rho * rank))
-        shares = _explained(projections, statistics, most)
+        if self.unit == "ranks":
+            price: Mapping[Projection, int] = dict.fromkeys(projections, 1)
+            left = len(projections) * rank
+        else:
+            price, left = cost, spendable(projections, cost, rank, budget)
+        limits = [min(int(self.rho * rank), most) for most in largest_ranks(projections, cost)]
+        shares = _explained(projections, statistics, limits)
+        if not any(shares.values()):
+            raise ValueError("the inputs of none of the projections vary: nothing tells their ranks")
+        check_affordable(left, [price[p] for p in projections if shares[p]])
         offers = [(share, -i, k) for i, p in enumerate(projections) for k, share in enumerate(shares[p])]
         ranks = dict.fromkeys(projections, 0)
         for _, i, _ in sorted(offers, key=lambda offer: (-offer[0], -offer[1], offer[2])):
@@ -63,22 +70,20 @@ class ExplainedVariance:
             if price[p] <= left:
                 ranks[p] += 1
                 left -= price[p]
-        if not any(ranks.values()):
-            raise ValueError(
-                f"a budget of {left:,} parameters is too small for one rank anywhere: "
-                f"the cheapest costs {min(price.values()):,}"
-            )
-        return {p: Allocation(r, alpha / rank) for p, r in ranks.items()}
+        return allocations(projections, list(ranks.values()), rank=rank, alpha=alpha)
 
 
 def _explained(
-    projections: Sequence[Projection], statistics: Mapping[Projection, ProjectionStatistics], most: int
+    projections: Sequence[Projection],
+    statistics: Mapping[Projection, ProjectionStatistics],
+    limits: Sequence[int],
 ) -> dict[Projection, list[float]]:
-    """Shares of variance by direction, descending; none where the input does not vary."""
+    """Shares of variance by direction, descending, up to each limit; none where the input does not vary."""
     by_input: dict[int, torch.Tensor] = {}  # projections that read one input share its moment
     shares = {}
-    for p in projections:
-        moment, mean = statistics[p].moment, statistics[p].mean
+    for p, limit in zip(projections, limits, strict=True):
+        measured = statistics[p] if p in statistics else ProjectionStatistics()
+        moment, mean = measured.moment, measured.mean
         if moment is None or mean is None:
             raise ValueError(f"{p.name} has no measured moment")
         if id(moment) not in by_input:
@@ -86,6 +91,5 @@ def _explained(
             by_input[id(moment)] = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
         values = by_input[id(moment)]
         total = float(values.sum())
-        cap = min(most, *p.shape)
-        shares[p] = [v / total for v in values[:cap].tolist() if v > 0] if total > 0 else []
+        shares[p] = [v / total for v in values[:limit].tolist() if v > 0] if total > 0 else []
     return shares

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
-from lowrank.allocate.apportion import apportion
+from lowrank.allocate.base import allocations
+from lowrank.allocate.budget import in_proportion, largest_ranks
 from lowrank.plan import Allocation
 from lowrank.projections import Projection
 from lowrank.statistics import ProjectionStatistics
@@ -17,13 +18,15 @@ from lowrank.statistics import ProjectionStatistics
 class Sensitivity:
     """Ranks in proportion to I = mean |W ⊙ ∇W|; a projection that the loss does not reach gets none.
 
-    With ``unit="parameters"`` the budget is one of trainable parameters, spent to within one rank of
-    the cheapest projection that can still grow. With ``unit="ranks"`` it is the authors' rule: n·rank
-    ranks in all, whatever they cost, the rounding remainder to the most sensitive; what exceeds
-    ``min(in, out)`` passes to the next.
+    With ``unit="parameters"`` the budget is one of trainable parameters. Each rank differs from its exact
+    proportion by less than one, and what is left pays for no further rank of a projection that was rounded
+    down (`apportion`). With ``unit="ranks"`` it is the authors' rule: n·rank ranks in all, whatever they
+    cost, the rounding remainder to the most sensitive; what exceeds a projection's largest rank passes to the
+    next.
 
-    The scaling follows the authors' code as it acts: ``(alpha / rank) · max(1, n·I / ΣI)``, where rank
-    is the uniform one.
+    The scaling follows the authors' code as it acts: ``s · max(1, n·I / ΣI)``, where s is the reference
+    scaling (``alpha / rank``, or what `Policy.scaling` says, for the reference rank) and n the number of
+    projections.
 
     Args:
         unit: what the budget counts.
@@ -58,27 +61,14 @@ class Sensitivity:
         whole = sum(sensitivities)
         if not whole:
             raise ValueError("the loss is sensitive to none of the projections: it does not reach them")
-        caps = [min(p.shape) for p in projections]
         if self.unit == "ranks":
-            if budget is not None:
-                raise ValueError('unit="ranks" spends n·rank ranks: give rank=, and leave budget=None')
-            ranks = _by_ranks(sensitivities, caps, rank)
+            ranks = _by_ranks(sensitivities, largest_ranks(projections, cost), rank)
         else:
-            costs = [cost[p] for p in projections]
-            if budget is None:
-                budget = sum(rank * each for each in costs)
-            reached = [each for each, s in zip(costs, sensitivities, strict=True) if s]
-            if budget < min(reached):
-                raise ValueError(
-                    f"a budget of {budget:,} parameters is too small for one rank anywhere: "
-                    f"the cheapest costs {min(reached):,}"
-                )
-            ranks = apportion(sensitivities, costs, caps, budget, [self.floor] * len(caps))
-        shares = [len(caps) * s / whole for s in sensitivities]
-        return {
-            p: Allocation(r, alpha / rank * max(1.0, share))
-            for p, r, share in zip(projections, ranks, shares, strict=True)
-        }
+            ranks = in_proportion(
+                projections, sensitivities, rank=rank, budget=budget, cost=cost, floor=self.floor
+            )
+        factors = [max(1.0, len(sensitivities) * s / whole) for s in sensitivities]
+        return allocations(projections, ranks, rank=rank, alpha=alpha, factors=factors)
 
 
 def _sensitivity(projection: Projection, statistics: Mapping[Projection, ProjectionStatistics]) -> float:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lowrank.allocate.apportion import apportion
+from lowrank.allocate.base import allocations
+from lowrank.allocate.budget import in_proportion
 from lowrank.plan import Allocation
 from lowrank.projections import Projection
 from lowrank.statistics import ProjectionStatistics
@@ -18,7 +19,7 @@ class StableRank:
     """Ranks in proportion to the stable rank ``‖W‖²_F / σ₁²``: more where a weight's energy is spread out.
 
     A zero weight gets none. The budget is one of trainable parameters, spent as `Sensitivity` spends it; the
-    scaling is ``alpha / rank`` for the uniform rank.
+    scaling is the reference scaling everywhere.
     """
 
     needs = frozenset({"spectrum"})
@@ -80,10 +81,15 @@ def _count(spectrum: Tensor, share: float) -> float:
 def _spectra(
     projections: Sequence[Projection], statistics: Mapping[Projection, ProjectionStatistics] | None
 ) -> list[Tensor]:
-    spectra = [None if statistics is None else statistics[p].spectrum for p in projections]
-    if any(spectrum is None for spectrum in spectra):
-        raise ValueError("the weights' spectra were not measured: give statistics with them")
-    return [spectrum for spectrum in spectra if spectrum is not None]
+    found = []
+    for p in projections:
+        spectrum = statistics[p].spectrum if statistics is not None and p in statistics else None
+        if spectrum is None:
+            raise ValueError(
+                f"{p.name}: the spectrum of its weight was not measured: give statistics that hold it"
+            )
+        found.append(spectrum)
+    return found
 
 
 def _spent(
@@ -94,16 +100,7 @@ def _spent(
     alpha: float,
     cost: Mapping[Projection, int],
 ) -> dict[Projection, Allocation]:
-    costs = [cost[p] for p in projections]
-    if budget is None:
-        budget = sum(rank * each for each in costs)
-    payable = [each for each, share in zip(costs, shares, strict=True) if share]
-    if not payable:
+    if not any(shares):
         raise ValueError("all the weights are zero: nothing tells their ranks")
-    if budget < min(payable):
-        raise ValueError(
-            f"a budget of {budget:,} parameters is too small for one rank anywhere: "
-            f"the cheapest costs {min(payable):,}"
-        )
-    ranks = apportion(shares, costs, [min(p.shape) for p in projections], budget)
-    return {p: Allocation(r, alpha / rank) for p, r in zip(projections, ranks, strict=True)}
+    ranks = in_proportion(projections, shares, rank=rank, budget=budget, cost=cost)
+    return allocations(projections, ranks, rank=rank, alpha=alpha)

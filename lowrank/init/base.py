@@ -39,7 +39,9 @@ class Initializer(Protocol):
 
     ``needs`` says which statistics must be measured first: of ``{"covariance", "sensitivity",
     "gradient"}``. An initializer that freezes a factor also has ``frozen(role) -> frozenset[str]``,
-    so that a plan can count trainable parameters before any weight is read.
+    so that a plan can count trainable parameters before any weight is read. One that cannot make every
+    rank up to ``min(out, in)`` also has ``largest_rank(shape, role) -> int``, with shape ``(out, in)``, so
+    that a plan is within its limits before anything is measured.
     """
 
     @property
@@ -63,3 +65,10 @@ def frozen_factors(initializer: Initializer, role: Role) -> frozenset[str]:
     """The factors that ``initializer`` will not train in a projection of that role."""
     declared = getattr(initializer, "frozen", None)
     return declared(role) if declared is not None else NOTHING
+
+
+def largest_rank(initializer: Initializer, shape: tuple[int, int], role: Role) -> int:
+    """The largest rank that ``initializer`` can make of a weight ``(out, in)`` of that role; 0 where none."""
+    declared = getattr(initializer, "largest_rank", None)
+    most = min(shape)
+    return most if declared is None else max(0, min(most, declared(shape, role)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank.init.base import NOTHING, Factors, Initializer, frozen_factors
+from lowrank.init.base import NOTHING, Factors, Initializer, frozen_factors, largest_rank
 from lowrank.projections import Role
 from lowrank.statistics import ProjectionStatistics
 
@@ -48,6 +48,10 @@ class ByRole:
     def frozen(self, role: Role) -> frozenset[str]:
         """What the initializer of that role will not train."""
         return frozen_factors(self._of(role), role)
+
+    def largest_rank(self, shape: tuple[int, int], role: Role) -> int:
+        """The largest rank that the initializer of that role can make of a weight ``(out, in)``."""
+        return largest_rank(self._of(role), shape, role)
 
     def __call__(
         self,

@@ -17,8 +17,9 @@ from lowrank.statistics import ProjectionStatistics
 class GradientAligned:
     """LoRA-GA (2407.05000, section 3): A holds ∇W's right singular vectors 1 … r, B the left ones r+1 … 2r.
 
-    Both are scaled by ``out^¼ / √γ``, the paper's stable scale, and anchored. A projection that the loss does
-    not reach has no gradient to follow: its vectors are orthonormal and arbitrary.
+    So the rank is at most ``min(out, in) / 2``. Both are scaled by ``out^¼ / √γ``, the paper's stable scale,
+    and anchored. A projection that the loss does not reach has no gradient to follow: its vectors are
+    orthonormal and arbitrary.
 
     Args:
         gamma: γ; the larger it is, the smaller the start.
@@ -31,6 +32,10 @@ class GradientAligned:
     def __post_init__(self) -> None:
         if not self.gamma > 0:
             raise ValueError(f"gamma must be positive: {self.gamma}")
+
+    def largest_rank(self, shape: tuple[int, int], role: Role) -> int:
+        """Half of the directions that a gradient ``(out, in)`` has: 2·rank are taken."""
+        return min(shape) // 2
 
     def __call__(
         self,
