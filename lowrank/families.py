@@ -221,7 +221,6 @@ FUSED: dict[str, dict[str, Layout]] = {
             "GraniteSpeechPlusConformerAttention"
         },
         "kv_proj": {halves: "JetMoeAttention"},
-        "linear_kv": {by_heads: "EsmFoldInvariantPointAttention"},
         "gate_up_proj": {_up_gate: "Phi4MultimodalAudioMLP"},
         "input_linear": {_gate_up: "GraniteMoeSharedMLP GraniteMoeHybridMLP GraniteMoeSWAMLP"},
     }.items()

@@ -89,13 +89,14 @@ def _try_layer(module: nn.Module, weight: Tensor, rows: int, columns: int) -> La
 
 def _reads_transposed(copy: nn.Module, x: Tensor, y: Tensor) -> bool:
     weight, bias = copy.weight.detach(), getattr(copy, "bias", None)
+    shifts = [torch.zeros_like(y)]
     if isinstance(bias, Tensor) and bias.shape == y.shape[-1:]:
-        y = y - bias.detach()
+        shifts.append(bias.detach().to(y.dtype).expand_as(y))
 
     def miss(matrix: Tensor) -> float:
         if matrix.shape[0] != x.shape[-1]:
             return float("inf")
-        return float((y - x @ matrix).norm() / y.norm().clamp_min(1e-30))
+        return min(float((y - shift - x @ matrix).norm() / y.norm().clamp_min(1e-30)) for shift in shifts)
 
     as_rows, as_columns = miss(weight.T), miss(weight)
     return as_columns < as_rows and as_columns <= 0.05
