@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from typing import Any
 
 from torch import nn
 
@@ -31,8 +32,8 @@ Blocks = Sequence[tuple[Role, int]]  # roles and row counts, as they are stored
 ROLES_BY_NAME = {
     name: role
     for role, names in {
-        Role.QUERY: "query q_proj q_lin query_proj q wq to_q q_attn linear_q add_q_proj to_query query_global "
-        "projection_query w2e_query e2w_query e2e_query q_a_proj q_b_proj receptance",
+        Role.QUERY: "query q_proj q_lin query_proj q wq to_q q_attn linear_q add_q_proj to_query "
+        "query_global projection_query w2e_query e2w_query e2e_query q_a_proj q_b_proj receptance",
         Role.KEY: "key k_proj k_lin key_proj k wk to_k linear_k add_k_proj to_key key_global projection_key",
         Role.VALUE: "value v_proj v_lin value_proj v wv to_v linear_v add_v_proj to_value value_global "
         "projection_value",
@@ -112,118 +113,121 @@ FUSED_NAMES = {
         "in_proj_qkvz".split(),
         QKV,
     ),
-    **dict.fromkeys("kv to_kv kv_proj linear_kv kv_b_proj kv_a_proj_with_mqa".split(), QKV[1:]),
+    **dict.fromkeys("kv to_kv kv_proj linear_kv".split(), QKV[1:]),
 }
+LATENT = frozenset("kv_a_proj_with_mqa kv_b_proj".split())  # DeepSeek: key and value from one latent
 GATED_NAMES = frozenset("gate_up_proj gate_up".split())
 
 
-def thirds(parent: nn.Module, rows: int) -> Blocks | None:
+def thirds(parent: Any, rows: int) -> Blocks | None:
     """Query, key and value, of one size."""
     return [(role, rows // 3) for role in QKV]
 
 
-def halves(parent: nn.Module, rows: int) -> Blocks | None:
+def halves(parent: Any, rows: int) -> Blocks | None:
     """Key and value, of one size."""
     return [(role, rows // 2) for role in QKV[1:]]
 
 
-def grouped(kv_rows: Callable[[nn.Module], int]) -> Callable[[nn.Module, int], Blocks | None]:
+def grouped(kv_rows: Callable[[Any], int]) -> Callable[[Any, int], Blocks | None]:
     """The query, then key and value of ``kv_rows(parent)`` rows each."""
 
-    def blocks(parent: nn.Module, rows: int) -> Blocks | None:
+    def blocks(parent: Any, rows: int) -> Blocks | None:
         kv = kv_rows(parent)
         return [(Role.QUERY, rows - 2 * kv), (Role.KEY, kv), (Role.VALUE, kv)]
 
     return blocks
 
 
-def by_heads(parent: nn.Module, rows: int) -> Blocks | None:
+def by_heads(parent: Any, rows: int) -> Blocks | None:
     """Query, key and value of one head, then of the next: no block of rows is the query's."""
     return None
 
 
-def _gpt2(parent: nn.Module, rows: int) -> Blocks | None:
+def _gpt2(parent: Any, rows: int) -> Blocks | None:
     return (halves if getattr(parent, "is_cross_attention", False) else thirds)(parent, rows)
 
 
-def _gpt_big_code(parent: nn.Module, rows: int) -> Blocks | None:
+def _gpt_big_code(parent: Any, rows: int) -> Blocks | None:
     if not getattr(parent, "multi_query", False):
-        return halves(parent, rows) if getattr(parent, "is_cross_attention", False) else by_heads(parent, rows)
+        return (halves if getattr(parent, "is_cross_attention", False) else by_heads)(parent, rows)
     return grouped(lambda m: m.kv_dim)(parent, rows)
 
 
-def _falcon(parent: nn.Module, rows: int) -> Blocks | None:
+def _falcon(parent: Any, rows: int) -> Blocks | None:
     if parent.new_decoder_architecture or not parent.multi_query:
         return by_heads(parent, rows)
     return grouped(lambda m: m.head_dim)(parent, rows)
 
 
-def _gated_delta_net(parent: nn.Module, rows: int) -> Blocks | None:
+def _gated_delta_net(parent: Any, rows: int) -> Blocks | None:
     return [(Role.QUERY, parent.key_dim), (Role.KEY, parent.key_dim), (Role.VALUE, parent.value_dim)]
 
 
-def _gate_up(parent: nn.Module, rows: int) -> Blocks | None:
+def _gate_up(parent: Any, rows: int) -> Blocks | None:
     return [(Role.GATE, rows // 2), (Role.UP, rows // 2)]
 
 
-def _up_gate(parent: nn.Module, rows: int) -> Blocks | None:
+def _up_gate(parent: Any, rows: int) -> Blocks | None:
     return [(Role.UP, rows // 2), (Role.GATE, rows // 2)]
 
 
-def _kv_heads(parent: nn.Module) -> int:
+def _kv_heads(parent: Any) -> int:
     return parent.num_key_value_heads * parent.head_dim
 
 
-Layout = Callable[[nn.Module, int], Blocks | None]
+Layout = Callable[[Any, int], Blocks | None]
 
 # By name of the weight and class of the module that holds it, read in transformers 5.23. A class whose
 # name says too little has its folder before it. tests/models/test_divisions.py tries every row.
-FUSED: dict[str, dict[str, Layout]] = {
+_TABLE: dict[str, dict[Layout, str]] = {
+    "qkv": {
+        thirds: "Blip2Attention BlipAttention CohereCompassVisionAttention "
+        "DeepseekOcr2SamVisionAttention Dots3NoteVisionAttention "
+        "Ernie4_5_VLMoeVisionAttention Florence2VisionChannelAttention "
+        "Florence2VisionWindowAttention Glm4vMoeVisionAttention Glm4vVisionAttention "
+        "Glm5NextVisionAttention GlmImageVisionAttention GlmOcrVisionAttention GotOcr2VisionAttention "
+        "HieraMaskUnitAttention InstructBlipAttention InstructBlipVideoAttention MgpstrAttention "
+        "PPFormulaNetVisionAttention PPOCRV5MobileRecAttention PPOCRV5ServerRecAttention "
+        "PPOCRV6SmallRecAttention Qwen2_5_VLVisionAttention Qwen3OmniMoeVisionAttention "
+        "Qwen3VLMoeVisionAttention Qwen3VLVisionAttention Qwen3_5MoeVisionAttention "
+        "Qwen3_5VisionAttention Qwen4ExpVisionAttention SLANeXtVisionAttention Sam2MultiScaleAttention "
+        "SamHQVisionAttention SamVisionAttention SegGptAttention TimesformerSelfAttention "
+        "UnlimitedOcrSamVisionAttention VitDetAttention qwen2_vl.VisionAttention",
+        grouped(_kv_heads): "Exaone4_5_VisionAttention",
+    },
+    "qkv_proj": {
+        grouped(_kv_heads): "Phi3Attention Phi4MultimodalAttention",
+        by_heads: "CodeGenAttention MiniMaxLightningAttention",
+    },
+    "query_key_value": {
+        _falcon: "FalconAttention",
+        by_heads: "BloomAttention GPTNeoXAttention GPTNeoXJapaneseAttention PersimmonAttention",
+    },
+    "c_attn": {
+        _gpt2: "GPT2Attention DecisionTransformerGPT2Attention ImageGPTAttention",
+        thirds: "openai.Attention",
+        _gpt_big_code: "GPTBigCodeAttention",
+    },
+    "wqkv": {thirds: "ModernBertAttention MptAttention", grouped(_kv_heads): "DbrxAttention"},
+    "att_proj": {thirds: "BarkSelfAttention"},
+    "qkv_linear": {thirds: "LayoutLMv2SelfAttention"},
+    "in_proj": {by_heads: "deberta.DisentangledSelfAttention"},
+    "in_proj_qkv": {
+        _gated_delta_net: "Qwen3_5GatedDeltaNet Qwen3_5MoeGatedDeltaNet Qwen4ExpTextGatedDeltaNet"
+    },
+    "in_proj_qkvz": {by_heads: "Qwen3NextGatedDeltaNet"},
+    "to_kv": {
+        halves: "EvollaSequenceCompressorAttention GraniteSpeechConformerAttention "
+        "GraniteSpeechPlusConformerAttention"
+    },
+    "kv_proj": {halves: "JetMoeAttention"},
+    "gate_up_proj": {_up_gate: "Phi4MultimodalAudioMLP"},
+    "input_linear": {_gate_up: "GraniteMoeSharedMLP GraniteMoeHybridMLP GraniteMoeSWAMLP"},
+}
+FUSED = {
     name: {kind: layout for layout, kinds in rows.items() for kind in kinds.split()}
-    for name, rows in {
-        "qkv": {
-            thirds: "Blip2Attention BlipAttention CohereCompassVisionAttention DeepseekOcr2SamVisionAttention "
-            "Dots3NoteVisionAttention Ernie4_5_VLMoeVisionAttention Florence2VisionChannelAttention "
-            "Florence2VisionWindowAttention Glm4vMoeVisionAttention Glm4vVisionAttention "
-            "Glm5NextVisionAttention GlmImageVisionAttention GlmOcrVisionAttention GotOcr2VisionAttention "
-            "HieraMaskUnitAttention InstructBlipAttention InstructBlipVideoAttention MgpstrAttention "
-            "PPFormulaNetVisionAttention PPOCRV5MobileRecAttention PPOCRV5ServerRecAttention "
-            "PPOCRV6SmallRecAttention Qwen2_5_VLVisionAttention Qwen3OmniMoeVisionAttention "
-            "Qwen3VLMoeVisionAttention Qwen3VLVisionAttention Qwen3_5MoeVisionAttention "
-            "Qwen3_5VisionAttention Qwen4ExpVisionAttention SLANeXtVisionAttention Sam2MultiScaleAttention "
-            "SamHQVisionAttention SamVisionAttention SegGptAttention TimesformerSelfAttention "
-            "UnlimitedOcrSamVisionAttention VitDetAttention qwen2_vl.VisionAttention",
-            grouped(_kv_heads): "Exaone4_5_VisionAttention",
-        },
-        "qkv_proj": {
-            grouped(_kv_heads): "Phi3Attention Phi4MultimodalAttention",
-            by_heads: "CodeGenAttention MiniMaxLightningAttention",
-        },
-        "query_key_value": {
-            _falcon: "FalconAttention",
-            by_heads: "BloomAttention GPTNeoXAttention GPTNeoXJapaneseAttention PersimmonAttention",
-        },
-        "c_attn": {
-            _gpt2: "GPT2Attention DecisionTransformerGPT2Attention ImageGPTAttention",
-            thirds: "openai.Attention",
-            _gpt_big_code: "GPTBigCodeAttention",
-        },
-        "wqkv": {thirds: "ModernBertAttention MptAttention", grouped(_kv_heads): "DbrxAttention"},
-        "att_proj": {thirds: "BarkSelfAttention"},
-        "qkv_linear": {thirds: "LayoutLMv2SelfAttention"},
-        "in_proj": {by_heads: "deberta.DisentangledSelfAttention"},
-        "in_proj_qkv": {
-            _gated_delta_net: "Qwen3_5GatedDeltaNet Qwen3_5MoeGatedDeltaNet Qwen4ExpTextGatedDeltaNet"
-        },
-        "in_proj_qkvz": {by_heads: "Qwen3NextGatedDeltaNet"},
-        "to_kv": {
-            halves: "EvollaSequenceCompressorAttention GraniteSpeechConformerAttention "
-            "GraniteSpeechPlusConformerAttention"
-        },
-        "kv_proj": {halves: "JetMoeAttention"},
-        "gate_up_proj": {_up_gate: "Phi4MultimodalAudioMLP"},
-        "input_linear": {_gate_up: "GraniteMoeSharedMLP GraniteMoeHybridMLP GraniteMoeSWAMLP"},
-    }.items()
+    for name, rows in _TABLE.items()
 }
 
 

@@ -19,6 +19,7 @@ from lowrank.families import (
     HEAD_LAYERS,
     HEADS,
     INDEXERS,
+    LATENT,
     ROUTERS,
     Blocks,
     Role,
@@ -127,7 +128,7 @@ def stored_transposed(module: nn.Module) -> bool:
     The shape tells it, and of a square weight a trial, where the layer has a forward of its own.
     """
     shape = declared_shape(module)
-    if shape is None or isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    if shape is None or type(module).forward is nn.Linear.forward:
         return False
     stored = tuple(module.weight.shape)  # type: ignore[arg-type]
     if stored != shape[::-1]:
@@ -275,7 +276,7 @@ def _linear(model: nn.Module, path: str, module: nn.Module, fused: Fused) -> Ite
     rows, columns = shape
     problem = "" if read_by_weight(model, path) else try_layer(module, rows, columns).problem
     if problem:
-        doubt = Doubt(f"{path} ({type(module).__name__}): {problem}", adaptable=False)
+        doubt = Doubt(f"{path}: the forward of {type(module).__name__} {problem}", adaptable=False)
         yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), doubt
         return
     blocks = _blocks(model, path, rows, columns, fused)
@@ -305,17 +306,21 @@ def _blocks(model: nn.Module, path: str, rows: int, columns: int, fused: Fused) 
     """Roles and row counts of the blocks of one weight, or why they cannot be told."""
     parent_path, _, name = path.rpartition(".")
     parent, leaf = model.get_submodule(parent_path), name.lower()
-    layout = layout_of(parent, leaf)
-    known = layout(parent, rows) if layout else None
-    told = _told(path, rows, fused)
+    layout, told = layout_of(parent, leaf), _told(path, rows, fused)
+    try:
+        known = layout(parent, rows) if layout else None
+    except AttributeError:  # another version of the class
+        layout = known = None
+    kind, why = type(parent).__name__, ""
     if layout and known is None:
-        why = (
-            f"{path}: {type(parent).__name__} interleaves query, key and value head by head, so no block of "
-            "rows is the query's"
-        )
-        if told:
-            raise ValueError(f"{why}: fused= cannot divide it, leave it out of fused")
-        return Doubt(why, frozenset(FUSED_NAMES[leaf]))
+        order = "interleaves query, key and value head by head"
+        why = f"{path}: {kind} {order}, so no block of rows is the query's"
+    elif leaf in LATENT:
+        why = f"{path}: {kind} has key and value of one latent, so no block of rows is the value's"
+    if why and told:
+        raise ValueError(f"{why}: fused= cannot divide it, leave it out of fused")
+    if why:
+        return Doubt(why, frozenset(FUSED_NAMES.get(leaf, (Role.KEY, Role.VALUE))))
     if told:
         return told
     if known and sum(size for _, size in known) == rows:
@@ -324,8 +329,10 @@ def _blocks(model: nn.Module, path: str, rows: int, columns: int, fused: Fused) 
         return [(Role.OTHER, rows)]  # a state-space block's
     if leaf in FUSED_NAMES:
         holds = FUSED_NAMES[leaf]
-        likely = [blocks for blocks in likely_blocks(parent, leaf, rows) if divides(parent, name, columns, blocks)]
-        return likely[0] if likely else Doubt(_ask_for_rows(model, path, rows, holds), frozenset(holds))
+        for likely in likely_blocks(parent, leaf, rows):
+            if divides(parent, name, columns, likely):
+                return likely
+        return Doubt(_ask_for_rows(model, path, rows, holds), frozenset(holds))
     if leaf in GATED_NAMES and rows % 2 == 0:
         return [(Role.GATE, rows // 2), (Role.UP, rows // 2)]
     if leaf == "wi":
@@ -343,7 +350,9 @@ def _told(path: str, rows: int, fused: Fused) -> Blocks | None:
     sizes = fused[pattern]
     if sum(sizes.values()) != rows or min(sizes.values(), default=0) < 1:
         said = f"fused[{pattern!r}] = {dict(sizes)}"
-        raise ValueError(f"{said} must add up to the {rows} rows of {path}; a longer pattern can name it alone")
+        raise ValueError(
+            f"{said} must add up to the {rows} rows of {path}; a longer pattern can name it alone"
+        )
     return [(Role(role), size) for role, size in sizes.items()]
 
 

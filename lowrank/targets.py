@@ -72,7 +72,7 @@ def select(
     for name in _as_names(exclude, "exclude"):
         known.check_role(f"exclude={name!r}", name, chosen)
     if not chosen:
-        raise ValueError(_nothing_left(target, exclude, train, known.heads))
+        raise ValueError(_nothing_left(target, exclude, train, known.notes(target, chosen, excluded)))
     broken = [doubt.reason for p in chosen if (doubt := doubts[p]) and not doubt.adaptable]
     if broken:
         more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
@@ -126,7 +126,9 @@ class _Known:
     def _left_out(self, p: Projection, doubt: Doubt | None) -> bool:
         return p.module in self.heads or (doubt is not None and (doubt.routes or not doubt.adaptable))
 
-    def notes(self, target: Target, chosen: Collection[Projection], excluded: Collection[Projection]) -> list[str]:
+    def notes(
+        self, target: Target, chosen: Collection[Projection], excluded: Collection[Projection]
+    ) -> list[str]:
         """What a plan for ``target`` should say of what it adapts as a whole or leaves out."""
         found: dict[str, list[str]] = {}
         by_role = not callable(target) and any(name in _ROLES for name in _as_names(target, "target"))
@@ -153,25 +155,21 @@ def _why(p: Projection, doubt: Doubt) -> str:
 
 
 def _listed(modules: Iterable[str]) -> str:
-    """``layers.0.mlp.gate (and 11 more called mlp.gate)``: modules that differ by numbers only are counted."""
+    """``head, layers.*.mlp.gate (12)``: modules that differ by numbers only are counted."""
     kinds: dict[str, list[str]] = {}
     for module in dict.fromkeys(modules):
-        kinds.setdefault(".".join("*" if part.isdigit() else part for part in module.split(".")), []).append(module)
-    return ", ".join(
-        held[0] if len(held) == 1 else f"{pattern} ({len(held)})" for pattern, held in kinds.items()
-    )
+        pattern = ".".join("*" if part.isdigit() else part for part in module.split("."))
+        kinds.setdefault(pattern, []).append(module)
+    shown = [held[0] if len(held) == 1 else f"{pattern} ({len(held)})" for pattern, held in kinds.items()]
+    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} kinds more" if len(shown) > 6 else "")
 
 
-def _nothing_left(
-    target: Target, exclude: Sequence[str], train: Sequence[str], heads: Mapping[str, str]
-) -> str:
-    left = [f"{what}={_as_names(names, what)}" for what, names in (("exclude", exclude), ("train", train)) if names]
-    if left:
-        return f"{' and '.join(left)} leaves nothing of target={target!r}"
-    return (
-        f"target={target!r} leaves out output heads, and the model has nothing else: name what to adapt, such as "
-        f"target={next(iter(heads), '')!r}"
-    )
+def _nothing_left(target: Target, exclude: Sequence[str], train: Sequence[str], notes: Sequence[str]) -> str:
+    options = (("exclude", exclude), ("train", train))
+    left = [f"{what}={_as_names(names, what)}" for what, names in options if names]
+    by = f"{' and '.join(left)} leaves" if left else "the model has"
+    why = f" ({'; '.join(notes)}); name what to adapt in target=" if notes else ""
+    return f"{by} nothing of target={target!r}{why}"
 
 
 def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:

@@ -11,7 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,7 +29,7 @@ class LayerTrial:
     """What calling a layer gave.
 
     Args:
-        problem: why no update can be added to its output; empty where one can.
+        problem: what its forward does, where no update can be added to that; else empty.
         transposed: it multiplies by its weight as ``(in, out)``; None where that was not tried.
     """
 
@@ -41,8 +42,9 @@ def try_layer(module: nn.Module, rows: int, columns: int) -> LayerTrial:
 
     Layers with Linear's own forward are not tried, nor are those on the meta device, packed or distributed.
     """
-    weight = getattr(module, "weight", None)
-    known = type(module).forward is nn.Linear.forward or type(module).__module__ == "transformers.pytorch_utils"
+    weight: Any = getattr(module, "weight", None)
+    kind = type(module)
+    known = kind.forward is nn.Linear.forward or kind.__module__ == "transformers.pytorch_utils"
     if known or not _is_plain(weight):
         return LayerTrial()
     return _once(module, ("layer", rows, columns), lambda: _try_layer(module, weight, rows, columns))
@@ -58,7 +60,7 @@ def divides(parent: nn.Module, leaf: str, columns: int, blocks: Sequence[tuple[R
     tensors = [*parent.parameters(), *parent.buffers()]
     if not all(_is_plain(tensor) or not tensor.is_floating_point() for tensor in tensors):
         return False
-    weight = parent.get_submodule(leaf).weight
+    weight: Any = parent.get_submodule(leaf).weight
     if any(tensor.is_meta for tensor in tensors) or sum(p.numel() for p in tensors) > 16 * weight.numel():
         return False
     key = ("blocks", leaf, columns, *blocks)
@@ -77,18 +79,19 @@ def _try_layer(module: nn.Module, weight: Tensor, rows: int, columns: int) -> La
             try:
                 y: Any = type(module).forward(copy, x)
             except Exception as error:  # whatever a stranger's code raises
-                problem = problem or f"its forward fails on an input of {shape}: {type(error).__name__}: {error}"
+                what = f"{type(error).__name__}: {error}"
+                problem = problem or f"fails on an input of {shape} ({what})"
                 continue
         if not isinstance(y, Tensor):
-            return LayerTrial(f"its forward returns a {type(y).__name__} and not a tensor")
+            return LayerTrial(f"returns a {type(y).__name__} and not a tensor")
         if tuple(y.shape) == (*shape[:-1], rows):
             return LayerTrial(transposed=_reads_transposed(copy, x, y))
-        problem = f"its forward gives {tuple(y.shape)} for an input of {shape}, not {(*shape[:-1], rows)}"
+        problem = f"gives {tuple(y.shape)} for an input of {shape}, not {(*shape[:-1], rows)}"
     return LayerTrial(problem)
 
 
 def _reads_transposed(copy: nn.Module, x: Tensor, y: Tensor) -> bool:
-    weight, bias = copy.weight.detach(), getattr(copy, "bias", None)
+    weight, bias = cast("Tensor", copy.weight).detach(), getattr(copy, "bias", None)
     shifts = [torch.zeros_like(y)]
     if isinstance(bias, Tensor) and bias.shape == y.shape[-1:]:
         shifts.append(bias.detach().to(y.dtype).expand_as(y))
@@ -178,11 +181,16 @@ _RESULTS: WeakKeyDictionary[type, dict[Any, Any]] = WeakKeyDictionary()
 
 
 def _once(module: nn.Module, key: tuple[Any, ...], attempt: Callable[[], Any]) -> Any:
-    """One trial for all modules of a class that have the same shape, switches, dtype and device."""
-    switches = tuple((name, value) for name, value in vars(module).items() if isinstance(value, bool | str))
+    """One trial for all modules of a class that have the same settings, dtype and device."""
+    settings = tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if (isinstance(value, bool | int | float | str) and "layer" not in name)
+        or isinstance(value, FunctionType)
+    )
     kinds = tuple((p.dtype, p.device.type) for p in [*module.parameters(), *module.buffers()][:8])
     known = _RESULTS.setdefault(type(module), {})
-    key = (*key, switches, kinds)
+    key = (*key, settings, kinds)
     if key not in known:
         known[key] = attempt()
     return known[key]

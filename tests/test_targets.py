@@ -24,7 +24,9 @@ def test_all_linear_leaves_heads_out() -> None:
 
 
 def test_all_linear_leaves_trained_modules_out() -> None:
-    names = {p.module for p in select(zoo.build("bert"), "all-linear", train=("pooler", "classifier")).projections}
+    names = {
+        p.module for p in select(zoo.build("bert"), "all-linear", train=("pooler", "classifier")).projections
+    }
     assert not any("pooler" in name or "classifier" in name for name in names)
 
 
