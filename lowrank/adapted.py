@@ -19,7 +19,7 @@ from lowrank.layers.linear import LoRALinear, master_dtype, multiplies
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
 from lowrank.plan import Plan
-from lowrank.projections import Projection, as_rows, is_linear, read_by_weight
+from lowrank.projections import Projection, as_rows, is_linear, read_by_weight, stored_transposed
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def weight_shape(module: nn.Module, param: str) -> tuple[int, int]:
     if param == "weight" and isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     tensor = getattr(module, param)
-    if getattr(module, "nf", None) == tensor.shape[-1]:
+    if param == "weight" and stored_transposed(module):
         return tensor.shape[1], tensor.shape[0]
     return tensor.numel() // tensor.shape[-1], tensor.shape[-1]
 

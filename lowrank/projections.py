@@ -1,31 +1,34 @@
 """Finds the linear projections of a model and says what each is for.
 
-The only file that knows model families: their names, their fused weights, their output heads, and
-the modules that read a weight without calling the layer that holds it. It changes nothing.
+What is known by name is in `families`; what names do not tell is tried out on copies by `trials`. It changes
+nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-
-class Role(StrEnum):
-    """What a projection does in its block."""
-
-    QUERY = "query"
-    KEY = "key"
-    VALUE = "value"
-    OUTPUT = "output"
-    GATE = "gate"
-    UP = "up"
-    DOWN = "down"
-    OTHER = "other"
+from lowrank.families import (
+    FUSED_NAMES,
+    GATED_NAMES,
+    HEAD_LAYERS,
+    HEADS,
+    INDEXERS,
+    LATENT,
+    ROUTERS,
+    Blocks,
+    Role,
+    in_attention,
+    layout_of,
+    likely_blocks,
+    role_of,
+)
+from lowrank.trials import divides, try_layer
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,23 @@ class Projection:
         """The matrix as ``(out, in)``: a view where the model stores it plainly, else dequantized."""
         rows = as_rows(model.get_submodule(self.module), self.param)
         return rows[self.rows[0] : self.rows[1]]
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """What is not known of a projection, or speaks against adapting it.
+
+    Args:
+        reason: in words; it begins with the module's path.
+        roles: what may lie in it, where it is a fused weight that cannot be divided.
+        adaptable: can it be adapted as a whole?
+        routes: it chooses experts or tokens; it is adapted where it is named.
+    """
+
+    reason: str
+    roles: frozenset[Role] = frozenset()
+    adaptable: bool = True
+    routes: bool = False
 
 
 def as_rows(module: nn.Module, param: str) -> Tensor:
@@ -103,39 +123,37 @@ def _dequantized(module: nn.Module, stored: Tensor) -> Tensor:
 
 
 def stored_transposed(module: nn.Module) -> bool:
-    """True for a Conv1D, which keeps its weight as ``(in, out)``: told by shape and attributes."""
+    """Does ``module`` keep its weight as ``(in, out)`` and multiply by it, as a Conv1D does?
+
+    The shape tells it, and of a square weight a trial, where the layer has a forward of its own.
+    """
+    shape = declared_shape(module)
+    if shape is None or type(module).forward is nn.Linear.forward:
+        return False
+    stored = tuple(module.weight.shape)  # type: ignore[arg-type]
+    if stored != shape[::-1]:
+        return False
+    if stored != shape:
+        return True
+    tried = try_layer(module, *shape).transposed
+    return hasattr(module, "nf") if tried is None else tried
+
+
+def declared_shape(module: nn.Module) -> tuple[int, int] | None:
+    """``(out, in)`` as a module with a weight declares it; None where it declares nothing."""
     weight = getattr(module, "weight", None)
-    out = getattr(module, "nf", None)
-    return (
-        isinstance(out, int) and isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == out
-    )
+    if not isinstance(weight, Tensor):
+        return None
+    out, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    nf = getattr(module, "nf", None)
+    if out is None and columns is None and weight.dim() == 2 and nf in weight.shape:  # a Conv1D
+        out, columns = nf, weight.shape[0] if weight.shape[1] == nf else weight.shape[1]
+    if not isinstance(out, int) or not isinstance(columns, int):
+        return None
+    return out, columns
 
 
 # -- names ------------------------------------------------------------------------------------------
-
-ROLES_BY_NAME = {
-    name: role
-    for role, names in {
-        Role.QUERY: "query q_proj q_lin query_proj q wq to_q q_attn linear_q",
-        Role.KEY: "key k_proj k_lin key_proj k wk to_k linear_k",
-        Role.VALUE: "value v_proj v_lin value_proj v wv to_v linear_v",
-        Role.GATE: "gate_proj wi_0 w1",
-        Role.UP: "up_proj wi_1 wi w3 fc1 lin1 linear1 c_fc dense_h_to_4h",
-        Role.DOWN: "down_proj wo w2 fc2 lin2 linear2 c_proj dense_4h_to_h",
-    }.items()
-    for name in names.split()
-}
-ATTENTION_OUTPUTS = frozenset("o_proj out_proj o out_lin wo to_out c_proj dense proj".split())
-DENSE_ROLES = {"intermediate": Role.UP, "output": Role.DOWN}  # BERT: intermediate.dense, output.dense
-HEADS = frozenset(
-    "lm_head classifier pre_classifier score head heads head_dist fc qa_outputs embed_out cls logits "
-    "output_layer output_projection proj_out".split()
-)
-THIRDS = frozenset("c_attn qkv qkv_proj wqkv w_pack in_proj in_proj_weight to_qkv".split())
-GATED = frozenset("gate_up_proj gate_up".split())
-
-# These split a fused weight by heads, so that no block of rows is the query's.
-INTERLEAVED = ("GPTNeoX", "Bloom", "Persimmon", "CodeGen")
 
 # These read `child.weight` in some path of theirs instead of calling the child.
 READ_BY_WEIGHT = {
@@ -143,16 +161,6 @@ READ_BY_WEIGHT = {
     "TransformerEncoderLayer": ("linear1", "linear2"),
     "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
 }
-
-
-def role_of(path: str) -> Role:
-    """The role that a dotted module path tells by itself."""
-    *above, leaf = [part for part in path.lower().split(".") if not part.isdigit()] or [path]
-    if leaf in ATTENTION_OUTPUTS and any("att" in part for part in above):
-        return Role.OUTPUT
-    if leaf == "dense":
-        return DENSE_ROLES.get(above[-1], Role.OTHER) if above else Role.OTHER
-    return ROLES_BY_NAME.get(leaf, Role.OTHER)
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -164,44 +172,71 @@ def matches(path: str, pattern: str) -> bool:
 # -- the scan ---------------------------------------------------------------------------------------
 
 
-def find_projections(
-    model: nn.Module, fused: Mapping[str, Mapping[str, int]] | None = None
-) -> list[Projection]:
+Fused = Mapping[str, Mapping[str, int]]
+Found = tuple[Projection, Doubt | None]
+
+
+def find_projections(model: nn.Module, fused: Fused | None = None) -> list[Projection]:
     """Every linear projection of ``model``, in its own order; shared modules once, heads included.
 
-    A fused weight whose blocks cannot be told is listed whole, as ``Role.OTHER``; choosing it as a
-    target is an error that says why (`undivided`).
+    A fused weight whose blocks cannot be told is listed whole, as ``Role.OTHER``; `scan` says why.
 
     Args:
-        fused: rows by role of fused weights that shapes alone cannot tell, by dotted-suffix pattern:
-            ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``.
+        fused: rows by role of fused weights that nothing else tells, by dotted-suffix pattern:
+            ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Of several patterns that name a
+            weight, the longest counts.
     """
-    return [projection for projection, _ in _scan(model, fused or {})]
+    return list(scan(model, fused))
 
 
-def undivided(model: nn.Module, fused: Mapping[str, Mapping[str, int]]) -> dict[Projection, str]:
-    """The fused weights of ``model`` that cannot be divided, each with the reason."""
-    return {projection: reason for projection, reason in _scan(model, fused) if reason}
+def scan(model: nn.Module, fused: Fused | None = None) -> dict[Projection, Doubt | None]:
+    """The projections of `find_projections`, each with what speaks against adapting it.
+
+    Raises:
+        ValueError: ``fused`` does not add up to the rows of a weight, or divides one that interleaves heads.
+    """
+    return dict(_scan(model, fused or {}))
 
 
-def output_heads(model: nn.Module) -> set[str]:
-    """Paths of the linear modules that turn hidden states into scores, and of tied weights."""
+def output_heads(model: nn.Module) -> dict[str, str]:
+    """Paths of the linear modules that turn hidden states into scores, and of tied weights: each with why.
+
+    Output embeddings and tied weights are told by what they do, others by their name: a few linear layers
+    without attention. Names alone do not count where they would leave nothing else of the model.
+    """
     tied = {id(p) for m in model.modules() if is_embedding(m) for p in m.parameters(recurse=False)}
-    heads = {
-        path
+    certain = {
+        path: "its weight is tied to an embedding"
         for path, module in model.named_modules()
         if not is_embedding(module) and any(id(p) in tied for p in module.parameters(recurse=False))
     }
+    named: dict[str, str] = {}
     for around, part in model.named_modules():  # a transformers model may sit in another module
         get_output = getattr(part, "get_output_embeddings", None)
         if part is not model and not callable(get_output):
             continue
         output = get_output() if callable(get_output) else None
         for path, module in part.named_modules(prefix=around):
-            below = path.removeprefix(f"{around}.") if around else path
-            if (output is not None and module is output) or below.split(".")[0] in HEADS:
-                heads.add(path)
-    return heads
+            if output is not None and module is output:
+                certain.setdefault(path, "the model's output embeddings")
+        for name, child in part.named_children():
+            if name in HEADS and _is_small(child):
+                prefix = f"{around}.{name}" if around else name
+                named |= {path: f"called {name!r}" for path, _ in child.named_modules(prefix=prefix)}
+    linear = {
+        path
+        for path, module in model.named_modules()
+        if is_linear(module) or isinstance(module, nn.MultiheadAttention)
+    }
+    return certain if linear <= certain.keys() | named.keys() else named | certain
+
+
+def _is_small(head: nn.Module) -> bool:
+    linear = [path for path, module in head.named_modules() if is_linear(module)]
+    attends = any(in_attention(path) for path in linear) or any(
+        isinstance(module, nn.MultiheadAttention) for module in head.modules()
+    )
+    return len(linear) <= HEAD_LAYERS and not attends
 
 
 def is_embedding(module: nn.Module) -> bool:
@@ -215,7 +250,7 @@ def read_by_weight(model: nn.Module, path: str) -> bool:
     return any(leaf in READ_BY_WEIGHT.get(kind.__name__, ()) for kind in kinds)
 
 
-def _scan(model: nn.Module, fused: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[Projection, str]]:
+def _scan(model: nn.Module, fused: Fused) -> Iterator[Found]:
     for path, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             yield from _attention(path, module)
@@ -229,74 +264,76 @@ def is_linear(module: nn.Module) -> bool:
     """A Linear, a subclass of one, or a module that declares itself as ``(out_features, in_features)``."""
     if isinstance(module, nn.Linear):
         return True
-    if stored_transposed(module):
-        return True
-    shape = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and tuple(weight.shape) == shape
+    shape = declared_shape(module)
+    if shape is None:
+        return False
+    return tuple(module.weight.shape) in (shape, shape[::-1])  # type: ignore[arg-type]
 
 
-def _linear(
-    model: nn.Module, path: str, module: nn.Module, fused: Mapping[str, Mapping[str, int]]
-) -> Iterator[tuple[Projection, str]]:
-    if stored_transposed(module):
-        columns, rows = module.weight.shape  # type: ignore[misc]
-    else:
-        columns, rows = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+def _linear(model: nn.Module, path: str, module: nn.Module, fused: Fused) -> Iterator[Found]:
+    shape = declared_shape(module)
+    assert shape is not None
+    rows, columns = shape
+    problem = "" if read_by_weight(model, path) else try_layer(module, rows, columns).problem
+    if problem:
+        doubt = Doubt(f"{path}: the forward of {type(module).__name__} {problem}", adaptable=False)
+        yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), doubt
+        return
     blocks = _blocks(model, path, rows, columns, fused)
-    if isinstance(blocks, str):
+    if isinstance(blocks, Doubt):
         yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), blocks
         return
     start = 0
+    routes = _routes(model, path)
     for role, size in blocks:
         block = role.value if len(blocks) > 1 else ""
-        yield Projection(path, "weight", (start, start + size), role, columns, size, block), ""
+        role = Role.OTHER if routes else role
+        yield Projection(path, "weight", (start, start + size), role, columns, size, block), routes
         start += size
 
 
-def _blocks(
-    model: nn.Module, path: str, rows: int, columns: int, fused: Mapping[str, Mapping[str, int]]
-) -> list[tuple[Role, int]] | str:
-    """Roles and row counts of the blocks of one weight, or the reason why they cannot be told."""
-    parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    leaf = name.lower()
-    kind = type(parent).__name__
-    query, key, value = Role.QUERY, Role.KEY, Role.VALUE
+def _routes(model: nn.Module, path: str) -> Doubt | None:
+    parts = path.split(".")
+    if any(part in INDEXERS for part in parts):
+        return Doubt(f"{path}: it chooses tokens, and no gradient reaches it", routes=True)
+    for i, part in enumerate(parts):
+        if part in ROUTERS and hasattr(model.get_submodule(".".join(parts[:i])), "experts"):
+            return Doubt(f"{path}: it chooses experts", routes=True)
+    return None
 
-    if leaf in THIRDS or leaf == "query_key_value":
-        by_heads = kind.startswith(INTERLEAVED)
-        if kind.startswith("GPTBigCode"):
-            by_heads = not getattr(parent, "multi_query", False)
-        if kind.startswith("Falcon"):
-            by_heads = not getattr(parent, "multi_query", False) or bool(
-                getattr(parent, "new_decoder_architecture", False)
-            )
-        if by_heads:
-            return (
-                f"{path}: {kind} interleaves query, key and value head by head, so no block of rows is the "
-                f"query's; leave it out with exclude=({name!r},)"
-            )
-    for pattern, sizes in fused.items():
-        if matches(path, pattern):
-            if sum(sizes.values()) != rows or min(sizes.values(), default=0) < 1:
-                said = f"fused[{pattern!r}] = {dict(sizes)}"
-                raise ValueError(f"{said} must add up to the {rows} rows of {path}")
-            return [(Role(role), size) for role, size in sizes.items()]
-    if leaf == "in_proj" and not any("att" in part for part in parent_path.lower().split(".")):
+
+def _blocks(model: nn.Module, path: str, rows: int, columns: int, fused: Fused) -> Blocks | Doubt:
+    """Roles and row counts of the blocks of one weight, or why they cannot be told."""
+    parent_path, _, name = path.rpartition(".")
+    parent, leaf = model.get_submodule(parent_path), name.lower()
+    layout, told = layout_of(parent, leaf), _told(path, rows, fused)
+    try:
+        known = layout(parent, rows) if layout else None
+    except AttributeError:  # another version of the class
+        layout = known = None
+    kind, why = type(parent).__name__, ""
+    if layout and known is None:
+        order = "interleaves query, key and value head by head"
+        why = f"{path}: {kind} {order}, so no block of rows is the query's"
+    elif leaf in LATENT:
+        why = f"{path}: {kind} has key and value of one latent, so no block of rows is the value's"
+    if why and told:
+        raise ValueError(f"{why}: fused= cannot divide it, leave it out of fused")
+    if why:
+        return Doubt(why, frozenset(FUSED_NAMES.get(leaf, (Role.KEY, Role.VALUE))))
+    if told:
+        return told
+    if known and sum(size for _, size in known) == rows:
+        return known
+    if leaf == "in_proj" and not in_attention(parent_path):
         return [(Role.OTHER, rows)]  # a state-space block's
-    if leaf in THIRDS:
-        if rows == 3 * columns:
-            return [(query, columns), (key, columns), (value, columns)]
-        if leaf == "c_attn" and rows == 2 * columns:  # GPT-2's cross-attention
-            return [(key, columns), (value, columns)]
-        return _ask_for_rows(path, name, rows)
-    if leaf == "query_key_value":
-        head = getattr(parent, "head_dim", None)
-        if kind.startswith("Falcon") and isinstance(head, int):
-            return [(query, rows - 2 * head), (key, head), (value, head)]
-        return _ask_for_rows(path, name, rows)
-    if leaf in GATED and rows % 2 == 0:
+    if leaf in FUSED_NAMES:
+        holds = FUSED_NAMES[leaf]
+        for likely in likely_blocks(parent, leaf, rows):
+            if divides(parent, name, columns, likely):
+                return likely
+        return Doubt(_ask_for_rows(model, path, rows, holds), frozenset(holds))
+    if leaf in GATED_NAMES and rows % 2 == 0:
         return [(Role.GATE, rows // 2), (Role.UP, rows // 2)]
     if leaf == "wi":
         output = getattr(parent, "Wo", None)
@@ -305,27 +342,50 @@ def _blocks(
     return [(role_of(path), rows)]
 
 
-def _ask_for_rows(path: str, name: str, rows: int) -> str:
+def _told(path: str, rows: int, fused: Fused) -> Blocks | None:
+    patterns = [pattern for pattern in fused if matches(path, pattern)]
+    if not patterns:
+        return None
+    pattern = max(patterns, key=lambda each: (each.count("."), len(each)))
+    sizes = fused[pattern]
+    if sum(sizes.values()) != rows or min(sizes.values(), default=0) < 1:
+        said = f"fused[{pattern!r}] = {dict(sizes)}"
+        raise ValueError(
+            f"{said} must add up to the {rows} rows of {path}; a longer pattern can name it alone"
+        )
+    return [(Role(role), size) for role, size in sizes.items()]
+
+
+def _ask_for_rows(model: nn.Module, path: str, rows: int, roles: tuple[Role, ...]) -> str:
+    """The reason, with the shortest pattern that names no weight of another height."""
+    parts = path.split(".")
+    patterns = [".".join(parts[-i:]) for i in range(1, len(parts) + 1)]
+    others = [
+        other
+        for other, module in model.named_modules()
+        if other and is_linear(module) and (declared_shape(module) or (rows,))[0] != rows
+    ]
+    pattern = next((each for each in patterns if not any(matches(other, each) for other in others)), path)
+    said = ", ".join(f'"{role}": rows' for role in roles)
     return (
-        f"{path}: its shape does not tell where query, key and value lie in its {rows} rows; say it with "
-        f'Policy(fused={{"{name}": {{"query": rows, "key": rows, "value": rows}}}}), as they are stored, '
-        f"or leave it out with exclude=({name!r},)"
+        f"{path}: nothing tells where {' and '.join(roles)} lie in its {rows} rows; say it with "
+        f'fused={{"{pattern}": {{{said}}}}}, as they are stored'
     )
 
 
-def _attention(path: str, module: nn.MultiheadAttention) -> Iterator[tuple[Projection, str]]:
+def _attention(path: str, module: nn.MultiheadAttention) -> Iterator[Found]:
     width, roles = module.embed_dim, (Role.QUERY, Role.KEY, Role.VALUE)
     for i, role in enumerate(roles):
         if module.in_proj_weight is not None:
             rows = (i * width, (i + 1) * width)
-            yield Projection(path, "in_proj_weight", rows, role, width, width, role.value), ""
+            yield Projection(path, "in_proj_weight", rows, role, width, width, role.value), None
         else:
             param = f"{role.value[0]}_proj_weight"
             columns = getattr(module, param).shape[1]
-            yield Projection(path, param, (0, width), role, columns, width), ""
+            yield Projection(path, param, (0, width), role, columns, width), None
 
 
-def _experts(path: str, module: nn.Module) -> Iterator[tuple[Projection, str]]:
+def _experts(path: str, module: nn.Module) -> Iterator[Found]:
     """Stacks of experts: ``gate_up_proj`` (experts, 2·hidden, in) and ``down_proj`` (experts, in, hidden)."""
     up, down = (module._parameters.get(param) for param in ("gate_up_proj", "down_proj"))
     if up is None or down is None or up.dim() != 3 or down.dim() != 3:
@@ -334,13 +394,14 @@ def _experts(path: str, module: nn.Module) -> Iterator[tuple[Projection, str]]:
     if down.shape != (experts, columns, rows // 2) or torch.is_complex(up):
         reason = f"{path}: its experts are not stored as (experts, out, in) with the gate's rows first"
         flat = up.shape[0] * up.shape[1]
-        yield Projection(path, "gate_up_proj", (0, flat), Role.OTHER, up.shape[2], flat), reason
+        doubt = Doubt(reason, frozenset({Role.GATE, Role.UP, Role.DOWN}), adaptable=False)
+        yield Projection(path, "gate_up_proj", (0, flat), Role.OTHER, up.shape[2], flat), doubt
         return
     half = rows // 2
     for e in range(experts):
         for role, start in ((Role.GATE, e * rows), (Role.UP, e * rows + half)):
             block = f"{e}.{role.value}"
-            yield Projection(path, "gate_up_proj", (start, start + half), role, columns, half, block), ""
+            yield Projection(path, "gate_up_proj", (start, start + half), role, columns, half, block), None
     for e in range(experts):
         rows_of_one = (e * columns, (e + 1) * columns)
-        yield Projection(path, "down_proj", rows_of_one, Role.DOWN, half, columns, f"{e}.down"), ""
+        yield Projection(path, "down_proj", rows_of_one, Role.DOWN, half, columns, f"{e}.down"), None

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
-from lowrank.projections import (
-    Projection,
-    Role,
-    find_projections,
-    matches,
-    output_heads,
-    undivided,
-)
+from lowrank.projections import Doubt, Fused, Projection, Role, matches, output_heads, scan
+
+_ROLES = frozenset(role.value for role in Role)
 
 Target = str | Sequence[str] | Callable[[Projection], bool]
 
@@ -32,46 +28,148 @@ def select(
     target: Target,
     exclude: Sequence[str] = (),
     train: Sequence[str] = (),
-    fused: Mapping[str, Mapping[str, int]] | None = None,
+    fused: Fused | None = None,
 ) -> Selection:
     """The projections of ``model`` that ``target`` means, in the model's order.
 
+    "all-linear" leaves out output heads, routers and layers that cannot be adapted, and takes a fused weight
+    that cannot be divided as a whole; the notes say so.
+
     Raises:
-        ValueError: nothing is asked for, a name matches nothing (with the nearest names), or a fused
-            weight among them cannot be divided.
+        ValueError: nothing is asked for, a name matches nothing (with the nearest names), a layer that is
+            named cannot be adapted, or a role may lie in a weight that cannot be divided.
     """
     fused = fused or {}
     paths = [path for path, _ in model.named_modules() if path]
     for pattern in fused:
         if not any(matches(path, pattern) for path in paths):
             raise ValueError(f"fused={pattern!r} names no module{_nearest(pattern, paths)}")
-    known = find_projections(model, fused)
-    if not known:
+    doubts = scan(model, fused)
+    if not doubts:
         raise ValueError(f"{type(model).__name__} has no linear projection to adapt")
     inside_trained = _under(trained_modules(model, train))
-    heads = output_heads(model)
-    known = [p for p in known if not inside_trained(p.module)]
+    doubts = {p: doubt for p, doubt in doubts.items() if not inside_trained(p.module)}
+    known = _Known(model, doubts, output_heads(model))
 
+    excluded: set[Projection] = set()
+    for name in _as_names(exclude, "exclude"):
+        excluded |= known.named(name, excluding=True)
     if callable(target):
-        chosen = {p for p in known if target(p)}
+        chosen = {p for p in doubts if target(p)}
         if not chosen:
-            raise ValueError(f"the target {target!r} accepts none of the model's {len(known)} projections")
+            raise ValueError(f"the target {target!r} accepts none of the model's {len(doubts)} projections")
     else:
         names = _as_names(target, "target")
         if not names:
             raise ValueError('no target: name projections, a role such as "query", or "all-linear"')
-        chosen = set()
-        for name in names:
-            chosen |= _named(name, known, heads, model, fused)
+        roles = [name for name in names if name in _ROLES]
+        chosen = {p for name in names if name not in roles for p in known.named(name)}
+        whole = frozenset(chosen)
+        for name in roles:
+            known.check_role(f"target={name!r}", name, doubts.keys() - whole - excluded)
+            chosen |= known.named(name)
+    chosen -= excluded
     for name in _as_names(exclude, "exclude"):
-        chosen -= _named(name, known, heads, model, fused, excluding=True)
+        known.check_role(f"exclude={name!r}", name, chosen)
     if not chosen:
-        raise ValueError(f"exclude={_as_names(exclude, 'exclude')} leaves nothing of target={target!r}")
-    problems = [reason for p, reason in undivided(model, fused).items() if p in chosen]
-    if problems:
-        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
-        raise ValueError(problems[0] + more)
-    return Selection([p for p in known if p in chosen], [])
+        raise ValueError(_nothing_left(target, exclude, train, known.notes(target, chosen, excluded)))
+    broken = [doubt.reason for p in chosen if (doubt := doubts[p]) and not doubt.adaptable]
+    if broken:
+        more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
+        raise ValueError(f"{broken[0]}; it cannot be adapted: leave it out with exclude={more}")
+    return Selection([p for p in doubts if p in chosen], known.notes(target, chosen, excluded))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a model offers to a policy: its projections, each with what speaks against it, and its heads."""
+
+    model: nn.Module
+    doubts: Mapping[Projection, Doubt | None]
+    heads: Mapping[str, str]
+
+    def named(self, name: str, *, excluding: bool = False) -> set[Projection]:
+        """The projections that ``name`` means; raises ValueError where it means nothing."""
+        if name == "all-linear":
+            return {p for p, doubt in self.doubts.items() if excluding or not self._left_out(p, doubt)}
+        if name in _ROLES:
+            hits = {p for p in self.doubts if p.role == name and p.module not in self.heads}
+            if hits:
+                return hits
+        hits = {p for p in self.doubts if _is_called(p, name)}
+        if excluding:
+            inside = [path for path, _ in self.model.named_modules() if path and matches(path, name)]
+            hits |= {p for p in self.doubts if _under(inside)(p.module)}
+            if inside:
+                return hits
+        if hits:
+            return hits
+        if excluding and any(doubt and name in doubt.roles for doubt in self.doubts.values()):
+            return set()
+        what = "exclude" if excluding else "target"
+        suggestions = _nearest(name, [p.module for p in self.doubts] + [p.name for p in self.doubts])
+        raise ValueError(f"{what}={name!r} matches no projection{suggestions}")
+
+    def check_role(self, said: str, name: str, among: Collection[Projection]) -> None:
+        """Raises ValueError where the role ``name`` may lie in a weight of ``among`` that is not divided."""
+        may_be = [p for p in among if (doubt := self.doubts[p]) and name in doubt.roles]
+        if may_be:
+            first = min(may_be, key=list(self.doubts).index)
+            leaf = (first.module if first.param == "weight" else first.param).rpartition(".")[2]
+            more = f" (and {len(may_be) - 1} more like it)" if len(may_be) > 1 else ""
+            reason = self.doubts[first].reason  # type: ignore[union-attr]
+            raise ValueError(
+                f"{said} may mean rows of a weight that is not divided: {reason}{more}; "
+                f"or leave it out with exclude=({leaf!r},), or name it in target= to adapt it as a whole"
+            )
+
+    def _left_out(self, p: Projection, doubt: Doubt | None) -> bool:
+        return p.module in self.heads or (doubt is not None and (doubt.routes or not doubt.adaptable))
+
+    def notes(
+        self, target: Target, chosen: Collection[Projection], excluded: Collection[Projection]
+    ) -> list[str]:
+        """What a plan for ``target`` should say of what it adapts as a whole or leaves out."""
+        found: dict[str, list[str]] = {}
+        by_role = not callable(target) and any(name in _ROLES for name in _as_names(target, "target"))
+        everything = not callable(target) and "all-linear" in _as_names(target, "target")
+        for p, doubt in self.doubts.items():
+            if p in chosen:
+                if doubt and doubt.roles:
+                    found.setdefault(f"adapted as a whole, since {_why(p, doubt)}", []).append(p.module)
+            elif p in excluded:
+                continue
+            elif everything:
+                why = self.heads.get(p.module)
+                reason = f"an output head ({why})" if why else _why(p, doubt) if doubt else ""
+                found.setdefault(f"left out: {reason}", []).append(p.module)
+            elif callable(target) and doubt and doubt.roles:
+                found.setdefault(f"left out, and {_why(p, doubt)}", []).append(p.module)
+            elif by_role and p.role == Role.OTHER and p.module not in self.heads and not doubt:
+                found.setdefault("left out, since its role is not known", []).append(p.module)
+        return [f"{_listed(modules)}: {what}" for what, modules in found.items()]
+
+
+def _why(p: Projection, doubt: Doubt) -> str:
+    return doubt.reason.removeprefix(p.module).removeprefix(": ").strip()
+
+
+def _listed(modules: Iterable[str]) -> str:
+    """``head, layers.*.mlp.gate (12)``: modules that differ by numbers only are counted."""
+    kinds: dict[str, list[str]] = {}
+    for module in dict.fromkeys(modules):
+        pattern = ".".join("*" if part.isdigit() else part for part in module.split("."))
+        kinds.setdefault(pattern, []).append(module)
+    shown = [held[0] if len(held) == 1 else f"{pattern} ({len(held)})" for pattern, held in kinds.items()]
+    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} kinds more" if len(shown) > 6 else "")
+
+
+def _nothing_left(target: Target, exclude: Sequence[str], train: Sequence[str], notes: Sequence[str]) -> str:
+    options = (("exclude", exclude), ("train", train))
+    left = [f"{what}={_as_names(names, what)}" for what, names in options if names]
+    by = f"{' and '.join(left)} leaves" if left else "the model has"
+    why = f" ({'; '.join(notes)}); name what to adapt in target=" if notes else ""
+    return f"{by} nothing of target={target!r}{why}"
 
 
 def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
@@ -91,36 +189,6 @@ def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
                 )
         found += [hit for hit in hits if hit not in found]
     return [path for path in found if not _under([p for p in found if p != path])(path)]
-
-
-def _named(
-    name: str,
-    known: Sequence[Projection],
-    heads: set[str],
-    model: nn.Module,
-    fused: Mapping[str, Mapping[str, int]],
-    *,
-    excluding: bool = False,
-) -> set[Projection]:
-    if name == "all-linear":
-        return {p for p in known if p.module not in heads}
-    if name in Role.__members__.values():
-        hits = {p for p in known if p.role == name and p.module not in heads}
-        if hits:
-            return hits
-    hits = {p for p in known if _is_called(p, name)}
-    if excluding:
-        inside = [path for path, _ in model.named_modules() if path and matches(path, name)]
-        hits |= {p for p in known if _under(inside)(p.module)}
-        if inside:
-            return hits
-    if hits:
-        return hits
-    reasons = list(undivided(model, fused).values())
-    because = f"; a fused weight could not be divided: {reasons[0]}" if reasons else ""
-    what = "exclude" if excluding else "target"
-    suggestions = _nearest(name, [p.module for p in known] + [p.name for p in known])
-    raise ValueError(f"{what}={name!r} matches no projection{suggestions}{because}")
 
 
 def _is_called(projection: Projection, name: str) -> bool:

@@ -14,6 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "lowrank"
 # Lowest first. A file imports from lower layers only; a package's own files may import one another,
 # but for the siblings below.
 LAYERS = [
+    {"families"},
+    {"trials"},
     {"batches", "files", "products", "projections"},
     {"statistics", "targets"},
     {"plan", "layers"},

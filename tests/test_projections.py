@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank.projections import Projection, Role, find_projections, output_heads, role_of, undivided
+from lowrank.projections import Projection, Role, find_projections, output_heads, role_of, scan
 from tests import zoo
 
 Q, K, V, OUT = Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT
@@ -121,7 +121,9 @@ EXPECTED: dict[str, dict[str, Role]] = {
         "lm_head": OTHER,
     },
     "phi3": {
-        "model.layers.N.self_attn.qkv_proj": OTHER,  # whole: its shape does not tell the blocks
+        "model.layers.N.self_attn.qkv_proj[query]": Q,
+        "model.layers.N.self_attn.qkv_proj[key]": K,
+        "model.layers.N.self_attn.qkv_proj[value]": V,
         "model.layers.N.self_attn.o_proj": OUT,
         "model.layers.N.mlp.gate_up_proj[gate]": GATE,
         "model.layers.N.mlp.gate_up_proj[up]": UP,
@@ -265,10 +267,13 @@ def test_fused_rows_that_do_not_add_up_are_an_error() -> None:
 
 
 def test_interleaved_layouts_say_why() -> None:
-    (reason, *_) = undivided(zoo.build("neox"), {}).values()
-    assert "interleaves query, key and value head by head" in reason
+    doubts = {p.module.split(".")[-1]: doubt for p, doubt in scan(zoo.build("neox")).items() if doubt}
+    assert doubts.keys() == {"query_key_value"}
+    assert "interleaves query, key and value head by head" in doubts["query_key_value"].reason
+    assert doubts["query_key_value"].roles == {Q, K, V}
     told = {"query_key_value": {"query": 32, "key": 32, "value": 32}}
-    assert undivided(zoo.build("neox"), told), "telling rows does not make interleaved ones contiguous"
+    with pytest.raises(ValueError, match="head by head.*fused= cannot divide it"):
+        scan(zoo.build("neox"), told)
 
 
 def test_separate_attention_widths() -> None:
@@ -295,14 +300,14 @@ def test_shared_modules_are_found_once() -> None:
     ],
 )
 def test_heads(family: str, heads: set[str]) -> None:
-    assert output_heads(zoo.build(family)) == heads
+    assert output_heads(zoo.build(family)).keys() == heads
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "vit"])
 def test_heads_are_known_inside_another_module(family: str) -> None:
     inner = zoo.build(family)
     outer = nn.ModuleDict({"net": nn.ModuleDict({"model": inner})})
-    assert output_heads(outer) == {f"net.model.{path}" for path in output_heads(inner)} != set()
+    assert output_heads(outer).keys() == {f"net.model.{path}" for path in output_heads(inner)} != set()
 
 
 def test_experts_stored_the_other_way_round_are_undivided() -> None:
@@ -312,9 +317,9 @@ def test_experts_stored_the_other_way_round_are_undivided() -> None:
             self.gate_up_proj = nn.Parameter(torch.zeros(2, 6, 8))
             self.down_proj = nn.Parameter(torch.zeros(2, 4, 6))
 
-    assert "not stored as (experts, out, in)" in next(
-        iter(undivided(nn.ModuleList([Experts()]), {}).values())
-    )
+    (doubt,) = scan(nn.ModuleList([Experts()])).values()
+    assert doubt is not None and not doubt.adaptable
+    assert "not stored as (experts, out, in)" in doubt.reason
 
 
 def test_names_of_other_families() -> None:

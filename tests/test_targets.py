@@ -103,19 +103,32 @@ def test_a_model_without_projections() -> None:
         select(torch.nn.ReLU(), "all-linear")
 
 
-@pytest.mark.parametrize("family", ["phi3", "neox"])
-def test_an_undivided_weight_is_an_error_only_where_it_is_meant(family: str) -> None:
-    name = {"phi3": "qkv_proj", "neox": "query_key_value"}[family]
-    with pytest.raises(ValueError, match=f"exclude=.'{name}',. .and 1 more like it"):
-        select(zoo.build(family), "all-linear")
-    assert select(zoo.build(family), "all-linear", exclude=(name,)).projections
-    with pytest.raises(ValueError, match="matches no projection.*a fused weight could not be divided"):
-        select(zoo.build(family), "query")
+def test_an_undivided_weight_is_adapted_whole_by_all_linear_and_by_name() -> None:
+    for target in ("all-linear", "query_key_value"):
+        selection = select(zoo.build("neox"), target)
+        whole = [p for p in selection.projections if p.module.endswith("query_key_value")]
+        assert [(p.role, p.shape) for p in whole] == [(Role.OTHER, (96, 32))] * 2
+        assert any("query_key_value (2): adapted as a whole" in note for note in selection.notes)
+    assert "query_key_value" not in leaves("neox", "all-linear", exclude=("query_key_value",))
 
 
-def test_the_error_says_how_to_spell_fused() -> None:
-    with pytest.raises(ValueError, match=r'Policy\(fused=\{"qkv_proj": \{"query": rows'):
-        select(zoo.build("phi3"), "all-linear")
+@pytest.mark.parametrize("target", ["query", ("value", "dense_h_to_4h"), ("output", "key")])
+def test_a_role_that_may_lie_in_an_undivided_weight_is_an_error(target: object) -> None:
+    with pytest.raises(ValueError, match="head by head.*1 more.*exclude=.'query_key_value',."):
+        select(zoo.build("neox"), target)
+    with pytest.raises(ValueError, match="matches no projection"):
+        select(zoo.build("neox"), "query", exclude=("query_key_value",))
+    assert leaves("neox", "output") == {"dense"}
+    assert leaves("neox", ("output", "query_key_value")) == {"dense", "query_key_value"}
+
+
+def test_excluding_a_role_that_lies_in_a_whole_weight_is_an_error() -> None:
+    with pytest.raises(ValueError, match="exclude='query' may mean rows of .*query_key_value"):
+        select(zoo.build("neox"), "all-linear", exclude="query")
+
+
+def test_fused_may_be_told_where_the_layout_is_known() -> None:
+    assert leaves("phi3", "query") == {"qkv_proj[query]"}
     assert leaves("phi3", "query", fused={"qkv_proj": {"query": 32, "key": 16, "value": 16}}) == {
         "qkv_proj[query]"
     }

@@ -18,7 +18,7 @@ from lowrank.layers.trained import TrainedModule
 from lowrank.peft_format.folder import Contents, base_paths, places
 from lowrank.peft_format.pairs import reduced
 from lowrank.plan import Allocation, Plan
-from lowrank.projections import Projection, Role, find_projections
+from lowrank.projections import Projection, Role, scan
 from lowrank.wrap import check_layers
 
 
@@ -65,9 +65,11 @@ def import_peft(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _whole_weights(model: nn.Module) -> dict[str, Projection]:
-    """The weights of the model's linear modules by path, each as one projection."""
+    """The weights of the linear modules that can be adapted by path, each as one projection."""
     wholes: dict[str, Projection] = {}
-    for p in find_projections(model):
+    for p, doubt in scan(model).items():
+        if doubt and not doubt.adaptable:
+            continue
         if p.param == "weight" and p.module not in wholes:
             rows, columns = weight_shape(model.get_submodule(p.module), "weight")
             alone = p.rows == (0, rows)
