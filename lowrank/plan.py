@@ -15,9 +15,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from lowrank.files import write
 from lowrank.projections import Projection, Role
 
 FORMAT, VERSION = "lowrank-plan", 1
+LONGEST = 2000  # characters of what an initializer prints as
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class Plan(Mapping[Projection, Allocation]):
                 if "energy" in row:
                     energies[p] = float(_typed(row["energy"], (int, float)))
             init = _decode(data["init"])
-            if init is not None and not hasattr(init, "needs"):
+            if init is not None and not isinstance(init, Recorded) and not hasattr(init, "needs"):
                 raise ValueError(f"{init!r:.80} is no initializer")
             return cls(
                 allocations,
@@ -213,12 +215,12 @@ class Plan(Mapping[Projection, Allocation]):
                 energies=energies,
                 notes=[_typed(note, str) for note in data.get("notes", ())],
             )
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise ValueError(f"this is no plan: {type(error).__name__}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+        write(Path(path), json.dumps(self.to_json(), indent=1).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -270,25 +272,63 @@ def peft_patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict
     }
 
 
-# -- initializers as data: dataclasses of lowrank.init, by name ----------------------------------------
+# -- initializers as data: dataclasses of lowrank.init, by name; what else there is, as a record ---------
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An initializer that cannot be made here: of another library, or of another version of this one.
+
+    It prints as what it was and is written as it was read. A plan may hold it, since the adapters that it
+    started need it no more; only starting new ones raises ValueError.
+
+    Args:
+        name: of its class.
+        text: what it printed as.
+        record: its JSON.
+    """
+
+    name: str
+    text: str
+    record: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+    @property
+    def needs(self) -> frozenset[str]:
+        raise ValueError(
+            f"the plan's initializer {self.text:.200} cannot be made here ({self.name!r} is unknown, or its "
+            "fields are others now): set another, such as plan.init = lowrank.init.Kaiming()"
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.needs
 
 
 def _encode(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value if not isinstance(value, Role) else {"role": value.value}
+    """Plain data for any value: what `_decode` cannot make again is recorded by class and ``repr``."""
+    if isinstance(value, Recorded):
+        return json.loads(value.record)
+    if isinstance(value, Role):
+        return {"role": value.value}
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value)):
+        return value
     if isinstance(value, (tuple, list)):
         return [_encode(item) for item in value]
     if isinstance(value, Mapping):
         return {"mapping": [[_encode(k), _encode(v)] for k, v in value.items()]}
-    if is_dataclass(value) and type(value).__module__.startswith("lowrank.init."):
+    kind = type(value)
+    if is_dataclass(value) and kind.__module__.startswith("lowrank.init."):
         return {
-            "class": type(value).__name__,
+            "class": kind.__name__,
             "fields": {f.name: _encode(getattr(value, f.name)) for f in fields(value) if f.init},
         }
-    raise ValueError(
-        f"{value!r} cannot be written as JSON: only the initializers of lowrank.init can; "
-        "save the plan with init=None, and set plan.init after loading it"
-    )
+    try:
+        text = repr(value)
+    except Exception:  # somebody else's code, which is not to stop a save
+        text = object.__repr__(value)
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "repr": text[:LONGEST]}
 
 
 def _decode(data: Any) -> Any:
@@ -300,11 +340,25 @@ def _decode(data: Any) -> Any:
         return Role(data["role"])
     if "mapping" in data:
         return {_decode(k): _decode(v) for k, v in data["mapping"]}
-    offered = importlib.import_module("lowrank.init")  # by name, so that a plan stays below its makers
     name = _typed(data["class"], str)
+    try:
+        return _made(name, data["fields"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return Recorded(name, _printed(name, data), json.dumps(data))
+
+
+def _made(name: str, given: Mapping[str, Any]) -> Any:
+    offered = importlib.import_module("lowrank.init")  # by name, so that a plan stays below its makers
     if name not in offered.__all__ or not hasattr(getattr(offered, name), "needs"):
-        raise ValueError(f"the plan's initializer {name!r} is unknown to this version")
-    return getattr(offered, name)(**{k: _decode(v) for k, v in data["fields"].items()})
+        raise ValueError(f"{name} is unknown to this version")
+    return getattr(offered, name)(**{key: _decode(value) for key, value in given.items()})
+
+
+def _printed(name: str, data: Mapping[str, Any]) -> str:
+    given = data.get("fields")
+    said = ", ".join(f"{key}={value}" for key, value in given.items()) if isinstance(given, dict) else ""
+    text = data.get("repr")
+    return (text if isinstance(text, str) else f"{name}({said})")[:LONGEST]
 
 
 def _typed(value: Any, kind: Any) -> Any:

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from lowrank.adapted import base_modules
 from lowrank.files import AdapterError, Entry, read_header, read_json, read_tensors
-from lowrank.layers.linear import LoRALinear
-from lowrank.layers.trained import TrainedModule
 from lowrank.peft_format.config import PeftConfig
 from lowrank.peft_format.pairs import Pair
 
@@ -105,18 +104,8 @@ class Tensors:
 
 
 def base_paths(model: nn.Module) -> dict[str, nn.Module]:
-    """Every path of the base model, a shared module at each of its places; ``model`` may be wrapped."""
-    paths: dict[str, nn.Module] = {}
-    _walk(model, "", paths)
-    return paths
-
-
-def _walk(module: nn.Module, path: str, paths: dict[str, nn.Module]) -> None:
-    inner = module.base if isinstance(module, (LoRALinear, TrainedModule)) else module
-    for name, child in inner._modules.items():
-        if child is not None:
-            paths[f"{path}{name}"] = child
-            _walk(child, f"{path}{name}.", paths)
+    """Every path of the base model below its root; see `base_modules`."""
+    return {path: module for path, module in base_modules(model).items() if path}
 
 
 def places(model: nn.Module, module: nn.Module) -> int:
