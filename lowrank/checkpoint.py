@@ -123,8 +123,8 @@ def load_adapter(
     full are named in the log "lowrank".
 
     Args:
-        base: "same": the model's weights must be those that the adapter was made for. "other": only the shapes
-            of the adapted ones.
+        base: "same": the model's weights must be those that the adapter was made for. "other": only the
+            shapes of the adapted ones.
         train: also replace the modules that were trained in full. If False, the model keeps its own.
 
     Raises:

@@ -59,7 +59,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = unused_name(path)
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors' writer gives it permissions of its own
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
