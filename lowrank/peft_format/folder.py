@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +51,21 @@ class Contents:
     Args:
         layers: module path → "A" and "B" → what the header says of the factor.
         others: the remaining tensors, by their names in the base model.
+        keys: of every tensor, by such names, as the file has them.
     """
 
     folder: Path
     config: PeftConfig
     layers: Mapping[str, Mapping[str, Entry]]
     others: Mapping[str, Entry]
+    keys: Mapping[str, str]
 
     @classmethod
-    def read(cls, folder: Path) -> Contents:
-        """Raises AdapterError where the folder holds no plain LoRA adapter in safetensors."""
+    def read(cls, folder: Path, rename: Callable[[str], str] = str) -> Contents:
+        """``rename`` gives a tensor's name in the base model for the one in the file.
+
+        Raises AdapterError where the folder holds no plain LoRA adapter in safetensors.
+        """
         if not (folder / CONFIG).is_file():
             ours = (folder / "adapter.json").exists()
             hint = "; this is an adapter of lowrank's own: load_adapter(model, path)" if ours else ""
@@ -72,13 +78,17 @@ class Contents:
             )
         layers: dict[str, dict[str, Entry]] = {}
         others: dict[str, Entry] = {}
+        keys: dict[str, str] = {}
         for key, entry in read_header(folder / TENSORS).items():
             for part, feature in FEATURES.items():
                 if part in key:
                     raise AdapterError(f"{folder}, {key}: {feature} is not supported")
             if not key.startswith(PREFIX):
                 raise AdapterError(f"{folder}, {key!r}: PEFT's names start with {PREFIX}")
-            name = key.removeprefix(PREFIX)
+            name = rename(key.removeprefix(PREFIX))
+            if name in keys:
+                raise AdapterError(f"{folder}: {keys[name]} and {key} are the same weight of this model")
+            keys[name] = key
             factor = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name, re.DOTALL)
             if factor:
                 layers.setdefault(factor[1], {})[factor[2]] = entry
@@ -86,7 +96,7 @@ class Contents:
                 others[name] = entry
         if not layers:
             raise AdapterError(f"{folder} holds no LoRA factors")
-        return cls(folder, config, layers, others)
+        return cls(folder, config, layers, others, keys)
 
     def tensors(self) -> Tensors:
         """Reads everything; raises AdapterError where a number is not finite."""
@@ -94,23 +104,23 @@ class Contents:
         for name, tensor in read.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise AdapterError(f"{self.folder}, {name}: holds NaN or Inf")
-        return Tensors(read, self.config)
+        return Tensors({name: read[key] for name, key in self.keys.items()}, self.config)
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of a folder."""
+    """The tensors of a folder, by their names in the base model."""
 
     read: Mapping[str, Tensor]
     config: PeftConfig
 
     def pair(self, path: str) -> Pair:
-        A, B = (self.read[f"{PREFIX}{path}.lora_{factor}.weight"] for factor in "AB")
+        A, B = (self.read[f"{path}.lora_{factor}.weight"] for factor in "AB")
         return Pair(A, B, self.config.scaling(path))
 
     def state(self, path: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state of the module at ``path``, with the names of ``like``."""
-        return {name: self.read[f"{PREFIX}{path}.{name}"] for name in like}
+        return {name: self.read[f"{path}.{name}"] for name in like}
 
 
 def base_paths(model: nn.Module) -> dict[str, nn.Module]:
@@ -118,9 +128,17 @@ def base_paths(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in base_modules(model).items() if path}
 
 
-def places(model: nn.Module, module: nn.Module) -> int:
-    """In how many places ``module`` hangs in ``model``. PEFT would adapt it in one of them."""
-    return sum(child is module for parent in model.modules() for child in parent._modules.values())
+def ancestors(path: str) -> Iterator[str]:
+    """The paths around ``path``, the outermost first."""
+    parts = path.split(".")
+    return (".".join(parts[:i]) for i in range(1, len(parts)))
+
+
+def places(model: nn.Module) -> Counter[nn.Module]:
+    """In how many places each module hangs in ``model``. PEFT would adapt it in one of them."""
+    return Counter(
+        child for parent in model.modules() for child in parent._modules.values() if child is not None
+    )
 
 
 @contextmanager
@@ -155,7 +173,7 @@ def _exchange(path: Path, room: Path) -> None:
     """The files of ``room``/new take the place of those of ``path``, all at once.
 
     Two files cannot be renamed in one step, but a link that both go through can. They become links to
-    ``room``/now, which points to the old files at first and after one rename to the new ones; then files again.
+    ``room``/now, which points to the old files and after one rename to the new ones; then files again.
     """
     old, new, now = room / "old", room / "new", room / "now"
     old.mkdir()
