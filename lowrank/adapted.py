@@ -176,10 +176,36 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The trainable parameters of the adapters; modules trained in full are not among them."""
+    """What the adapters train, also while it is frozen; modules trained in full are not among it."""
     for module in model.modules():
         if isinstance(module, Adapter):
-            yield from (p for p in module.parameters() if p.requires_grad)
+            yield from module.trained()
+
+
+def added_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Every parameter that wrapping put beside the base's, frozen or not."""
+    for module in model.modules():
+        if isinstance(module, (Adapter, TrainedModule)):
+            yield from (module.copy if isinstance(module, TrainedModule) else module).parameters()
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of the base by its path there, a shared one at each of its places.
+
+    ``model`` may be wrapped. An adapted layer or a module trained in full is listed as it hangs in ``model``,
+    and below it what its base holds.
+    """
+    found: dict[str, nn.Module] = {"": model}
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        inner = module.base if isinstance(module, (LoRALinear, TrainedModule)) else module
+        for name, child in inner._modules.items():
+            if child is not None and not isinstance(child, WeightAdapters):
+                found[f"{prefix}{name}"] = child
+                walk(child, f"{prefix}{name}.")
+
+    walk(model, "")
+    return found
 
 
 def adapters_of(model: nn.Module) -> dict[Projection, Adapter]:
@@ -240,7 +266,8 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
     for p, adapter in adapters.items():
         if not all(factor.isfinite().all() for factor in adapter.parameters()):
             raise ValueError(f"the adapter of {p.name} holds NaN or Inf, and merging would spoil the weight")
-    floating = [q.dtype for q in root.parameters() if not q.requires_grad and q.is_floating_point()]
+    added = {id(q) for q in added_parameters(root)}
+    floating = [q.dtype for q in root.parameters() if id(q) not in added and q.is_floating_point()]
     usual = Counter(floating).most_common(1)[0][0] if floating else torch.float32
     unpacked: dict[Projection, torch.dtype] = {}
     with torch.no_grad():

@@ -8,108 +8,159 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.adapted import (
     adapters_of,
+    added_parameters,
+    base_modules,
     check_unwrapped,
     device_beside,
     holder,
     install,
     plan_of,
     projection_problems,
+    weight_shape,
     wrapped_root,
 )
-from lowrank.files import FLOATS, AdapterError, Entry, packed, read_header, read_json, read_tensors, write
+from lowrank.files import (
+    FLOATS,
+    AdapterError,
+    Entry,
+    make_folder,
+    packed,
+    read_header,
+    read_json,
+    read_tensors,
+    write,
+)
+from lowrank.fingerprint import Sample, difference, differences, of_projection, of_projections, of_tensor
 from lowrank.layers.adapter import Adapter
+from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
 from lowrank.plan import Plan
-from lowrank.projections import Projection, as_rows, find_projections
+from lowrank.projections import Projection, find_projections
 from lowrank.wrap import check_layers
 
 FORMAT, VERSION = "lowrank-adapter", 1
 CONFIG = "adapter.json"
-SAMPLES = 64  # weights of each projection that the fingerprint keeps
+TRAINED = "train:"  # before the names of tensors of modules trained in full
+OVERRIDE = 'if that is meant: load_adapter(..., base="other")'
+SHOWN = 50  # at most, of the tensors that are neither adapted nor trained
+LOG = logging.getLogger("lowrank")
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Writes the adapters of a wrapped ``model`` to the folder ``path``, replacing one that is there.
 
     Written are the plan, every factor with its anchor, and the modules trained in full. The base is not:
-    of its weights a sample is kept, so that loading onto another base is noticed.
+    a sample of its weights is kept, also of those that are not adapted, so that loading onto another base is
+    noticed. Of what the folder holds only the tensors of the adapter that was there are deleted.
 
     Raises:
         ValueError: the model is not wrapped, or a tensor is not finite. What was there stays then.
     """
     root = wrapped_root(model)
     plan = plan_of(root)
+    adapters = adapters_of(root)
     tensors: dict[str, Tensor] = {}
-    fingerprint = {}
-    for p, adapter in adapters_of(root).items():
+    for p, adapter in adapters.items():
         for name, tensor in adapter.state_dict().items():
             tensors[f"{p.name}.{name}"] = tensor
-        fingerprint[p.name] = _fingerprint(holder(root, p), p)
     for module_path in plan.train:
         trained = root.get_submodule(module_path)
         assert isinstance(trained, TrainedModule)
         for name, tensor in trained.copy.state_dict().items():
-            tensors[f"train:{module_path}.{name}"] = tensor
+            tensors[f"{TRAINED}{module_path}.{name}"] = tensor
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or Inf: this adapter is not worth saving")
+    _warn_of_unsaved(root)
 
     blob = packed(tensors)
     digest = hashlib.sha256(blob).hexdigest()
     config = {
         "format": FORMAT,
         "version": VERSION,
-        "tensors": f"adapter-{digest[:16]}.safetensors",
+        "tensors": _file_name(digest),
         "sha256": digest,
         "plan": plan.to_json(),
-        "frozen": {p.name: sorted(adapter.frozen) for p, adapter in adapters_of(root).items()},
-        "fingerprint": fingerprint,
+        "frozen": {p.name: sorted(adapter.frozen) for p, adapter in adapters.items()},
+        "fingerprint": {p.name: _written(of_projection(holder(root, p), p)) for p in adapters},
+        "rest": {name: sample.to_json() for name, sample in _rest(root, plan).items()},
     }
     config["checksum"] = checksum(config)
+    content = json.dumps(config, indent=1, allow_nan=False).encode()
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / str(config["tensors"]), blob)
-    write(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False).encode())
-    for old in folder.glob("adapter-*.safetensors"):
-        if old.name != config["tensors"]:
-            old.unlink()
+    make_folder(folder)
+    before, file = _own_tensors(folder), folder / str(config["tensors"])
+    obsolete = {before} if file.exists() else {before, file}
+    try:
+        write(file, blob)
+        write(folder / CONFIG, content)
+    finally:  # whichever of the two adapters adapter.json names now stays
+        for each in obsolete - {_own_tensors(folder)}:
+            if each is not None:
+                each.unlink(missing_ok=True)
 
 
-def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
+def load_adapter(
+    model: nn.Module, path: str | Path, *, base: Literal["same", "other"] = "same", train: bool = True
+) -> nn.Module:
     """Adapts a fresh base in place as it was when it was saved, bit for bit, and returns it.
 
     The folder is not trusted: every claim is checked against the model, and the tensors against the
-    claims, before anything large is read and before the model is touched.
+    claims, before anything large is read and before the model is touched. The modules that it replaces in
+    full are named in the log "lowrank".
+
+    Args:
+        base: "same": the model's weights must be those that the adapter was made for. "other": only the
+            shapes of the adapted ones.
+        train: also replace the modules that were trained in full. If False, the model keeps its own.
 
     Raises:
         AdapterError: the folder is missing, incomplete, damaged, of another version, or was made for
             another base (every mismatch is listed). The model is untouched then.
-        ValueError: the model is wrapped already.
+        ValueError: the model is wrapped already, or ``base`` is neither of the two.
     """
+    if base not in ("same", "other"):
+        raise ValueError(f'expected base="same" or base="other", got {base!r}')
     check_unwrapped(model)
     folder = Path(path)
     try:
         config = _read_config(folder)
         plan = Plan.from_json(config["plan"])
+        if not train:
+            plan.train = ()
         _refuse(folder, "was made for another base", _plan_problems(model, plan))
-        _refuse(
-            folder,
-            "was made for a base with other weights",
-            _weight_problems(model, plan, config["fingerprint"]),
-        )
+        if base == "same":
+            _refuse(
+                folder,
+                f"was made for a base with other weights ({OVERRIDE})",
+                _weight_problems(model, plan, config["fingerprint"]),
+            )
+            _refuse(
+                folder,
+                "was made for a base that differs in what is neither adapted nor trained: load the base as "
+                f"it was, heads and embeddings included, or train these modules and save again ({OVERRIDE})",
+                _rest_problems(model, config.get("rest", {})),
+            )
         check_layers(model, plan.adapted, plan.train, plan.dropout)
         frozen = {p: _frozen(config["frozen"][p.name]) for p in plan.adapted}
         file = _tensors_file(folder, config)
-        _refuse(folder, "does not hold a whole adapter", _tensor_problems(model, plan, read_header(file)))
+        header = read_header(file)
+        if not train:
+            header = {name: entry for name, entry in header.items() if not name.startswith(TRAINED)}
+        _refuse(folder, "does not hold a whole adapter", _tensor_problems(model, plan, header))
         tensors = read_tensors(file, config["sha256"])
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -119,12 +170,27 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise AdapterError(f"{folder} does not hold a whole adapter: {error}") from error
+    if plan.train:
+        LOG.warning("%s replaces these modules in full: %s", folder, ", ".join(plan.train))
     install(model, plan, adapters)
     for name in plan.train:
         module = model.get_submodule(name)
         assert isinstance(module, TrainedModule)
-        module.load_copy({key: tensors[f"train:{name}.{key}"] for key in module.copy.state_dict()})
+        module.load_copy({key: tensors[f"{TRAINED}{name}.{key}"] for key in module.copy.state_dict()})
     return model
+
+
+def _warn_of_unsaved(root: nn.Module) -> None:
+    added = {id(parameter) for parameter in added_parameters(root)}
+    learning = [name for name, p in root.named_parameters() if p.requires_grad and id(p) not in added]
+    if learning:
+        more = f" and {len(learning) - 5} more" if len(learning) > 5 else ""
+        warnings.warn(
+            f"these parameters of the base require grad, but are not saved with the adapter: "
+            f"{', '.join(learning[:5])}{more}; name their modules in Policy(train=...) when wrapping",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def checksum(config: Mapping[str, Any]) -> str:
@@ -156,6 +222,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if config.get("checksum") != checksum(config):
         raise AdapterError(f"{folder / CONFIG} is damaged: its content does not match its checksum")
     return config
+
+
+def _own_tensors(folder: Path) -> Path | None:
+    """The tensors file of the adapter in ``folder``; None where there is no adapter of ours."""
+    try:
+        config = _read_config(folder)
+    except (ValueError, RecursionError):
+        return None
+    name, digest = config.get("tensors"), str(config.get("sha256"))
+    return folder / name if re.fullmatch("[0-9a-f]{64}", digest) and name == _file_name(digest) else None
+
+
+def _file_name(digest: str) -> str:
+    return f"adapter-{digest[:16]}.safetensors"
 
 
 def _tensors_file(folder: Path, config: Mapping[str, Any]) -> Path:
@@ -209,7 +289,7 @@ def _tensor_problems(model: nn.Module, plan: Plan, header: Mapping[str, Entry]) 
             wanted[f"{p.name}.B{anchor}"] = (p.out_features, rank), True
     for name in plan.train:
         for key, tensor in model.get_submodule(name).state_dict().items():
-            wanted[f"train:{name}.{key}"] = tuple(tensor.shape), tensor.is_floating_point()
+            wanted[f"{TRAINED}{name}.{key}"] = tuple(tensor.shape), tensor.is_floating_point()
     problems = []
     for name, (shape, floating) in wanted.items():
         entry = header.get(name)
@@ -238,45 +318,54 @@ def _adapter(
 # -- the fingerprint of a base ------------------------------------------------------------------------
 
 
-def _fingerprint(module: nn.Module, p: Projection) -> dict[str, Any]:
-    """How the projection's weight is stored, and a sample of it, evenly spread, where it can be read."""
-    stored = module._parameters[p.param]
-    assert stored is not None
-    dtype = str(stored.dtype).removeprefix("torch.")
-    if type(stored) is not nn.Parameter or not stored.is_floating_point():
-        dtype = f"{type(stored).__name__} of {dtype}"
-    try:
-        weight = as_rows(module, p.param)[slice(*p.rows)]
-    except ValueError:
-        weight = stored.to("meta")
-    if weight.is_meta:
-        return {"dtype": dtype, "sample": None}
-    places = torch.linspace(0, weight.numel() - 1, min(SAMPLES, weight.numel()), dtype=torch.float64).long()
-    sample = weight[(places // p.in_features).to(weight.device), (places % p.in_features).to(weight.device)]
-    return {"dtype": dtype, "sample": sample.double().tolist()}
+def _written(sample: Sample) -> dict[str, Any]:
+    return {"dtype": sample.dtype, "sample": None if sample.values is None else sample.values.tolist()}
 
 
 def _weight_problems(model: nn.Module, plan: Plan, saved: Mapping[str, Any]) -> list[str]:
-    """A line for each projection whose weights are not those of the base that the adapter was made for.
-
-    The same storage means the same bits; another precision may differ by its rounding, a quantized
-    weight by more. What cannot be read, now or then, is not compared.
-    """
-    problems = []
+    """A line for each projection whose weights are not those of the base that the adapter was made for."""
+    there = {}
     for p in plan.adapted:
-        here, there = _fingerprint(model.get_submodule(p.module), p), saved[p.name]
-        if here["sample"] is None or there["sample"] is None:
+        values = saved[p.name]["sample"]
+        numbers = None if values is None else torch.tensor([float(value) for value in values])
+        there[p] = Sample(str(saved[p.name]["dtype"]), None, numbers)
+    found = differences(of_projections(model, plan.adapted), there)
+    return [f"{p.name}: {text}" for p, text in found.items()]
+
+
+def _rest(root: nn.Module, plan: Plan) -> dict[str, Sample]:
+    """Samples of what of the base is neither adapted nor trained in full, by name; shared tensors once."""
+    rows: Counter[tuple[str, str]] = Counter()
+    for p in plan.adapted:
+        rows[p.module, p.param] += p.out_features
+    found: dict[str, Sample] = {}
+    seen: set[int] = set()
+    for path, hung in base_modules(root).items():
+        if any(f"{path}.".startswith(f"{name}.") for name in plan.train):
             continue
-        a, b = (torch.tensor([float(value) for value in each["sample"]]) for each in (here, there))
-        if a.shape != b.shape:
-            problems.append(f"{p.name}: its fingerprint has {len(b)} samples, not {len(a)}")
-            continue
-        dtypes = str(there["dtype"]), str(here["dtype"])
-        packed_ = any(" of " in dtype for dtype in dtypes)
-        allowed = 0.0 if dtypes[0] == dtypes[1] else 0.25 if packed_ else 0.02
-        distance = float((a - b).norm() / b.norm().clamp_min(1e-30))
-        if not distance <= allowed:
-            problems.append(
-                f"{p.name}: its weights differ by {distance:.2%} ({dtypes[0]} then, {dtypes[1]} here)"
-            )
-    return problems
+        module = hung.base if isinstance(hung, LoRALinear) else hung
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if (path, name) in rows and rows[path, name] == weight_shape(module, name)[0]:
+                continue  # wholly adapted, so it has a sample of its own
+            sample = of_tensor(module, name)
+            if sample is not None:
+                found[f"{path}.{name}".lstrip(".")] = sample
+    return found
+
+
+def _rest_problems(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
+    """A line for each tensor that this model does not have as it was; of many, the first ones."""
+    modules = base_modules(model)
+    problems = []
+    for name, said in saved.items():
+        path, _, leaf = name.rpartition(".")
+        there, module = Sample.from_json(said), modules.get(path)
+        if module is None or (module._parameters.get(leaf) is None and module._buffers.get(leaf) is None):
+            problems.append(f"{name}: the model has no such weight")
+        elif (here := of_tensor(module, leaf)) and (text := difference(here, there)):
+            problems.append(f"{name}: {text}")
+    more = len(problems) - SHOWN
+    return problems if more <= 0 else [*problems[:SHOWN], f"and {more} more"]

@@ -6,11 +6,14 @@ is for `checkpoint` and `peft_format` to say, from the header, before a tensor i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,17 +43,63 @@ class Entry:
         return math.prod(self.shape) * SIZES[self.dtype]
 
 
-def write(path: Path, content: bytes) -> None:
-    """All of ``content`` or nothing, also if the machine stops."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new, empty file to fill: it takes the place of ``path`` in the end, and disappears on an error.
+
+    At every moment, also after a crash, ``path`` is the old file or the new one. The new file has a random
+    name in the same folder and is made only if nothing has that name, so that no link is followed and what an
+    earlier crash left is not in the way. Its permissions are those of any new file. A link at ``path`` is
+    replaced, not followed.
+
+    Raises OSError where the folder cannot be written, or ``path`` is a folder or a device.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no file that could be replaced")
+    temporary = unused_name(path)
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors' writer gives it permissions of its own
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, content: bytes) -> None:
+    """All of ``content`` or nothing, also if the machine stops; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def make_folder(path: Path) -> None:
+    """The folder ``path`` and those above it, where they are not there yet."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def unused_name(path: Path) -> Path:
+    """A hidden name beside ``path`` that nobody can foresee."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows cannot open a folder
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise  # some file systems have no fsync of folders
+    finally:
+        os.close(descriptor)
 
 
 def packed(tensors: Mapping[str, Tensor]) -> bytes:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lowrank.batches import Loss, Mask
 from lowrank.calibrate import calibrate, predicted_bytes
+from lowrank.fingerprint import of_projections
 from lowrank.products import full_precision
 from lowrank.projections import Projection
 from lowrank.statistics import KINDS, OF_WEIGHTS, ProjectionStatistics, Statistics
@@ -39,11 +40,12 @@ class Source:
         """Statistics with all of ``needs``: what is not at hand is measured, in one pass over the batches.
 
         Raises:
-            ValueError: an unknown need, or one for batches where there are none.
+            ValueError: an unknown need, one for batches where there are none, or statistics of another model.
         """
         if unknown := needs - KINDS - OF_WEIGHTS:
             raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(KINDS | OF_WEIGHTS)}")
         found = self.statistics or Statistics({})
+        found.check(model, projections)
         missing = {need for need in needs if found.lacks(projections, need)}
         if spectra := missing & OF_WEIGHTS:
             found = found.merged(self._of_weights(model, projections))
@@ -150,7 +152,8 @@ class Source:
 
     def _of_weights(self, model: nn.Module, projections: Sequence[Projection]) -> Statistics:
         bar = tqdm(projections, "singular values", disable=not self.progress, delay=2, leave=False)
-        return Statistics({p: ProjectionStatistics(spectrum=_singular_values(model, p)) for p in bar})
+        spectra = {p: ProjectionStatistics(spectrum=_singular_values(model, p)) for p in bar}
+        return Statistics(spectra, of_projections(model, projections))
 
 
 def _singular_values(model: nn.Module, p: Projection) -> Tensor:

@@ -15,9 +15,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from lowrank.files import write
 from lowrank.projections import Projection, Role
 
 FORMAT, VERSION = "lowrank-plan", 1
+LONGEST = 2000  # characters of what an initializer prints as
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ class Plan(Mapping[Projection, Allocation]):
                 if "energy" in row:
                     energies[p] = float(_typed(row["energy"], (int, float)))
             init = _decode(data["init"])
-            if init is not None and not type(init).__module__.startswith("lowrank.init."):
+            if not (init is None or isinstance(init, Recorded) or _belongs(init, "lowrank.init.")):
                 raise ValueError(f"{init!r:.80} is no initializer")
             return cls(
                 allocations,
@@ -230,12 +232,12 @@ class Plan(Mapping[Projection, Allocation]):
                 if data.get("reference_rank") is None
                 else _typed(data["reference_rank"], int),
             )
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise ValueError(f"this is no plan: {type(error).__name__}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+        write(Path(path), json.dumps(self.to_json(), indent=1).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -287,25 +289,63 @@ def peft_patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict
     }
 
 
-# -- initializers and allocators as data: dataclasses of lowrank.init and lowrank.allocate, by name ------
+# -- strategies as data: dataclasses of lowrank.init and lowrank.allocate by name, others as a record -----
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An initializer that cannot be made here: of another library, or of another version of this one.
+
+    It prints as what it was and is written as it was read. A plan may hold it, since the adapters that it
+    started need it no more; only starting new ones raises ValueError.
+
+    Args:
+        name: of its class.
+        text: what it printed as.
+        record: its JSON.
+    """
+
+    name: str
+    text: str
+    record: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+    @property
+    def needs(self) -> frozenset[str]:
+        raise ValueError(
+            f"the plan's initializer {self.text:.200} cannot be made here ({self.name!r} is unknown, or its "
+            "fields are others now): set another, such as plan.init = lowrank.init.Kaiming()"
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.needs
 
 
 def _encode(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value if not isinstance(value, Role) else {"role": value.value}
+    """Plain data for any value: what `_decode` cannot make again is recorded by class and ``repr``."""
+    if isinstance(value, Recorded):
+        return json.loads(value.record)
+    if isinstance(value, Role):
+        return {"role": value.value}
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value)):
+        return value
     if isinstance(value, (tuple, list)):
         return [_encode(item) for item in value]
     if isinstance(value, Mapping):
         return {"mapping": [[_encode(k), _encode(v)] for k, v in value.items()]}
-    if is_dataclass(value) and type(value).__module__.startswith(("lowrank.init.", "lowrank.allocate.")):
+    kind = type(value)
+    if is_dataclass(value) and _belongs(value, "lowrank.init.", "lowrank.allocate."):
         return {
-            "class": type(value).__name__,
+            "class": kind.__name__,
             "fields": {f.name: _encode(getattr(value, f.name)) for f in fields(value) if f.init},
         }
-    raise ValueError(
-        f"{value!r} cannot be written as JSON: only the initializers of lowrank.init can; "
-        "save the plan with init=None, and set plan.init after loading it"
-    )
+    try:
+        text = repr(value)
+    except Exception:  # somebody else's code, which is not to stop a save
+        text = object.__repr__(value)
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "repr": text[:LONGEST]}
 
 
 def _decode(data: Any) -> Any:
@@ -318,13 +358,29 @@ def _decode(data: Any) -> Any:
     if "mapping" in data:
         return {_decode(k): _decode(v) for k, v in data["mapping"]}
     name = _typed(data["class"], str)
+    try:
+        return _made(name, data["fields"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return Recorded(name, _printed(name, data), json.dumps(data))
+
+
+def _made(name: str, given: Mapping[str, Any]) -> Any:
     for room in ("lowrank.init", "lowrank.allocate"):
         offered = importlib.import_module(room)  # by name, so that a plan stays below its makers
         if name in offered.__all__ and hasattr(getattr(offered, name), "needs"):
-            return getattr(offered, name)(**{k: _decode(v) for k, v in data["fields"].items()})
-    raise ValueError(
-        f"{name!r} is unknown to this version: lowrank.init and lowrank.allocate do not offer it"
-    )
+            return getattr(offered, name)(**{key: _decode(value) for key, value in given.items()})
+    raise ValueError(f"{name} is unknown to this version")
+
+
+def _printed(name: str, data: Mapping[str, Any]) -> str:
+    given = data.get("fields")
+    said = ", ".join(f"{key}={value}" for key, value in given.items()) if isinstance(given, dict) else ""
+    text = data.get("repr")
+    return (text if isinstance(text, str) else f"{name}({said})")[:LONGEST]
+
+
+def _belongs(value: Any, *rooms: str) -> bool:
+    return type(value).__module__.startswith(rooms)
 
 
 def _typed(value: Any, kind: Any) -> Any:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from lowrank.files import replacing
+from lowrank.fingerprint import Sample, differences, of_projections
 from lowrank.projections import Projection, Role
 
 FORMAT, VERSION = "lowrank-statistics", "1"
@@ -52,10 +54,21 @@ TENSORS = tuple(field.name for field in fields(ProjectionStatistics) if field.na
 
 
 class Statistics(Mapping[Projection, ProjectionStatistics]):
-    """Projection → `ProjectionStatistics`. Measured once, it serves any policy that needs no more."""
+    """Projection → `ProjectionStatistics`. Measured once, it serves any policy that needs no more.
 
-    def __init__(self, measured: Mapping[Projection, ProjectionStatistics]) -> None:
+    Args:
+        measured: what each projection showed.
+        fingerprint: samples of the weights that it was measured on, so that statistics of another model are
+            noticed. Without one they are taken as they are: ``Statistics(statistics)`` drops it.
+    """
+
+    def __init__(
+        self,
+        measured: Mapping[Projection, ProjectionStatistics],
+        fingerprint: Mapping[Projection, Sample] | None = None,
+    ) -> None:
         self._measured = dict(measured)
+        self.fingerprint = dict(fingerprint or {})
 
     def __getitem__(self, projection: Projection) -> ProjectionStatistics:
         return self._measured[projection]
@@ -74,13 +87,24 @@ class Statistics(Mapping[Projection, ProjectionStatistics]):
         """Is ``need`` unmeasured for any of ``projections``?"""
         return any(p not in self or getattr(self[p], need) is None for p in projections)
 
+    def check(self, model: nn.Module, projections: Iterable[Projection]) -> None:
+        """Raises ValueError where the weights of ``projections`` are not those that this was measured on."""
+        held = [p for p in projections if p in self.fingerprint]
+        found = differences(of_projections(model, held), self.fingerprint)
+        if found:
+            raise ValueError(
+                "the statistics were measured on another model (if that is meant: "
+                "statistics=Statistics(statistics) forgets which):\n  "
+                + "\n  ".join(f"{p.name}: {text}" for p, text in found.items())
+            )
+
     def merged(self, other: Statistics) -> Statistics:
-        """What either holds; where both do, what ``other`` holds."""
+        """What either holds, fingerprints too; where both do, what ``other`` holds."""
         both = dict(self)
         for p, each in other.items():
             new = {name: value for name, value in vars(each).items() if value is not None}
             both[p] = replace(both.get(p, ProjectionStatistics()), **new)
-        return Statistics(both)
+        return Statistics(both, {**self.fingerprint, **other.fingerprint})
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file; a covariance that several projections share is written once."""
@@ -89,6 +113,8 @@ class Statistics(Mapping[Projection, ProjectionStatistics]):
         rows = []
         for p, each in self.items():
             row: dict[str, Any] = {"projection": asdict(p), "sensitivity": each.sensitivity}
+            if p in self.fingerprint:
+                row["fingerprint"] = self.fingerprint[p].to_json()
             for kind in TENSORS:
                 tensor = getattr(each, kind)
                 if tensor is not None:
@@ -97,7 +123,8 @@ class Statistics(Mapping[Projection, ProjectionStatistics]):
                     row[kind] = name
             rows.append(row)
         metadata = {"format": FORMAT, "version": VERSION, "rows": json.dumps(rows)}
-        save_file(tensors or {"none": torch.zeros(0)}, path, metadata)
+        with replacing(Path(path)) as file:
+            save_file(tensors or {"none": torch.zeros(0)}, file, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -108,12 +135,14 @@ class Statistics(Mapping[Projection, ProjectionStatistics]):
                 if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
                     raise ValueError(f"{path} does not hold {FORMAT} of version {VERSION}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            measured = {}
+            measured, fingerprint = {}, {}
             for row in json.loads(metadata["rows"]):
                 said = row["projection"]
                 p = Projection(**{**said, "rows": tuple(said["rows"]), "role": Role(said["role"])})
                 held = {kind: tensors[row[kind]] for kind in TENSORS if kind in row}
                 measured[p] = ProjectionStatistics(sensitivity=row["sensitivity"], **held)
-            return cls(measured)
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+                if "fingerprint" in row:
+                    fingerprint[p] = Sample.from_json(row["fingerprint"])
+            return cls(measured, fingerprint)
+        except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} does not hold whole statistics: {error}") from error

@@ -423,10 +423,7 @@ CLAIMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "both factors frozen": (lambda c: c["frozen"].update({"att.o_proj": ["A", "B"]}), "no frozen factors"),
     "dropout of more than all": (lambda c: c["plan"].update(dropout=1.5), "dropout"),
     "scaling beyond numbers": (lambda c: c["plan"]["projections"][0].update(scaling=10**400), "hold a whole"),
-    "an initializer that is none": (
-        lambda c: c["plan"].update(init={"class": "Factors", "fields": {}}),
-        "hold a whole",
-    ),
+    "an initializer that is none": (lambda c: c["plan"].update(init=["Kaiming"]), "hold a whole"),
     "an initializer of absurd depth": (lambda c: c["plan"].update(init=deep(150)), "hold a whole"),
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ LAYERS = [
     {"families"},
     {"trials"},
     {"batches", "files", "products", "projections"},
+    {"fingerprint"},
     {"statistics", "targets"},
     {"plan", "layers"},
     {"init", "allocate", "calibrate", "adapted"},
@@ -31,7 +32,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Narrower than their place in the table: the only other parts that these may name.
 ONLY = {
     "layers": set(),  # plain tensors, no model
-    "train": {"batches"},  # knows requires_grad, never LoRA
+    "train": {"batches", "files"},  # knows requires_grad, never LoRA
 }
 
 # Each file there is one idea, and may import of its own package only these.

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from lowrank.batches import Loss, Mask, model_device, output_loss, scalar_loss, to_device
 from lowrank.calibrate.hooks import watched
 from lowrank.calibrate.meter import Meter
+from lowrank.fingerprint import of_projections
 from lowrank.projections import Projection, Role
 from lowrank.statistics import KINDS, Statistics
 
@@ -112,7 +113,7 @@ def calibrate(
             "calibration needs batches, and got none: the loader is empty or was consumed before"
         )
     meter.all_reduce()
-    return meter.statistics()
+    return Statistics(meter.statistics(), of_projections(model, projections))
 
 
 def predicted_bytes(

@@ -5,7 +5,7 @@ It does not know the layer that it sits in, nor multiply any activation: that is
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ class Adapter(nn.Module):
         B: (rows, rank), the start.
         scaling: the factor of B·A.
         rows: the output rows that it updates.
-        frozen: of {"A", "B"}: what is not trained.
+        frozen: of {"A", "B"}: what is not trained. It is kept: `requires_grad` may say otherwise for a while,
+            as in a model that is frozen for inference.
         dtype: of the parameters; fp32 also on a half-precision base.
 
     Raises:
@@ -88,6 +89,7 @@ class Adapter(nn.Module):
     def _hold(
         self, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, frozen: Collection[str]
     ) -> None:
+        self.frozen = frozenset(frozen)
         self.A = nn.Parameter(A, requires_grad="A" not in frozen)
         self.B = nn.Parameter(B, requires_grad="B" not in frozen)
         self.register_buffer("A0", A0)
@@ -97,10 +99,9 @@ class Adapter(nn.Module):
     def anchored(self) -> bool:
         return self.A0 is not None
 
-    @property
-    def frozen(self) -> frozenset[str]:
-        """The factors that are not trained."""
-        return frozenset(name for name in ("A", "B") if not getattr(self, name).requires_grad)
+    def trained(self) -> Iterator[nn.Parameter]:
+        """The factors that this adapter trains, whether they require grad now or not."""
+        yield from (factor for name, factor in self.named_parameters() if name not in self.frozen)
 
     @property
     def block(self) -> Block:

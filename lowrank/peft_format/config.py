@@ -7,13 +7,12 @@ later versions included. It knows no model and no tensor.
 from __future__ import annotations
 
 import math
-import re
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank.files import AdapterError
+from lowrank.peft_format.patterns import Patterns, shortened
 
 # What an adapter does not depend on once it is trained: where it came from, and how it was started.
 HARMLESS = frozenset(
@@ -34,7 +33,7 @@ class PeftConfig:
 
     Args:
         r, alpha: where no pattern matches; 8 unless said otherwise.
-        ranks, alphas: ``rank_pattern`` and ``alpha_pattern``: the first key that matches counts.
+        ranks, alphas: ``rank_pattern`` and ``alpha_pattern``.
         targets: paths or their dotted ends, one regular expression, or None: PEFT's choice by family.
         excluded: paths or their dotted ends.
         rslora: the scaling is alpha / √r instead of alpha / r.
@@ -45,13 +44,13 @@ class PeftConfig:
 
     r: int = 8
     alpha: float = 8.0
-    ranks: Sequence[tuple[re.Pattern[str], int]] = ()
-    alphas: Sequence[tuple[re.Pattern[str], float]] = ()
-    targets: str | Sequence[str] | None = None
-    excluded: str | Sequence[str] = ()
+    ranks: Patterns = field(default_factory=lambda: Patterns({}))
+    alphas: Patterns = field(default_factory=lambda: Patterns({}))
+    targets: str | frozenset[str] | None = None
+    excluded: str | frozenset[str] = frozenset()
     rslora: bool = False
     dropout: float = 0.0
-    trained: Sequence[str] = ()
+    trained: frozenset[str] = frozenset()
     by_layer: bool = False
 
     @classmethod
@@ -61,34 +60,36 @@ class PeftConfig:
             raise AdapterError(f"peft_type is {data.get('peft_type')!r}; only LORA adapters can be imported")
         for name, value in data.items():
             if name not in HARMLESS | READ and value not in (None, False, 0, "", [], {}):
-                raise AdapterError(f"{name} = {_short(value)} is a PEFT feature that lowrank does not have")
+                raise AdapterError(
+                    f"{name} = {shortened(value)} is a PEFT feature that lowrank does not have"
+                )
         if data.get("bias", "none") != "none":
             raise AdapterError(
-                f"bias = {_short(data['bias'])}: trained biases are not supported, only 'none' is"
+                f"bias = {shortened(data['bias'])}: trained biases are not supported, only 'none' is"
             )
         _check_start(data.get("init_lora_weights", True))
         layers = data.get("layers_to_transform")
         return cls(
             r=_rank(data.get("r", 8), "r"),
             alpha=_number(data.get("lora_alpha", 8), "lora_alpha"),
-            ranks=[(pattern(key), _rank(n, key)) for key, n in _mapping(data, "rank_pattern").items()],
-            alphas=[(pattern(key), _number(n, key)) for key, n in _mapping(data, "alpha_pattern").items()],
+            ranks=Patterns({key: _rank(n, key) for key, n in _mapping(data, "rank_pattern").items()}),
+            alphas=Patterns({key: _number(n, key) for key, n in _mapping(data, "alpha_pattern").items()}),
             targets=_names(data, "target_modules", None),
-            excluded=_names(data, "exclude_modules", ()) or (),
+            excluded=_names(data, "exclude_modules", None) or frozenset(),
             rslora=_flag(data, "use_rslora"),
             dropout=_dropout(data.get("lora_dropout", 0.0)),
-            trained=_listed(_names(data, "modules_to_save", ()) or (), "modules_to_save"),
+            trained=_listed(_names(data, "modules_to_save", None) or frozenset(), "modules_to_save"),
             by_layer=layers is not None and layers != [],
         )
 
     def rank(self, path: str) -> int:
         """The rank of the module at ``path``."""
-        return _first(self.ranks, path, self.r)
+        return self.ranks.value(path, self.r)
 
     def scaling(self, path: str) -> float:
         """The factor of B·A at ``path``."""
         rank = self.rank(path)
-        return _first(self.alphas, path, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        return self.alphas.value(path, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     @property
     def lists_targets(self) -> bool:
@@ -102,40 +103,22 @@ class PeftConfig:
 
     def adapts(self, path: str) -> bool:
         """Would PEFT adapt a linear module at ``path``? Only where `lists_targets`."""
-        assert self.lists_targets and self.targets is not None
-        inside = any(f".{name}." in f".{path}." for name in self.trained)
-        return _ends(path, self.targets) and not _ends(path, self.excluded) and not inside
+        assert isinstance(self.targets, frozenset) and isinstance(self.excluded, frozenset)
+        parts = path.split(".")
+        ends = {".".join(parts[i:]) for i in range(len(parts))}
+        if self.targets.isdisjoint(ends) or not self.excluded.isdisjoint(ends):
+            return False
+        within = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
+        return self.trained.isdisjoint(within)
 
     def trains(self, path: str) -> bool:
         """Would PEFT train the module at ``path`` in full? It compares the ends of strings, not of paths."""
-        return any(path.endswith(name) for name in self.trained)
+        return not self.trained.isdisjoint(path[i:] for i in range(len(path)))
 
-
-def pattern(key: str) -> re.Pattern[str]:
-    """A key of ``rank_pattern`` or ``alpha_pattern`` as PEFT matches it: with the end of a path.
-
-    The key comes from a file: one whose matching could take exponential time raises AdapterError.
-    """
-    plain = re.sub(r"\\.|\[[^\]]*\]", "x", key).replace("(?:", "(")
-    choices = len(re.findall(r"[*+?{]", plain))
-    nested = re.search(r"\)[*+?{]|\(\?", plain) or re.search(r"\\[1-9]", key)
-    if nested or choices > 4 or plain.count("(") > 3 or len(key) > 500:
-        raise AdapterError(f"the pattern {_short(key)} is too involved to be run: name the modules plainly")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return re.compile(rf"(.*\.)?({key})$")
-    except (re.error, RecursionError, OverflowError) as error:
-        raise AdapterError(f"the pattern {_short(key)} is no regular expression: {error}") from error
-
-
-def _first(patterns: Sequence[tuple[re.Pattern[str], Any]], path: str, otherwise: Any) -> Any:
-    return next((value for key, value in patterns if key.match(path)), otherwise)
-
-
-def _ends(path: str, names: Sequence[str]) -> bool:
-    parts = path.split(".")
-    return any(".".join(parts[i:]) in names for i in range(len(parts)))
+    def check_cost(self, paths: Collection[str]) -> None:
+        """Raises AdapterError where the patterns would take too long on these paths of the model."""
+        self.ranks.check_cost(paths, "rank_pattern")
+        self.alphas.check_cost(paths, "alpha_pattern")
 
 
 # -- checks -------------------------------------------------------------------------------------------
@@ -151,13 +134,13 @@ def _check_start(start: Any) -> None:
             "save_pretrained(new_folder, path_initial_model_for_weight_conversion=folder_before_training); "
             "then import the new folder"
         )
-    raise AdapterError(f"init_lora_weights = {_short(start)} is unknown")
+    raise AdapterError(f"init_lora_weights = {shortened(start)} is unknown")
 
 
 def _mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = data.get(name) or {}
     if not isinstance(value, dict):
-        raise AdapterError(f"{name} = {_short(value)} is not a mapping of module names")
+        raise AdapterError(f"{name} = {shortened(value)} is not a mapping of module names")
     return value
 
 
@@ -169,40 +152,35 @@ def _names(data: Mapping[str, Any], name: str, otherwise: Any) -> Any:
         return frozenset(value)
     if isinstance(value, str):
         return value
-    raise AdapterError(f"{name} = {_short(value)} is not a list of names")
+    raise AdapterError(f"{name} = {shortened(value)} is not a list of names")
 
 
-def _listed(value: Any, name: str) -> Sequence[str]:
+def _listed(value: Any, name: str) -> frozenset[str]:
     if isinstance(value, str):
         raise AdapterError(f"{name} = {value!r} is not a list of names")
-    return tuple(sorted(value))
+    return value
 
 
 def _rank(value: Any, name: str) -> int:
     if type(value) is not int or not 1 <= value < 1 << 31:
-        raise AdapterError(f"the rank of {name} is {_short(value)}, not a whole number from 1 on")
+        raise AdapterError(f"the rank of {name} is {shortened(value)}, not a whole number from 1 on")
     return value
 
 
 def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e30:
-        raise AdapterError(f"the alpha of {name} is {_short(value)}, not a number")
+        raise AdapterError(f"the alpha of {name} is {shortened(value)}, not a number")
     return float(value)
 
 
 def _dropout(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise AdapterError(f"lora_dropout is {_short(value)}, not a number from 0 to below 1")
+        raise AdapterError(f"lora_dropout is {shortened(value)}, not a number from 0 to below 1")
     return float(value)
 
 
 def _flag(data: Mapping[str, Any], name: str) -> bool:
     value = data.get(name) or False
     if not isinstance(value, bool):
-        raise AdapterError(f"{name} is {_short(value)}, neither true nor false")
+        raise AdapterError(f"{name} is {shortened(value)}, neither true nor false")
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "…"

@@ -26,6 +26,7 @@ from lowrank.peft_format.folder import (
     PREFIX,
     TENSORS,
     Contents,
+    ancestors,
     base_paths,
     places,
     staged,
@@ -117,10 +118,10 @@ def export_peft(
             written[p] = recompressed(exact[p], adapter.rank, adapter.A.dtype)
         else:
             written[p] = plain(adapter, adapter.A.dtype)
-    pairs = {}
-    for module in dict.fromkeys(p.module for p in adapters):
-        blocks = [(p.rows, pair) for p, pair in written.items() if p.module == module]
-        pairs[module] = stacked(blocks, _layer(root, module).out_features)
+    blocks: dict[str, list[tuple[tuple[int, int], Pair]]] = {}
+    for p, pair in written.items():
+        blocks.setdefault(p.module, []).append((p.rows, pair))
+    pairs = {module: stacked(each, _layer(root, module).out_features) for module, each in blocks.items()}
     if serving:
         pairs = uniform(pairs)
     if dtype is not None:
@@ -149,7 +150,7 @@ def export_peft(
 
 
 def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter]) -> None:
-    problems = []
+    problems, hung = [], places(root)
     for p in adapters:
         module: Any = root.get_submodule(p.module)
         if on_weight(root, p):
@@ -158,7 +159,7 @@ def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter]) -
             )
         elif not isinstance(module.base, nn.Linear) and type(module.base).__name__ != "Conv1D":
             problems.append(f"{p.name}: PEFT adapts nn.Linear and Conv1D, not {type(module.base).__name__}")
-        elif places(root, module) > 1:
+        elif hung[module] > 1:
             problems.append(f"{p.name}: it is used in several places, of which PEFT would adapt one")
     if problems:
         advice = "adapt the model without them (exclude=), or merge(model) and save the whole of it"
@@ -183,14 +184,14 @@ def _trained_states(root: nn.Module) -> dict[str, dict[str, Tensor]]:
     train = plan_of(root).train
     paths = base_paths(root)
     taken = sorted(path for path in paths if path.endswith(train)) if train else []
-    problems, states = [], {}
+    problems, states, hung = [], {}, places(root)
     for path in taken:
         module = paths[path]
         if any(isinstance(each, LoRALinear) for each in module.modules()):
             problems.append(f"{path}: it holds adapters, and PEFT would train it in full, going by its name")
-        elif any(path.startswith(f"{other}.") for other in taken):
+        elif any(above in states for above in ancestors(path)):
             problems.append(f"{path}: it lies inside another module that PEFT would train in full")
-        elif places(root, module) > 1:
+        elif hung[module] > 1:
             problems.append(f"{path}: it is used in several places, of which PEFT would train one")
         states[path] = (module.copy if isinstance(module, TrainedModule) else module).state_dict()
     if problems:

@@ -8,20 +8,30 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from lowrank.files import AdapterError, Entry, read_header, read_json, read_tensors
-from lowrank.layers.linear import LoRALinear
-from lowrank.layers.trained import TrainedModule
+from lowrank.adapted import base_modules
+from lowrank.files import (
+    AdapterError,
+    Entry,
+    make_folder,
+    read_header,
+    read_json,
+    read_tensors,
+    sync,
+    unused_name,
+)
 from lowrank.peft_format.config import PeftConfig
 from lowrank.peft_format.pairs import Pair
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FILES = CONFIG, TENSORS
 PREFIX = "base_model.model."
 
 # What the keys of PEFT features contain that are not supported.
@@ -41,16 +51,21 @@ class Contents:
     Args:
         layers: module path → "A" and "B" → what the header says of the factor.
         others: the remaining tensors, by their names in the base model.
+        keys: of every tensor, by such names, as the file has them.
     """
 
     folder: Path
     config: PeftConfig
     layers: Mapping[str, Mapping[str, Entry]]
     others: Mapping[str, Entry]
+    keys: Mapping[str, str]
 
     @classmethod
-    def read(cls, folder: Path) -> Contents:
-        """Raises AdapterError where the folder holds no plain LoRA adapter in safetensors."""
+    def read(cls, folder: Path, rename: Callable[[str], str] = str) -> Contents:
+        """``rename`` gives a tensor's name in the base model for the one in the file.
+
+        Raises AdapterError where the folder holds no plain LoRA adapter in safetensors.
+        """
         if not (folder / CONFIG).is_file():
             ours = (folder / "adapter.json").exists()
             hint = "; this is an adapter of lowrank's own: load_adapter(model, path)" if ours else ""
@@ -63,13 +78,17 @@ class Contents:
             )
         layers: dict[str, dict[str, Entry]] = {}
         others: dict[str, Entry] = {}
+        keys: dict[str, str] = {}
         for key, entry in read_header(folder / TENSORS).items():
             for part, feature in FEATURES.items():
                 if part in key:
                     raise AdapterError(f"{folder}, {key}: {feature} is not supported")
             if not key.startswith(PREFIX):
                 raise AdapterError(f"{folder}, {key!r}: PEFT's names start with {PREFIX}")
-            name = key.removeprefix(PREFIX)
+            name = rename(key.removeprefix(PREFIX))
+            if name in keys:
+                raise AdapterError(f"{folder}: {keys[name]} and {key} are the same weight of this model")
+            keys[name] = key
             factor = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name, re.DOTALL)
             if factor:
                 layers.setdefault(factor[1], {})[factor[2]] = entry
@@ -77,7 +96,7 @@ class Contents:
                 others[name] = entry
         if not layers:
             raise AdapterError(f"{folder} holds no LoRA factors")
-        return cls(folder, config, layers, others)
+        return cls(folder, config, layers, others, keys)
 
     def tensors(self) -> Tensors:
         """Reads everything; raises AdapterError where a number is not finite."""
@@ -85,66 +104,133 @@ class Contents:
         for name, tensor in read.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise AdapterError(f"{self.folder}, {name}: holds NaN or Inf")
-        return Tensors(read, self.config)
+        return Tensors({name: read[key] for name, key in self.keys.items()}, self.config)
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of a folder."""
+    """The tensors of a folder, by their names in the base model."""
 
     read: Mapping[str, Tensor]
     config: PeftConfig
 
     def pair(self, path: str) -> Pair:
-        A, B = (self.read[f"{PREFIX}{path}.lora_{factor}.weight"] for factor in "AB")
+        A, B = (self.read[f"{path}.lora_{factor}.weight"] for factor in "AB")
         return Pair(A, B, self.config.scaling(path))
 
     def state(self, path: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state of the module at ``path``, with the names of ``like``."""
-        return {name: self.read[f"{PREFIX}{path}.{name}"] for name in like}
+        return {name: self.read[f"{path}.{name}"] for name in like}
 
 
 def base_paths(model: nn.Module) -> dict[str, nn.Module]:
-    """Every path of the base model, a shared module at each of its places; ``model`` may be wrapped."""
-    paths: dict[str, nn.Module] = {}
-    _walk(model, "", paths)
-    return paths
+    """Every path of the base model below its root; see `base_modules`."""
+    return {path: module for path, module in base_modules(model).items() if path}
 
 
-def _walk(module: nn.Module, path: str, paths: dict[str, nn.Module]) -> None:
-    inner = module.base if isinstance(module, (LoRALinear, TrainedModule)) else module
-    for name, child in inner._modules.items():
-        if child is not None:
-            paths[f"{path}{name}"] = child
-            _walk(child, f"{path}{name}.", paths)
+def ancestors(path: str) -> Iterator[str]:
+    """The paths around ``path``, the outermost first."""
+    parts = path.split(".")
+    return (".".join(parts[:i]) for i in range(1, len(parts)))
 
 
-def places(model: nn.Module, module: nn.Module) -> int:
-    """In how many places ``module`` hangs in ``model``. PEFT would adapt it in one of them."""
-    return sum(child is module for parent in model.modules() for child in parent._modules.values())
+def places(model: nn.Module) -> Counter[nn.Module]:
+    """In how many places each module hangs in ``model``. PEFT would adapt it in one of them."""
+    return Counter(
+        child for parent in model.modules() for child in parent._modules.values() if child is not None
+    )
 
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A folder to write to: it becomes ``path`` in the end, and disappears on an error.
+    """A folder to write to: its files are those of ``path`` in the end, and disappear on an error.
 
-    Where ``path`` is there already, the two files of an adapter are replaced and the rest stays.
+    Where ``path`` is there already, the two files of an adapter are replaced in one step and the rest stays:
+    at every moment, also after a crash, ``path`` holds the old adapter or the new one.
     """
     path = path.absolute()
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: name a folder")
     existing = next(each for each in (path, *path.parents) if each.is_dir())
-    folder = existing / f".{path.name}.{os.getpid()}"
-    folder.mkdir()
+    room = unused_name(existing / path.name)
+    new = room / "new"
+    room.mkdir()
     try:
-        yield folder
-        if path.is_dir():
-            # Without a configuration in between, so that a crash leaves no mixture of two adapters.
-            (path / CONFIG).unlink(missing_ok=True)
-            os.replace(folder / TENSORS, path / TENSORS)
-            os.replace(folder / CONFIG, path / CONFIG)
+        new.mkdir()
+        yield new
+        if existing == path:
+            _exchange(path, room)
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(folder, path)
+            make_folder(path.parent)
+            os.replace(new, path)
+            sync(path.parent)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not any(_leads_into(path / name, room) for name in FILES):
+            shutil.rmtree(room, ignore_errors=True)
+
+
+def _exchange(path: Path, room: Path) -> None:
+    """The files of ``room``/new take the place of those of ``path``, all at once.
+
+    Two files cannot be renamed in one step, but a link that both go through can. They become links to
+    ``room``/now, which points to the old files and after one rename to the new ones; then files again.
+    """
+    old, new, now = room / "old", room / "new", room / "now"
+    old.mkdir()
+    for name in FILES:
+        if (path / name).exists():
+            _copy(path / name, old / name)
+    try:
+        now.symlink_to("old")
+    except (OSError, NotImplementedError):  # without a configuration in between there is no mixture either
+        (path / CONFIG).unlink(missing_ok=True)
+        os.replace(new / TENSORS, path / TENSORS)
+        os.replace(new / CONFIG, path / CONFIG)
+        return
+    sync(room)
+    try:
+        for name in FILES:
+            _link(path / name, f"{room.name}/now/{name}")
+        sync(path)
+        _link(now, "new")
+        sync(room)
+    finally:
+        for name in FILES:
+            if _leads_into(path / name, room):
+                _settle(path / name)
+        sync(path)
+
+
+def _link(path: Path, target: str) -> None:
+    """A symbolic link at ``path``, in the place of what was there."""
+    temporary = unused_name(path)
+    temporary.symlink_to(target)
+    try:
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _settle(path: Path) -> None:
+    """The file that the link ``path`` leads to, in the place of the link."""
+    if not path.exists():
+        return path.unlink()
+    temporary = unused_name(path)
+    try:
+        _copy(path.resolve(), temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The same content under another name."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+        sync(target)
+
+
+def _leads_into(path: Path, folder: Path) -> bool:
+    return path.is_symlink() and path.resolve().is_relative_to(folder.resolve())

@@ -5,9 +5,12 @@ What it does not understand it refuses by name, before the model is touched. It 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lowrank.adapted import check_unwrapped, device_beside, install, weight_shape
@@ -15,18 +18,27 @@ from lowrank.files import FLOATS, AdapterError
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.linear import master_dtype
 from lowrank.layers.trained import TrainedModule
-from lowrank.peft_format.folder import Contents, base_paths, places
+from lowrank.peft_format.folder import Contents, Tensors, ancestors, base_paths, places
+from lowrank.peft_format.names import present_name
 from lowrank.peft_format.pairs import reduced
 from lowrank.plan import Allocation, Plan
 from lowrank.projections import Projection, Role, scan
 from lowrank.wrap import check_layers
 
+LOG = logging.getLogger("lowrank")
 
-def import_peft(model: nn.Module, path: str | Path) -> nn.Module:
+
+def import_peft(model: nn.Module, path: str | Path, *, train: bool = True) -> nn.Module:
     """Adapts ``model`` in place as the PEFT folder ``path`` says, and returns it.
 
     Both factors are trainable afterwards, in fp32. A fused weight gets one adapter over all its rows, as in
-    PEFT. A rank above min(in, out) is brought down to that, which changes ΔW by rounding only.
+    PEFT. A rank above min(in, out) is brought down to that, which changes ΔW by rounding only. Names that
+    transformers has changed since the adapter was saved are translated. An embedding or output head that is in
+    the folder without being named in its configuration (``save_embedding_layers``) counts as trained in full
+    where it differs from the model's. The modules that are replaced in full are named in the log "lowrank".
+
+    Args:
+        train: also replace the modules that were trained in full. If False, the model keeps its own.
 
     Raises:
         AdapterError: the folder is missing or damaged, was made for another base (every mismatch is
@@ -34,19 +46,20 @@ def import_peft(model: nn.Module, path: str | Path) -> nn.Module:
         ValueError: the model is wrapped already.
     """
     check_unwrapped(model)
-    contents = Contents.read(Path(path))
+    contents = Contents.read(Path(path), present_name(model))
     known = _whole_weights(model)
-    trained, problems = _trained(model, contents)
+    trained, saved, problems = _trained(model, contents) if train else ([], [], [])
     problems = _mismatches(model, contents, known) + problems
     if problems:
         raise AdapterError(f"{contents.folder} was made for another base:\n  " + "\n  ".join(problems))
     projections = [p for path, p in known.items() if path in contents.layers]
+    tensors = contents.tensors()
+    trained += [path for path in saved if not _equal(model.get_submodule(path), tensors, path)]
     try:
         check_layers(model, projections, trained, contents.config.dropout)
     except ValueError as error:
         raise AdapterError(f"{contents.folder} cannot be put on this model: {error}") from error
 
-    tensors = contents.tensors()
     allocations, adapters = {}, {}
     for p in projections:
         pair = reduced(tensors.pair(p.module))
@@ -56,6 +69,8 @@ def import_peft(model: nn.Module, path: str | Path) -> nn.Module:
         state = {"A": pair.A.to(master_dtype(weight.dtype)), "B": pair.B.to(master_dtype(weight.dtype))}
         adapters[p] = Adapter.from_state(state, pair.scaling, rows=p.rows).to(device_beside(model, p))
     plan = Plan(allocations, dropout=contents.config.dropout, train=trained)
+    if trained:
+        LOG.warning("%s replaces these modules in full: %s", contents.folder, ", ".join(trained))
     install(model, plan, adapters)
     for name in trained:
         module = model.get_submodule(name)
@@ -81,7 +96,8 @@ def _whole_weights(model: nn.Module) -> dict[str, Projection]:
 
 def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projection]) -> list[str]:
     """A line for whatever of the factors does not fit the model or the configuration."""
-    config, problems = contents.config, []
+    config, problems, hung = contents.config, [], places(model)
+    config.check_cost(known.keys() & contents.layers.keys())
     for path, entries in contents.layers.items():
         if path not in known:
             problems.append(f"{path}: the model has no such linear module")
@@ -97,7 +113,7 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
             problems.append(
                 f"{path}: rank {rank} is far more than a weight of shape {(out, columns)} can use"
             )
-        elif places(model, model.get_submodule(path)) > 1:
+        elif hung[model.get_submodule(path)] > 1:
             problems.append(f"{path}: it is used in several places, of which PEFT adapts one")
         elif config.lists_targets and not config.adapts(path):
             problems.append(f"{path}: target_modules does not name it, so PEFT would not adapt it")
@@ -109,13 +125,19 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
     return problems
 
 
-def _trained(model: nn.Module, contents: Contents) -> tuple[list[str], list[str]]:
-    """Paths of the modules trained in full, and a line for whatever of them does not fit."""
+def _trained(model: nn.Module, contents: Contents) -> tuple[list[str], list[str], list[str]]:
+    """Paths of the modules trained in full, of embeddings and heads that are there besides, and problems.
+
+    A problem is a line for whatever of them does not fit.
+    """
     problems = []
     left = dict(contents.others)
-    paths = base_paths(model)
-    taken = [path for path in paths if contents.config.trains(path)]
-    for path in taken:
+    paths, hung = base_paths(model), places(model)
+    named = [path for path in paths if contents.config.trains(path)]
+    saved = [path for path in _embeddings(model) if path not in named and f"{path}.weight" in left]
+    adapted = {each for layer in contents.layers for each in (layer, *ancestors(layer))}
+    taken = {*named, *saved}
+    for path in (*named, *saved):
         for name, tensor in paths[path].state_dict().items():
             entry = left.pop(f"{path}.{name}", None)
             if entry is None:
@@ -124,11 +146,30 @@ def _trained(model: nn.Module, contents: Contents) -> tuple[list[str], list[str]
                 problems.append(f"{path}.{name}: its shape is {entry.shape}, not {tuple(tensor.shape)}")
             elif (entry.dtype in FLOATS) != tensor.is_floating_point():
                 problems.append(f"{path}.{name}: its dtype is {entry.dtype}, not {tensor.dtype}")
-        if any(path.startswith(f"{other}.") for other in taken):
+        if any(above in taken for above in ancestors(path)):
             problems.append(f"{path}: it lies inside another module that modules_to_save names")
-        if any(layer == path or layer.startswith(f"{path}.") for layer in contents.layers):
+        if path in adapted:
             problems.append(f"{path}: it is both adapted and trained in full")
-        if places(model, paths[path]) > 1:
+        if hung[paths[path]] > 1:
             problems.append(f"{path}: it is used in several places, of which PEFT trains one")
     problems += [f"{name}: it is in the folder, but modules_to_save does not name it" for name in left]
-    return [path for path in taken if paths[path].state_dict()], problems
+    return [path for path in named if paths[path].state_dict()], saved, problems
+
+
+def _embeddings(model: nn.Module) -> list[str]:
+    """Paths of what ``save_embedding_layers`` may save: the embedding of the input and the output head."""
+    layers = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):  # transformers' way to say that there is none
+            layers.append(getattr(model, get)())
+    return [path for path, module in model.named_modules() if path and any(module is each for each in layers)]
+
+
+def _equal(module: nn.Module, tensors: Tensors, path: str) -> bool:
+    """Does the folder hold the values for ``path`` that ``module`` has? On the meta device it has none."""
+    own = module.state_dict()
+    theirs = tensors.state(path, own)
+    return all(
+        not tensor.is_meta and torch.equal(theirs[name].to(tensor.dtype), tensor.cpu())
+        for name, tensor in own.items()
+    )

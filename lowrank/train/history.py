@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import overload
 
+from lowrank.files import write
+
 
 @dataclass(frozen=True)
 class Record:
@@ -56,7 +58,7 @@ class History(Sequence[Record]):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write JSON lines, the format of ``fit(log=...)`` too."""
-        Path(path).write_text("".join(record.to_json() + "\n" for record in self.records))
+        write(Path(path), "".join(record.to_json() + "\n" for record in self.records).encode())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> History:

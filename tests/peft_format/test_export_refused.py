@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lowrank
-from lowrank import AdapterError, Policy, presets
+from lowrank import Policy, presets
 from lowrank.peft_format import export
 from tests import zoo
 from tests.helpers import perturb
@@ -143,27 +141,3 @@ def test_an_earlier_export_is_replaced_and_other_files_stay(tmp_path: Path) -> N
     lowrank.export_peft(model, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {CONFIG, TENSORS, "README.md"}
     torch.testing.assert_close(logits(theirs(tmp_path, "bert"), "bert"), logits(model, "bert"), **CLOSE)
-
-
-@pytest.mark.parametrize("crash_at", [3, 4])
-def test_a_crash_while_replacing_leaves_no_mixture(
-    crash_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = adapted("bert", policy("bert"))
-    lowrank.export_peft(model, tmp_path)
-    perturb(model)
-    replace_file, calls = os.replace, 0
-
-    def crash(source: Any, target: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == crash_at:
-            raise OSError("the machine stops")
-        replace_file(source, target)
-
-    monkeypatch.setattr("os.replace", crash)
-    with pytest.raises(OSError, match="machine stops"):
-        lowrank.export_peft(model, tmp_path)
-    monkeypatch.undo()
-    with pytest.raises(AdapterError, match=f"holds no {CONFIG}"):
-        lowrank.import_peft(zoo.build("bert"), tmp_path)
