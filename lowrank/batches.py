@@ -121,9 +121,29 @@ def count_targets(batch: Any) -> int:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where a model's inputs go: the device of its first parameter or buffer; the CPU where it has none."""
-    first = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
+    """Where a model's inputs go: the device of its first parameter or buffer; the CPU where it has none.
+
+    What accelerate has offloaded is on the meta device until it is called: the device then is that which its
+    hooks execute on, else that of the first tensor that is there.
+    """
+    first = next(_stored(model), None)
+    if first is None:
+        return torch.device("cpu")
+    if not first.is_meta:
+        return first.device
+    executed = next(filter(None, map(_execution_device, model.modules())), None)
+    return executed or next((tensor.device for tensor in _stored(model) if not tensor.is_meta), first.device)
+
+
+def _stored(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def _execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate's hooks on ``module``, one or several in a row, bring its tensors for a call."""
+    hook = getattr(module, "_hf_hook", None)
+    devices = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,)))
+    return next((torch.device(device) for device in devices if device is not None), None)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -75,16 +75,15 @@ def _explained(
     projections: Sequence[Projection], statistics: Mapping[Projection, ProjectionStatistics], most: int
 ) -> dict[Projection, list[float]]:
     """Shares of variance by direction, descending; none where the input does not vary."""
-    by_input: dict[int, torch.Tensor] = {}  # projections that read one input share its moment
+    by_input: dict[int, torch.Tensor] = {}  # projections that read one input share its covariance
     shares = {}
     for p in projections:
-        moment, mean = statistics[p].moment, statistics[p].mean
-        if moment is None or mean is None:
+        covariance = statistics[p].token_covariance
+        if covariance is None:
             raise ValueError(f"{p.name} has no measured moment")
-        if id(moment) not in by_input:
-            covariance = moment.double() - torch.outer(mean.double(), mean.double())
-            by_input[id(moment)] = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
-        values = by_input[id(moment)]
+        if id(covariance) not in by_input:
+            by_input[id(covariance)] = torch.linalg.eigvalsh(covariance.double()).flip(0).clamp_min(0)
+        values = by_input[id(covariance)]
         total = float(values.sum())
         cap = min(most, *p.shape)
         shares[p] = [v / total for v in values[:cap].tolist() if v > 0] if total > 0 else []

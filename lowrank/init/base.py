@@ -37,9 +37,10 @@ class Factors:
 class Initializer(Protocol):
     """Chooses the factors of one projection.
 
-    ``needs`` says which statistics must be measured first: of ``{"covariance", "sensitivity",
-    "gradient"}``. An initializer that freezes a factor also has ``frozen(role) -> frozenset[str]``,
-    so that a plan can count trainable parameters before any weight is read.
+    ``needs`` says which statistics must be measured first: of ``{"covariance", "moment", "sensitivity",
+    "gradient"}``. One whose needs differ by role also has ``needs_by_role(role) -> frozenset[str]``, so that
+    nothing is measured in vain. An initializer that freezes a factor also has ``frozen(role) ->
+    frozenset[str]``, so that a plan can count trainable parameters before any weight is read.
     """
 
     @property
@@ -63,3 +64,9 @@ def frozen_factors(initializer: Initializer, role: Role) -> frozenset[str]:
     """The factors that ``initializer`` will not train in a projection of that role."""
     declared = getattr(initializer, "frozen", None)
     return declared(role) if declared is not None else NOTHING
+
+
+def needs_of(initializer: Initializer, role: Role) -> frozenset[str]:
+    """The statistics that ``initializer`` needs of a projection of that role."""
+    declared = getattr(initializer, "needs_by_role", None)
+    return declared(role) if declared is not None else frozenset(initializer.needs)
