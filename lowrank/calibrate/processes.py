@@ -12,12 +12,13 @@ from torch import Tensor
 
 
 class Processes:
-    """All processes of the default group. ``device`` is where the group's tensors are exchanged."""
+    """All processes of the default group; tensors are exchanged on ``device``, by gloo on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         group = torch.distributed
-        self.number = group.get_world_size() if group.is_available() and group.is_initialized() else 1
-        self.device = device
+        several = group.is_available() and group.is_initialized()
+        self.number = group.get_world_size() if several else 1
+        self.device = torch.device("cpu") if several and group.get_backend() == "gloo" else device
 
     def added(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in the tensor's dtype and where it is."""

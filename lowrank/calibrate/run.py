@@ -97,16 +97,19 @@ def calibrate(
         size = predicted_bytes(projections, needs)
         tqdm.write(f"calibrating {len(wanted)} projections: {size / 2**20:.0f} MiB of statistics")
     with _undisturbed(model), watched(model, meter):
-        bar = tqdm(islice(batches, steps), "calibrating", disable=not progress, delay=2, leave=False)
         run = _Run(model, meter, loss, mask, home)
-        _each(bar, run.measure, processes)
+        _each(_read(batches, steps, progress), run.measure, processes)
     meter.reduce(processes)
     return meter.statistics()
 
 
-def _each(batches: Iterable[Any], measure: Callable[[int, Any], None], processes: Processes) -> None:
+def _read(batches: Iterable[Any], steps: int | None, progress: bool) -> Iterator[Any]:
+    yield from tqdm(islice(batches, steps), "calibrating", disable=not progress, delay=2, leave=False)
+
+
+def _each(remaining: Iterator[Any], measure: Callable[[int, Any], None], processes: Processes) -> None:
     """Measures all batches, in step with the other processes; an error of any one is raised in all."""
-    remaining, number, done = iter(batches), 0, False
+    number, done = 0, False
     error: Exception | None = None
     while not processes.all_done(done, error):
         if done:
@@ -135,9 +138,7 @@ class _Run:
         self, model: nn.Module, meter: Meter, loss: Loss | None, mask: Mask | None, device: torch.device
     ) -> None:
         self.model, self.meter, self.loss, self.mask, self.device = model, meter, loss, mask, device
-        self.compares: bool | None = (
-            None  # is the loss of one example constant? The first batch of several tells
-        )
+        self.compares: bool | None = None  # does it compare examples? Told by the first batch of several
 
     def measure(self, number: int, batch: Any) -> None:
         """All that batch ``number`` adds to the meter's sums."""
@@ -149,10 +150,11 @@ class _Run:
             alone = divide(batch, tokens, number)
         alone = [example for example in alone if example.tokens is None or example.tokens.any()]
         before = meter.gradients.examples
-        labelled = sum(self._example(each, number, whole, backward=not self.compares) for each in alone)
+        for example in alone:
+            self._example(example, number, whole, backward=not self.compares)
         if self.mask is not None:
             meter.check_mask(tokens)
-        if meter.needs_backward and len(alone) > 1 and labelled and self.compares is not False:
+        if meter.needs_backward and len(alone) > 1 and self.compares is not False:
             self._compare(number, whole, before)
 
     def _compare(self, number: int, whole: Example, before: int) -> None:
@@ -160,49 +162,51 @@ class _Run:
         gradients = self.meter.gradients
         if self.compares is None and not gradients.nothing:
             self.compares = False
-            return
-        alone, gradients.examples = gradients.examples, before
-        self._example(whole, number, whole, inputs=False)
-        if gradients.nothing:
-            gradients.examples = alone  # the loss reaches nothing, so far
-        else:
-            self.compares = True
+        elif not has_no_label(whole.batch, shifted=True):
+            alone, gradients.examples = gradients.examples, before
+            self._example(whole, number, whole, inputs=False)
+            self.compares = self.compares or not gradients.nothing or None
+            if not self.compares:  # the loss reaches nothing, so far
+                gradients.examples = alone
 
     def _example(
         self, example: Example, number: int, whole: Example, *, backward: bool = True, inputs: bool = True
-    ) -> bool:
-        """Whether it has a label; ``whole`` is the batch that it is from."""
+    ) -> None:
+        """One call of the model, on ``example`` of the batch ``whole``, and one backward pass if it has a loss."""
         meter, batch = self.meter, example.batch
         meter.begin(example, number, self.mask is not None, inputs=inputs)
-        labelled = not has_no_label(batch)
-        backward = backward and labelled and meter.needs_backward
+        backward = backward and meter.needs_backward and not has_no_label(batch)
         with torch.set_grad_enabled(backward):
-            if (
-                self.loss is None and not meter.needs_backward
-            ):  # only inputs are asked for: no label is needed
-                self.model(**batch) if isinstance(batch, Mapping) else self.model(batch)
-                value = torch.zeros(())
-            else:
-                value = scalar_loss(self.loss or output_loss, self.model, batch)
-            finite = bool(torch.isfinite(value))
-            if not finite and labelled:
-                labelled = not (has_no_label(batch, shifted=True) or self._averages_nothing(whole, example))
-                if labelled:
-                    raise ValueError(f"the loss of calibration batch {number} is not finite: {value.item()}")
-            if backward and finite and value.requires_grad:
+            value = self._call(batch)
+            finite = value is None or bool(torch.isfinite(value))
+            if value is not None and not finite and not self._averages_nothing(example, whole):
+                raise ValueError(f"the loss of calibration batch {number} is not finite: {value.item()}")
+            if value is not None and backward and finite and value.requires_grad:
                 meter.sleeps = True
                 value.backward()
             del value  # else its graph, whose hooks hold the inputs, lives through the next forward
         meter.end(has_loss=backward and finite)
-        return labelled
 
-    def _averages_nothing(self, whole: Example, example: Example) -> bool:
-        """Does its batch have a finite loss? Then what is not finite of one example counted nothing in it."""
+    def _call(self, batch: Any) -> Tensor | None:
+        """The loss; where only inputs are asked for none, and no label is needed."""
+        if self.loss is not None or self.meter.needs_backward:
+            return scalar_loss(self.loss or output_loss, self.model, batch)
+        self.model(**batch) if isinstance(batch, Mapping) else self.model(batch)
+        return None
+
+    def _averages_nothing(self, example: Example, whole: Example) -> bool:
+        """Is a loss that is not finite a mean over no label?
+
+        It is where the whole batch has a finite one: what is not finite of the example alone did not count.
+        """
+        if has_no_label(example.batch, shifted=True):
+            return True
         if whole.batch is example.batch:
             return False
         self.meter.sleeps = True
         with torch.no_grad():
-            return bool(torch.isfinite(scalar_loss(self.loss or output_loss, self.model, whole.batch)))
+            value = self._call(whole.batch)
+        return value is not None and bool(torch.isfinite(value))
 
 
 def by_projection(projections: Sequence[Projection], needs: Needs) -> dict[Projection, frozenset[str]]:
