@@ -172,7 +172,7 @@ class _Run:
     def _example(
         self, example: Example, number: int, whole: Example, *, backward: bool = True, inputs: bool = True
     ) -> None:
-        """One call of the model, on ``example`` of the batch ``whole``, and one backward pass if it has a loss."""
+        """Calls the model on ``example`` of the batch ``whole``, with a backward pass if it has a loss."""
         meter, batch = self.meter, example.batch
         meter.begin(example, number, self.mask is not None, inputs=inputs)
         backward = backward and meter.needs_backward and not has_no_label(batch)

@@ -1,4 +1,4 @@
-"""Statistics of examples do not depend on batching: against plain autograd on one unpadded example at a time."""
+"""Statistics do not depend on batching: against plain autograd on one unpadded example at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def by_tokens(model: nn.Module, batch: Any) -> Tensor:
 
 
 def by_examples(model: nn.Module, batch: Any) -> Tensor:
-    """A loss of the user's own, a mean over examples of the mean over each one's tokens; 0 of one with none."""
+    """A mean over examples of the mean over each one's tokens; 0 of one with none."""
     logits, labels = (
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
         batch["labels"],
@@ -285,7 +285,7 @@ def test_as_many_tokens_of_an_expert_as_examples_are_tokens() -> None:
             self.down_proj = nn.Parameter(torch.randn(2, 5, 3, dtype=torch.float64))
 
         def forward(self, x: Tensor) -> Tensor:
-            """The first token of each example goes to the first expert, with the second of the first example."""
+            """The first two tokens of each example go to the first expert, the others to the second."""
             flat, output = x.flatten(0, 1), torch.zeros_like(x.flatten(0, 1))
             for e, index in enumerate(self.routes(len(x), x.shape[1])):
                 gate, up = F.linear(flat[index], self.gate_up_proj[e]).chunk(2, -1)

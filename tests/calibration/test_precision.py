@@ -60,7 +60,11 @@ def test_eva_sees_the_variance_beside_a_large_mean(ratio: float) -> None:
     policy = Policy(target=lambda p: True, rank=4, init=ActivationPrincipal(), allocate=Uniform())
     model = nn.ModuleDict({"body": nn.Linear(24, 8)})
     lowrank.wrap_model(
-        model, policy, batches=list(x.split(3)), loss=lambda m, x: m["body"](x).square().mean(), progress=False
+        model,
+        policy,
+        batches=list(x.split(3)),
+        loss=lambda m, x: m["body"](x).square().mean(),
+        progress=False,
     )
     (adapter,) = adapters_of(model).values()
     overlap = torch.linalg.svdvals(adapter.A.detach().double() @ vectors[:, -4:])
@@ -109,9 +113,7 @@ def test_means_may_differ_from_part_to_part() -> None:
 def conditioned(condition: float, size: int = 24) -> Tensor:
     """A square matrix in fp64 with singular values from 1 down to 1 / condition."""
     draw = torch.Generator().manual_seed(1)
-    U, V = (
-        torch.linalg.qr(torch.randn(size, size, generator=draw, dtype=torch.float64)).Q for _ in range(2)
-    )
+    U, V = (torch.linalg.qr(torch.randn(size, size, generator=draw, dtype=torch.float64)).Q for _ in range(2))
     return (U * torch.logspace(0, -torch.tensor(condition).log10(), size, dtype=torch.float64)) @ V
 
 
