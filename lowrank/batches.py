@@ -131,7 +131,8 @@ def model_device(model: nn.Module) -> torch.device:
         return torch.device("cpu")
     if not first.is_meta:
         return first.device
-    executed = next(filter(None, map(_execution_device, model.modules())), None)
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    executed = next(chain.from_iterable(map(_execution_devices, hooks)), None)
     return executed or next((tensor.device for tensor in _stored(model) if not tensor.is_meta), first.device)
 
 
@@ -139,11 +140,13 @@ def _stored(model: nn.Module) -> Iterator[Tensor]:
     return chain(model.parameters(), model.buffers())
 
 
-def _execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate's hooks on ``module``, one or several in a row, bring its tensors for a call."""
-    hook = getattr(module, "_hf_hook", None)
-    devices = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,)))
-    return next((torch.device(device) for device in devices if device is not None), None)
+def _execution_devices(hook: Any) -> Iterator[torch.device]:
+    """Where a hook of accelerate, or the hooks in it, bring a module's tensors for a call."""
+    for each in getattr(hook, "hooks", ()):
+        yield from _execution_devices(each)
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        yield torch.device(device)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
