@@ -67,7 +67,7 @@ hold, against fp64, over the projections; of OLoRA the squared distance from the
 TLORA = """\
 Beyond: over the forward and backward passes of the frozen model, which no calibration of sensitivity can do
 without. Targets, over the authors' procedure: at least 10 times as fast, at most half its memory beyond the
-passes (an eighth with a sketch or a memory limit), at most 1e-3 of the energy lost."""
+passes (an eighth with a memory limit), at most 1e-3 of the energy lost."""
 SPEED, HALF, EIGHTH, LOST = 10.0, 1 / 2, 1 / 8, 1e-3
 
 

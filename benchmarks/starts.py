@@ -32,7 +32,6 @@ from transformers import AutoTokenizer
 import lowrank
 from lowrank import presets
 from lowrank.allocate import Uniform
-from lowrank.init import TaskAligned
 
 Batch = dict[str, Tensor]
 Factors = dict[str, tuple[Tensor, Tensor, float]]  # module → A (r, in), B (out, r), scaling
@@ -342,8 +341,6 @@ def starts(case: Case, targets: Sequence[str]) -> Iterator[Start]:
         if not case.large:
             yield Start("TLoRA", AUTHORS, authors_tlora(targets))
             yield Start("TLoRA", OURS, ours(policy("tlora", targets)))
-        sketch = policy("tlora", targets, init=TaskAligned(sketch=8))
-        yield Start("TLoRA", "ours, sketch=8", ours(sketch))
         yield Start("TLoRA", limit, ours(policy("tlora", targets), memory=case.memory))
         return
     for init in ("pissa", "pissa_niter_4", "pissa_niter_16"):

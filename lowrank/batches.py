@@ -121,9 +121,32 @@ def count_targets(batch: Any) -> int:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where a model's inputs go: the device of its first parameter or buffer; the CPU where it has none."""
-    first = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
+    """Where a model's inputs go: the device of its first parameter or buffer; the CPU where it has none.
+
+    What accelerate has offloaded is on the meta device until it is called: the device then is that which its
+    hooks execute on, else that of the first tensor that is there.
+    """
+    first = next(_stored(model), None)
+    if first is None:
+        return torch.device("cpu")
+    if not first.is_meta:
+        return first.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    executed = next(chain.from_iterable(map(_execution_devices, hooks)), None)
+    return executed or next((tensor.device for tensor in _stored(model) if not tensor.is_meta), first.device)
+
+
+def _stored(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def _execution_devices(hook: Any) -> Iterator[torch.device]:
+    """Where a hook of accelerate, or the hooks in it, bring a module's tensors for a call."""
+    for each in getattr(hook, "hooks", ()):
+        yield from _execution_devices(each)
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        yield torch.device(device)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -1,10 +1,11 @@
-"""How exact products of fp32 tensors are, whatever the program around has set; and Gram matrices."""
+"""How exact products and sums are, whatever the program around has set; and Gram matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ BLOCKS, NARROW = 6, 256  # of a Gram matrix's rows: 7/12 of it is computed; belo
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Products are what their dtype says: no TF32 or bf16 inside them, no autocast, no graph."""
-    with _products(device, cuda="ieee", cpu="ieee", older="highest"):
+    with _products(device, "highest"):
         yield
 
 
@@ -28,29 +29,54 @@ def fast_precision(device: torch.device) -> Iterator[None]:
     Sums stay fp32. A factor is off by 2⁻⁹ at most: little beside a sum, unless what it sums nearly cancels.
     No autocast and no graph, as in `full_precision`.
     """
-    with _products(device, cuda="tf32", cpu="bf16", older="medium"):
+    with _products(device, "medium"):
         yield
 
 
 @contextmanager
-def _products(device: torch.device, *, cuda: str, cpu: str, older: str) -> Iterator[None]:
+def _products(device: torch.device, level: str) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_SWITCHES)
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", device.type}:
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 on
-            for backend, precision in (
-                (torch.backends.cuda.matmul, cuda),
-                (torch.backends.mkldnn.matmul, cpu),  # type: ignore[attr-defined]
-            ):
-                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
-                backend.fp32_precision = precision
-        else:
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision(older)
+        stack.enter_context(_level(level))
         yield
+
+
+@contextmanager
+def _level(level: str) -> Iterator[None]:
+    """`torch.set_float32_matmul_precision`, undone afterwards, whichever switches the program has used.
+
+    Torch has an older switch and, from 2.9 on, one for each backend. Where they contradict each other it
+    neither multiplies on CUDA nor says what the older one is. Setting the older one sets all of them alike.
+    """
+    found = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    switches: list[Any] = [each for each in found if hasattr(each, "fp32_precision")]
+    before = [each.fp32_precision for each in switches]
+    for each in switches:
+        each.fp32_precision = "ieee"  # contradicts no value of the older one, which can be read now
+    older = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(level)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(older)
+        for each, precision in zip(switches, before, strict=True):
+            each.fp32_precision = "none"  # it then takes what is set for all backends
+            if each.fp32_precision != precision:
+                each.fp32_precision = precision
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """In what its sums are kept: fp64 if it is, else fp32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Are fast products of its fp32 copy no less exact than it is itself? TF32 holds all of fp16."""
+    return tensor.dtype == torch.bfloat16 or (tensor.dtype == torch.float16 and tensor.is_cuda)
 
 
 def lower_gram(matrix: Tensor, total: Tensor | None = None) -> Tensor:

@@ -17,9 +17,9 @@ from lowrank.files import replacing
 from lowrank.fingerprint import Sample, differences, of_projections
 from lowrank.projections import Projection, Role
 
-FORMAT, VERSION = "lowrank-statistics", "1"
+FORMAT, VERSION = "lowrank-statistics", "2"
 
-KINDS = frozenset({"covariance", "moment", "sketch", "sensitivity", "gradient"})
+KINDS = frozenset({"covariance", "moment", "sensitivity", "gradient"})
 """What can be measured on batches."""
 
 OF_WEIGHTS = frozenset({"spectrum"})
@@ -32,22 +32,31 @@ class ProjectionStatistics:
 
     covariance: (in, in), fp32 or better; mean over examples of the input tokens' scatter, each
         example centred by itself (TLoRA, section 3). Projections that read the same input share it.
-    moment: (in, in), fp32 or better; mean of x·xᵀ over all input tokens, not centred (CorDA, 2406.05223).
-    mean: (in,), of all input tokens; measured with the moment.
-    sketch: (in, q), the covariance times given columns; of `TaskAligned(sketch=...)`, ``(W·C)ᵀ·U`` with
-        orthonormal U (out, q).
+    token_covariance: (in, in), fp32 or better; mean over all input tokens of their scatter around ``mean``
+        (EVA, 2410.07170). Shared as the covariance is.
+    mean: (in,), fp64, of all input tokens. These two are what is measured as "moment".
     sensitivity: mean over examples of mean |W ⊙ ∇W| (TLoRA, section 3).
     gradient: (out, in), fp32 or better; mean over examples of ∇W.
     spectrum: (min(out, in),), fp64, descending: the singular values of the weight; needs no batches.
     """
 
     covariance: Tensor | None = None
-    moment: Tensor | None = None
+    token_covariance: Tensor | None = None
     mean: Tensor | None = None
-    sketch: Tensor | None = None
     sensitivity: float | None = None
     gradient: Tensor | None = None
     spectrum: Tensor | None = None
+
+    @property
+    def moment(self) -> Tensor | None:
+        """(in, in), fp64: mean of x·xᵀ over all input tokens, not centred (CorDA, 2406.05223).
+
+        Made anew each time. It is in fp64 since a large mean would take the digits of what varies.
+        """
+        if self.token_covariance is None or self.mean is None:
+            return None
+        mean = self.mean.to(self.token_covariance.device, torch.float64)
+        return self.token_covariance.double().addr(mean, mean)
 
 
 TENSORS = tuple(field.name for field in fields(ProjectionStatistics) if field.name != "sensitivity")

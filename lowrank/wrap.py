@@ -28,7 +28,7 @@ from lowrank.adapted import (
 from lowrank.allocate.budget import Costs, check_affordable, limits, reference_rank, uniform_cost, unspent
 from lowrank.batches import Loss, Mask
 from lowrank.init import Factors, Initializer, Kaiming
-from lowrank.init.base import frozen_factors, largest_rank
+from lowrank.init.base import frozen_factors, largest_rank, needs_of
 from lowrank.layers.adapter import Adapter
 from lowrank.measure import MATRICES, Source
 from lowrank.plan import Allocation, Plan
@@ -63,7 +63,7 @@ def plan_model(
         ValueError: the policy does not fit the model, or statistics are needed and there are none.
     """
     source = Source(batches, loss, mask, statistics, progress=progress)
-    return _plan(model, policy, source, frozenset())[0]
+    return _plan(model, policy, source, start=False)[0]
 
 
 def measure(
@@ -80,11 +80,12 @@ def measure(
     Arguments and errors as for `plan_model`.
     """
     projections = select(model, policy.target, policy.exclude, policy.train, policy.fused).projections
-    return Source(batches, loss, mask, progress=progress).measure(model, projections, policy.needs)
+    needs = {p: policy.allocate.needs | needs_of(policy.init, p.role) for p in projections}
+    return Source(batches, loss, mask, progress=progress).measure(model, needs)
 
 
-def _plan(model: nn.Module, policy: Policy, source: Source, more: frozenset[str]) -> tuple[Plan, Statistics]:
-    """The plan, and the statistics measured for it: the allocator's needs and ``more``."""
+def _plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) -> tuple[Plan, Statistics]:
+    """The plan, and the statistics measured for it; with ``start`` the initializer's too, if they fit."""
     check_unwrapped(model)
     if not isinstance(policy, Policy):
         raise ValueError(f"expected a Policy, such as lowrank.presets.lora(), not {policy!r}")
@@ -96,13 +97,14 @@ def _plan(model: nn.Module, policy: Policy, source: Source, more: frozenset[str]
     allocate = partial(_allocate, policy, rank, budget, cost)
     # What needs no calibration complains before one.
     allocations = None if policy.allocate.needs else allocate(statistics=None)
-    if "sketch" in policy.init.needs:
-        source.check_rereadable(projections, frozenset())
-        more -= {"sketch"}  # how wide it is, is known when the ranks are
-    if not source.fits(projections, policy.needs):
-        source.check_rereadable(projections, policy.needs)
-        more -= MATRICES
-    statistics = source.measure(model, projections, policy.allocate.needs | more)
+    needs = dict.fromkeys(projections, policy.allocate.needs)
+    if start:
+        both = {p: needs[p] | needs_of(policy.init, p.role) for p in projections}
+        whole = source.fits(both)
+        if not whole:
+            source.check_rereadable(both)
+        needs = {p: both[p] if whole else needs[p] | (both[p] - MATRICES) for p in projections}
+    statistics = source.measure(model, needs)
     if allocations is None:
         allocations = allocate(statistics=statistics)
     notes = [
@@ -253,16 +255,13 @@ def wrap_model(
         plan, init = _fitted(model, policy), policy.init or Kaiming()
         check_layers(model, plan.adapted, plan.train, plan.dropout)
     else:
-        plan, source.statistics = _plan(model, policy, source, getattr(policy, "needs", frozenset()))
+        plan, source.statistics = _plan(model, policy, source, start=True)
         init = policy.init
-    if "sketch" in init.needs:
-        ranks = {p: plan[p].rank for p in plan.adapted}
-        sketches = source.sketch(model, ranks, getattr(init, "sketch", None) or 8, plan.seed)
-        source.statistics = (source.statistics or Statistics({})).merged(sketches)
     adapters: dict[Projection, Adapter] = {}
     bar = tqdm(total=len(plan.adapted), desc="initializing", disable=not progress, delay=2, leave=False)
     with bar:
-        for part, measured in source.parts(model, plan.adapted, init.needs):
+        needs = {p: needs_of(init, p.role) for p in plan.adapted}
+        for part, measured in source.parts(model, needs):
             for p in part:
                 bar.set_postfix_str(p.name, refresh=False)
                 adapters[p], energy = _start(model, p, plan, init, measured.get(p))

@@ -150,3 +150,23 @@ def test_device_of_a_model() -> None:
     assert model_device(nn.Linear(2, 2, device="meta")) == META
     assert model_device(nn.BatchNorm1d(2, affine=False, device="meta")) == META
     assert model_device(nn.Identity()) == torch.device("cpu")
+
+
+def test_what_is_offloaded_does_not_say_where_inputs_go() -> None:
+    """Parameters on the meta device are elsewhere until they are called."""
+    model = nn.Sequential(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2))
+    assert model_device(model) == torch.device("cpu")
+
+
+def test_hooks_say_where_offloaded_parameters_are_used() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    x = torch.randn(3, 2)
+    wanted = model(x)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model_device(model) == torch.device("cpu")
+    torch.testing.assert_close(model(x.to(model_device(model))), wanted)
+    several = accelerate.cpu_offload(nn.Linear(2, 2), execution_device=torch.device("cpu"))
+    accelerate.hooks.add_hook_to_module(several, accelerate.hooks.ModelHook(), append=True)
+    assert several.weight.is_meta and model_device(several) == torch.device("cpu")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,3 +60,72 @@ def test_it_is_undone_after_an_error(precision: type, medium: None) -> None:
         assert not torch.is_grad_enabled()
         raise RuntimeError("inside")
     assert torch.get_float32_matmul_precision() == "medium" and torch.is_grad_enabled()
+
+
+# -- whichever switches were used before ------------------------------------------------------------------
+
+SWITCHES = {
+    "none": "",
+    "older, CUDA": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "older, CUDA off": "torch.backends.cuda.matmul.allow_tf32 = False",
+    "older, high": "torch.set_float32_matmul_precision('high')",
+    "older, medium": "torch.set_float32_matmul_precision('medium')",
+    "newer, CUDA": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "newer, CPU": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "newer, all": "torch.backends.fp32_precision = 'tf32'",
+    "older, then newer": "torch.backends.cuda.matmul.allow_tf32 = True; "
+    "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+    "newer, then older": "torch.backends.cuda.matmul.fp32_precision = 'tf32'; "
+    "torch.set_float32_matmul_precision('highest')",
+}
+
+PROGRAM = """
+import os, sys
+import torch
+from lowrank.products import fast_precision, full_precision
+
+def state():
+    def read(name, get):
+        try:
+            return name, get()
+        except RuntimeError:
+            return name, "torch refuses"
+    return dict([
+        read("CUDA", lambda: torch.backends.cuda.matmul.fp32_precision),
+        read("CPU", lambda: torch.backends.mkldnn.matmul.fp32_precision),
+        read("older", torch.get_float32_matmul_precision),
+        read("older, CUDA", lambda: torch.backends.cuda.matmul.allow_tf32),
+    ])
+
+def check(switch):
+    exec(switch)
+    before = state()
+    a = torch.randn(64, 64)
+    for precision, cuda, older in ((full_precision, "ieee", "highest"), (fast_precision, "tf32", "medium")):
+        with precision(torch.device("cpu")):
+            found = state()  # a product on CUDA asks the same, and fails where this does
+            expected = cuda, older, cuda == "tf32"
+            assert (found["CUDA"], found["older"], found["older, CUDA"]) == expected, found
+            assert torch.isfinite(a @ a).all()
+        assert state() == before, (state(), before)
+    if before["CUDA"] == "none" or "torch.backends.fp32_precision" in switch:
+        torch.backends.fp32_precision = "ieee"  # it still is inherited
+        assert state()["CUDA"] == "ieee", state()
+
+failed = []
+for switch in sys.argv[1:]:
+    if not (child := os.fork()):  # the switches are the process's, and cannot be taken back
+        check(switch)
+        os._exit(0)
+    failed += [switch] if os.waitpid(child, 0)[1] else []
+assert not failed, failed
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+def test_switches_set_before_are_as_they_were() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, *SWITCHES.values()],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -79,17 +79,15 @@ def _explained(
     limits: Sequence[int],
 ) -> dict[Projection, list[float]]:
     """Shares of variance by direction, descending, up to each limit; none where the input does not vary."""
-    by_input: dict[int, torch.Tensor] = {}  # projections that read one input share its moment
+    by_input: dict[int, torch.Tensor] = {}  # projections that read one input share its covariance
     shares = {}
     for p, limit in zip(projections, limits, strict=True):
-        measured = statistics[p] if p in statistics else ProjectionStatistics()
-        moment, mean = measured.moment, measured.mean
-        if moment is None or mean is None:
+        covariance = statistics[p].token_covariance if p in statistics else None
+        if covariance is None:
             raise ValueError(f"{p.name} has no measured moment")
-        if id(moment) not in by_input:
-            covariance = moment.double() - torch.outer(mean.double(), mean.double())
-            by_input[id(moment)] = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
-        values = by_input[id(moment)]
+        if id(covariance) not in by_input:
+            by_input[id(covariance)] = torch.linalg.eigvalsh(covariance.double()).flip(0).clamp_min(0)
+        values = by_input[id(covariance)]
         total = float(values.sum())
         shares[p] = [v / total for v in values[:limit].tolist() if v > 0] if total > 0 else []
     return shares

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lowrank.calibrate.masks import Routed
 from lowrank.calibrate.meter import Meter
 from lowrank.projections import Projection, is_linear, read_by_weight
 
@@ -27,7 +28,7 @@ def watched(model: nn.Module, meter: Meter) -> Iterator[None]:
         ValueError: a projection in a tensor whose use cannot be watched; nothing was changed then.
     """
     by_module: dict[str, list[Projection]] = {}
-    for p in meter.weights:
+    for p in meter.needs:
         by_module.setdefault(p.module, []).append(p)
     with ExitStack() as stack:
         for path, held in by_module.items():
@@ -61,7 +62,7 @@ def _tapped(
     meter: Meter, name: str, held: Sequence[Projection], x: Tensor, output: Tensor, first: int = 0
 ) -> Tensor | None:
     """Lets ``meter`` see the gradient of ``output``; returns what is to take its place, or None."""
-    if not meter.needs_backward or not torch.is_grad_enabled():
+    if not (meter.gradients.wants(held) and torch.is_grad_enabled()):
         return None
     replaced = None
     if not output.requires_grad or output._is_view():
@@ -77,7 +78,7 @@ def _tapped(
                 f"the input of {name} was written over after it was read: its gradient is lost; "
                 "let that operation make a new tensor, or leave the projection out with exclude="
             )
-        meter.see_gradient(name, held, x, dy.detach(), first)
+        meter.gradients.see(name, held, x, dy.detach(), first)
 
     output.register_hook(see)
     return replaced
@@ -90,15 +91,12 @@ def _watch_attention(
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        query = named["query"]
-        examples = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]
-        meter.batch_size = meter.batch_size or examples
         for p in held:
             meter.see_input(f"{path}[{p.role}]", [p], named[p.role.value])
 
     stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-    for param in {p.param for p in held} if meter.needs_backward else ():
-        own = [p for p in held if p.param == param]
+    for param in {p.param for p in held if meter.gradients.wants([p])}:
+        own = [p for p in held if p.param == param and meter.gradients.wants([p])]
         original = module._parameters[param]
         assert original is not None
         stand_in = nn.Parameter(original.detach(), requires_grad=True)
@@ -110,7 +108,7 @@ def _watch_attention(
 def _reduce(meter: Meter, parameter: Tensor, held: Sequence[Projection]) -> None:
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
-    meter.see_weight_gradient(held, gradient.reshape(-1, gradient.shape[-1]))
+    meter.gradients.see_weight(held, gradient.reshape(-1, gradient.shape[-1]))
 
 
 def _watch_attention_output(
@@ -147,7 +145,7 @@ def _watch_experts(
         config._experts_implementation = "eager"
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        calls = _LinearCalls(meter, path, module, held)
+        calls = _LinearCalls(meter, path, module, held, [*args, *kwargs.values()][0])
         with calls:
             output = original(*args, **kwargs)
         if not calls.seen:
@@ -161,16 +159,25 @@ def _watch_experts(
 
 
 class _LinearCalls(TorchFunctionMode):
-    """Shows ``meter`` each ``F.linear`` whose weight is a slice of one of the module's tensors."""
+    """Shows ``meter`` each ``F.linear`` whose weight is a slice of one of the module's tensors.
 
-    def __init__(self, meter: Meter, path: str, module: nn.Module, held: Sequence[Projection]) -> None:
+    An expert's tokens are those that were indexed last from ``hidden`` (..., features), if they are as many.
+    """
+
+    def __init__(
+        self, meter: Meter, path: str, module: nn.Module, held: Sequence[Projection], hidden: Tensor
+    ) -> None:
         super().__init__()
         self.meter, self.path, self.held = meter, path, held
         self.tensors = {module._parameters[p.param].data_ptr(): p.param for p in held}  # type: ignore[union-attr]
+        self.hidden, self.number = hidden.data_ptr(), hidden.shape[:-1].numel()
+        self.tokens = torch.empty(0, dtype=torch.long)
         self.seen = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if func is Tensor.__getitem__ and args[0].data_ptr() == self.hidden and _is_index(args[1]):
+            self.tokens = args[1]
         if func is not F.linear:
             return output
         x, weight = args[0], args[1]
@@ -184,9 +191,16 @@ class _LinearCalls(TorchFunctionMode):
         if not own or not len(x):
             return output
         name = f"{self.path}.{param}[{own[0].block.split('.')[0]}]"
-        self.meter.see_input(name, own, x)
+        known = len(self.tokens) == len(x)
+        self.meter.see_input(name, own, x, Routed(self.tokens, self.number if known else 0))
         tapped = _tapped(self.meter, name, own, x, output, first)
         return output if tapped is None else tapped
+
+
+def _is_index(key: Any) -> bool:
+    return (
+        isinstance(key, Tensor) and key.ndim == 1 and not key.is_floating_point() and key.dtype != torch.bool
+    )
 
 
 def _replace_forward(stack: ExitStack, module: nn.Module, forward: Any) -> None:

@@ -1,8 +1,9 @@
-"""Which tokens of a batch count, for the input of each projection: padding does not. It measures nothing."""
+"""Which tokens of an input count, for each projection: padding does not. It measures nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,47 +15,52 @@ CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn", "multihead_attn"
 OTHER_SENSES = ("vision", "visual", "image", "audio")
 
 
-class Masks:
-    """The masks of one batch: the user's, or those that it carries.
+def token_mask(batch: Any, mask: Mask | None, number: int) -> Tensor | None:
+    """(batch, tokens) bool of calibration batch ``number``: the user's, or the one that it carries.
 
     Raises ValueError for a mask that is not (batch, tokens), or says that no token counts.
     """
+    tokens = attention_mask(batch) if mask is None else _checked(mask(batch))
+    if tokens is not None and not tokens.any():
+        raise ValueError(f"the mask of calibration batch {number} says that none of its tokens counts")
+    return tokens
 
-    def __init__(self, batch: Any, mask: Mask | None, number: int, encoder_decoder: bool) -> None:
-        self.own, self.number, self.encoder_decoder = mask is not None, number, encoder_decoder
-        self.tokens = attention_mask(batch) if mask is None else _checked(mask(batch))
-        if self.tokens is not None and not self.tokens.any():
-            raise ValueError(f"the mask of calibration batch {number} says that none of its tokens counts")
-        self.decoder = None if self.own else _decoder_mask(batch)
-        self.fitted = self.tokens is None
 
-    @property
-    def examples(self) -> int:
-        """How many examples the batch has; 0 where no mask tells."""
-        return 0 if self.tokens is None else len(self.tokens)
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """Which tokens an expert gets: ``tokens`` (rows,), of ``number`` in all; 0 where that is not known."""
 
-    def by_example(self, name: str, held: Collection[Projection], x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``x`` (examples, ..., features) as ``(examples, tokens, features)``, and the mask where one fits.
+    tokens: Tensor
+    number: int
 
-        ``name`` is that of the input which the projections ``held`` read.
+
+class Masks:
+    """The masks of what the model is called with: ``tokens`` (batch, tokens), and the decoder's own.
+
+    ``own`` says that the user gave it: then it is for every input. `fitted` tells whether it fitted any.
+    """
+
+    def __init__(self, batch: Any, tokens: Tensor | None, own: bool, encoder_decoder: bool) -> None:
+        self.tokens, self.own, self.encoder_decoder = tokens, own, encoder_decoder
+        self.decoder = None if own else _decoder_mask(batch)
+        self.fitted = False
+
+    def kept(
+        self, name: str, held: Collection[Projection], rows: int, routed: Routed | None
+    ) -> Tensor | None:
+        """Which of the ``rows`` of an input count, (rows,) bool; None where no mask fits it, and all do.
+
+        ``name`` is that of the input, which the projections ``held`` read. Its rows are the tokens in their
+        order, unless ``routed`` says which they are.
         """
         mask = self._of(name, held)
-        if mask is not None and mask.numel() == x.shape[:-1].numel():
-            if x.dim() == 2 or len(x) in (1, len(mask)):
-                self.fitted = True
-                return x.reshape(*mask.shape, x.shape[-1]), mask
-        if x.dim() < 3:
-            return x.reshape(1, -1, x.shape[-1]), None
-        return x.reshape(x.shape[0], -1, x.shape[-1]), None
-
-    def check_used(self) -> None:
-        """Raises ValueError where the user's mask fitted nothing: what it was to leave out was counted."""
-        if self.own and not (self.fitted or self.encoder_decoder):
-            shape = None if self.tokens is None else tuple(self.tokens.shape)
-            raise ValueError(
-                f"mask= gives {shape} for calibration batch {self.number}, which is not the (batch, tokens) "
-                "of any projection's input"
-            )
+        if mask is None:
+            return None
+        mask = mask.reshape(-1)
+        if len(mask) != (rows if routed is None else routed.number):
+            return None
+        self.fitted = True
+        return mask if routed is None else mask[routed.tokens.to(mask.device)]
 
     def _of(self, name: str, held: Collection[Projection]) -> Tensor | None:
         """The mask of the sequence that is read: in a decoder it is the encoder's only across."""

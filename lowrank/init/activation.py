@@ -37,11 +37,10 @@ class ActivationPrincipal:
         Raises:
             ValueError: the moment was not measured; a rank out of range.
         """
-        if statistics is None or statistics.moment is None or statistics.mean is None:
+        if statistics is None or statistics.token_covariance is None:
             raise ValueError(
                 "ActivationPrincipal needs the moment of the inputs: pass batches= to wrap_model"
             )
-        covariance = statistics.moment - torch.outer(statistics.mean, statistics.mean)
-        found = top_singular(covariance.to(weight.device), rank, generator=generator)
+        found = top_singular(statistics.token_covariance.to(weight.device), rank, generator=generator)
         B = torch.zeros(weight.shape[0], rank, dtype=torch.float32, device=weight.device)
         return Factors(A=found.Vh.float(), B=B, energy=found.energy)

@@ -37,11 +37,13 @@ class Factors:
 class Initializer(Protocol):
     """Chooses the factors of one projection.
 
-    ``needs`` says which statistics must be measured first: of ``{"covariance", "sensitivity",
-    "gradient"}``. An initializer that freezes a factor also has ``frozen(role) -> frozenset[str]``,
-    so that a plan can count trainable parameters before any weight is read. One that cannot make every
-    rank up to ``min(out, in)`` also has ``largest_rank(shape, role) -> int``, with shape ``(out, in)``, so
-    that a plan is within its limits before anything is measured.
+    ``needs`` says which statistics must be measured first: of ``{"covariance", "moment", "sensitivity",
+    "gradient"}``. An initializer may say more, each for a role:
+
+    - ``needs_by_role(role) -> frozenset[str]``, where needs differ by role: nothing is measured in vain;
+    - ``frozen(role) -> frozenset[str]``, the factors that it does not train: a plan counts what is left;
+    - ``largest_rank(shape, role) -> int``, with shape ``(out, in)``, where it cannot make every rank up to
+      ``min(out, in)``: a plan is within its limits before anything is measured.
     """
 
     @property
@@ -72,3 +74,9 @@ def largest_rank(initializer: Initializer, shape: tuple[int, int], role: Role) -
     declared = getattr(initializer, "largest_rank", None)
     most = min(shape)
     return most if declared is None else max(0, min(most, declared(shape, role)))
+
+
+def needs_of(initializer: Initializer, role: Role) -> frozenset[str]:
+    """The statistics that ``initializer`` needs of a projection of that role."""
+    declared = getattr(initializer, "needs_by_role", None)
+    return declared(role) if declared is not None else frozenset(initializer.needs)

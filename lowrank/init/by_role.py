@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank.init.base import NOTHING, Factors, Initializer, frozen_factors, largest_rank
+from lowrank.init.base import NOTHING, Factors, Initializer, frozen_factors, largest_rank, needs_of
 from lowrank.projections import Role
 from lowrank.statistics import ProjectionStatistics
 
@@ -44,6 +44,10 @@ class ByRole:
     def needs(self) -> frozenset[str]:
         chosen = [*self.choices.values(), *([] if self.otherwise is None else [self.otherwise])]
         return NOTHING.union(*(choice.needs for choice in chosen))
+
+    def needs_by_role(self, role: Role) -> frozenset[str]:
+        """What the initializer of that role needs."""
+        return needs_of(self._of(role), role)
 
     def frozen(self, role: Role) -> frozenset[str]:
         """What the initializer of that role will not train."""

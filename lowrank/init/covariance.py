@@ -22,7 +22,8 @@ class CovarianceOriented:
 
     C is the second moment of the inputs. ``preserve=False`` takes the ``rank`` largest triplets, which
     suit the previewed instructions; ``preserve=True`` the smallest, which leave alone what the sampled
-    knowledge uses.
+    knowledge uses. Where the inputs are all zero, as of an expert that no token was routed to, C is the
+    identity, so that the triplets are the weight's own.
     """
 
     preserve: bool = False
@@ -42,17 +43,17 @@ class CovarianceOriented:
         """A (rank, in) and B (out, rank), fp32, on the weight's device; ``energy`` is of W·C.
 
         Raises:
-            ValueError: the moment was not measured, or is zero; a rank out of range.
+            ValueError: the moment was not measured; a rank out of range.
         """
-        if statistics is None or statistics.moment is None:
+        moment = None if statistics is None else statistics.moment
+        if moment is None:
             raise ValueError("CovarianceOriented needs the moment of the inputs: pass batches= to wrap_model")
-        moment = statistics.moment.to(weight.device, torch.float64, copy=True)
+        moment = moment.to(weight.device)
         if not moment.any():
-            raise ValueError("the inputs of this projection are all zero, so they orient nothing")
+            moment = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
         moment.diagonal().add_(DAMPING * moment.diagonal().mean())
-        product = (weight.double() @ moment).float()
         part = bottom_singular if self.preserve else top_singular
-        found = part(product, rank, generator=generator)
-        root = (found.S.double() / scaling).sqrt()
-        A = torch.cholesky_solve((root[:, None] * found.Vh.double()).T, torch.linalg.cholesky(moment)).T
-        return Factors(A=A.float(), B=(found.U.double() * root).float(), energy=found.energy)
+        found = part(weight.double() @ moment, rank, generator=generator)
+        root = (found.S / scaling).sqrt()
+        A = torch.cholesky_solve((root[:, None] * found.Vh).T, torch.linalg.cholesky(moment)).T
+        return Factors(A=A.float(), B=(found.U * root).float(), energy=found.energy)

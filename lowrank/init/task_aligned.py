@@ -19,23 +19,9 @@ class TaskAligned:
 
     C (in, in) is the covariance of the projection's inputs, each example centred by itself. A's rows
     are orthonormal, also where W·C has a lower rank than asked for; only the space they span matters.
-
-    Args:
-        sketch: measure ``(W·C)ᵀ·U`` for orthonormal columns U, sketch·rank of them, that hold W·C's left
-            directions, and not C: twice (in, sketch·rank) of memory a projection, and three passes over the
-            batches, which must be readable several times. With 8, A misses about 1e-5 of the energy of W·C
-            that the exact A holds (benchmarks/results/); with 4, some 1e-3 in the worst projections.
     """
 
-    sketch: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.sketch is not None and self.sketch < 2:
-            raise ValueError(f"sketch must be at least 2 columns a rank: {self.sketch}")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"covariance"}) if self.sketch is None else frozenset({"sketch"})
+    needs = frozenset({"covariance"})
 
     def frozen(self, role: Role) -> frozenset[str]:
         """A, for every role."""
@@ -53,15 +39,12 @@ class TaskAligned:
     ) -> Factors:
         """A (rank, in) and B (out, rank), fp32, on the weight's device.
 
-        ``energy`` is the share of ‖W·C‖²_F; None where W·C was not formed: where it is large, or sketched.
+        ``energy`` is the share of ‖W·C‖²_F; None where W·C is large and was not formed.
 
         Raises:
             ValueError: no covariance, or one that does not fit the weight; NaN or Inf; a rank out of range.
         """
         B = torch.zeros(weight.shape[0], rank, dtype=torch.float32, device=weight.device)
-        if statistics is not None and statistics.sketch is not None and "sketch" in self.needs:
-            found = top_singular(statistics.sketch.to(weight.device).T, rank, generator=generator)
-            return Factors(A=found.Vh.float(), B=B, frozen=self.frozen(role))
         covariance = None if statistics is None else statistics.covariance
         if covariance is None:
             raise ValueError(
