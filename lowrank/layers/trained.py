@@ -18,6 +18,8 @@ class TrainedModule(nn.Module):
     its ``out_features`` still gets an answer.
     """
 
+    is_layer = True  # messages about its parameters name it as a whole
+
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
