@@ -1,4 +1,4 @@
-"""`fit(accumulate=n)` gives the gradient of the one large batch, for every way in which a loss counts its terms."""
+"""`fit(accumulate=n)` gives the gradient of the one large batch, however a loss counts its terms."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ IGNORED = -100
 def gradient(
     model: nn.Module, batches: list[Any], loss: Any = None, **options: Any
 ) -> tuple[list[Tensor], History]:
-    """The gradient that the optimizer gets in the one step that a copy of ``model`` takes over ``batches``."""
+    """What the optimizer gets in the one step that a copy of ``model`` takes over ``batches``."""
     twin, seen = copy.deepcopy(model), []
 
     class Watched(torch.optim.AdamW):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            seen.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+            every = [p for group in self.param_groups for p in group["params"]]
+            seen.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in every])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", Watched)
@@ -64,18 +65,22 @@ def double(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
     return model.double()
 
 
-@pytest.fixture(autouse=True)
-def upcast_keeps_double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers calls ``logits.float()`` for the loss; in fp64 that would hide what is compared here."""
-    original = Tensor.float
+@pytest.fixture
+def upcasts_keep_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers goes to fp32 in norms and losses, which in fp64 would hide what is compared here."""
+    to, softmax = Tensor.to, F.softmax
 
-    def keep(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self if self.dtype == torch.float64 else original(self, *args, **kwargs)
+    def kept(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self if self.dtype == torch.float64 and torch.float32 in args else to(self, *args, **kwargs)
 
-    monkeypatch.setattr(Tensor, "float", keep)
+    monkeypatch.setattr(Tensor, "to", kept)
+    monkeypatch.setattr(Tensor, "float", lambda self: self.to(torch.float32))
+    monkeypatch.setattr(F, "softmax", lambda input, dim, *_, **__: softmax(input, dim))
 
 
 LENGTHS = (2, 12, 5, 9)
@@ -128,6 +133,7 @@ def seq2seq() -> nn.Module:
 MODELS = [causal, old_causal, unshifted_causal, masked, tokens, seq2seq]
 
 
+@pytest.mark.usefixtures("upcasts_keep_double")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 3), (3, 1)])
@@ -140,12 +146,14 @@ def test_ragged_lengths(make: Callable[[], nn.Module], side: str, sizes: tuple[i
     check(model, split(batch, sizes), batch)
 
 
+@pytest.mark.usefixtures("upcasts_keep_double")
 def test_an_adapter_on_a_causal_model() -> None:
     model = lowrank.wrap_model(double(causal()), presets.pissa(rank=2), progress=False)
     batch = ragged("right")
     check(model, split(batch, (1, 3)), batch)
 
 
+@pytest.mark.usefixtures("upcasts_keep_double")
 @pytest.mark.parametrize("make", [causal, masked])
 @pytest.mark.parametrize("empty", [0, 1, 2])
 def test_a_batch_without_a_counted_label_counts_nothing(make: Callable[[], nn.Module], empty: int) -> None:
@@ -171,7 +179,7 @@ def test_the_last_step_of_an_epoch_is_a_large_batch_too() -> None:
 
 @pytest.mark.parametrize("shape", ["flat", "row"])
 def test_packed_documents(shape: str) -> None:
-    """Documents in one row, of which each starts with an ignored label, and position ids of a leading size 3."""
+    """Documents in one row, each with its first label ignored, and position ids of a leading size 3."""
 
     class Packed(nn.Module):
         def __init__(self) -> None:
@@ -255,15 +263,19 @@ def test_probabilities_as_targets() -> None:
     check(nn.Linear(4, 3).double(), split(batch, (1, 5)), batch, loss)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_compiled_model(compiled: bool) -> None:
-    model, batch = double(causal()), ragged("right")
-    small = split(batch, (1, 3))
-    wanted = gradient(model, [batch])[0]
-    run = (lambda model, batch: torch.compile(model, backend="eager")(**batch).loss) if compiled else None
-    torch.testing.assert_close(gradient(model, small, run)[0], wanted, rtol=1e-10, atol=1e-14)
+@pytest.mark.slow
+def test_a_compiled_model() -> None:
+    model, batch = causal(), ragged("right")
+    apart = gradient(model, split(batch, (1, 3)), lambda model, batch: compiled(model)(**batch).loss)[0]
+    together = gradient(model, [batch])[0]
+    torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-5)
 
 
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.usefixtures("upcasts_keep_double")
 @pytest.mark.parametrize("kind", ["classes", "several", "numbers"])
 def test_classifiers_and_regression_count_examples(kind: str) -> None:
     torch.manual_seed(0)
@@ -277,6 +289,7 @@ def test_classifiers_and_regression_count_examples(kind: str) -> None:
     check(double(hf.BertForSequenceClassification(config)), split(batch, (1, 3)), batch)
 
 
+@pytest.mark.usefixtures("upcasts_keep_double")
 def test_two_losses_of_a_question_answering_model() -> None:
     torch.manual_seed(0)
     batch = ragged("right")
