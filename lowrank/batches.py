@@ -140,6 +140,18 @@ def count_targets(batch: Any) -> int:
     return count_examples(batch)
 
 
+def count_terms(model: nn.Module, batch: Any) -> int:
+    """`count_targets`, without the first label of each row where ``model`` is one of transformers' causal
+    language models, by the ``loss_type`` that they carry: their loss shifts the labels."""
+    kind, config = getattr(model, "loss_type", None), getattr(model, "config", None)
+    decoder = not getattr(config, "is_encoder_decoder", False)
+    if kind == "ForCausalLM" or (kind == "ForConditionalGeneration" and decoder):
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(labels, Tensor) and labels.ndim:
+            return int((labels[..., 1:] != IGNORED_LABEL).sum())
+    return count_targets(batch)
+
+
 def model_device(model: nn.Module) -> torch.device:
     """Where a model's inputs go: the device of its first parameter or buffer; the CPU where it has none."""
     first = next(chain(model.parameters(), model.buffers()), None)

@@ -61,8 +61,9 @@ def fit(
         that of one large batch, also where batches differ in size: each counts by the number of terms that
         its mean is over.
     weight: ``weight(batch)`` is that number. By default it is seen in the loss: the labels that
-        ``F.cross_entropy`` averages over, as the loss has shifted or packed them; where it calls no such
-        function, the batch's integer labels that are not ignored (-100), or else its examples. A batch that
+        ``F.cross_entropy`` averages over, as the loss has shifted or packed them. Where it calls no such
+        function, it is the batch's integer labels that are not ignored (-100), without the first of each row
+        for transformers' causal language models, or else its examples. A batch that
         counts 0 is left out; a step of such batches updates nothing and says so, in its record and once in a
         warning.
     clip: the largest norm of the gradient; None leaves it as it is.

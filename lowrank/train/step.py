@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.batches import Loss, count_targets, model_device, scalar_loss, to_device
+from lowrank.batches import Loss, count_terms, model_device, scalar_loss, to_device
 from lowrank.train.terms import TermCounter
 
 NO_TERMS, OVERFLOW = "no labels", "overflow"  # why a step leaves the parameters as they are
@@ -47,7 +47,7 @@ class Gradients:
 
     A batch counts by the number of terms that its own mean is over, so that the result is the gradient of one
     large batch even where batches differ in size: by ``weight(batch)``, or, where ``weight`` is None, by what
-    `TermCounter` sees, or else by `count_targets`. A batch that counts zero is left out, whatever its loss.
+    `TermCounter` sees, or else by `count_terms`. A batch that counts zero is left out, whatever its loss.
 
     ``scaler`` scales the loss, so that small gradients do not vanish in float16, where it is enabled.
     """
@@ -114,7 +114,7 @@ class Gradients:
             return None, 0.0
         loss, seen = self._forward(batch, watch=watch and count is None)
         if count is None:
-            count = 1.0 if not watch else float(count_targets(batch)) if seen is None else seen
+            count = 1.0 if not watch else float(count_terms(self.model, batch)) if seen is None else seen
         if count == 0:
             return None, 0.0
         if not loss.requires_grad:
@@ -143,7 +143,7 @@ class Gradients:
         if len(batches) > 1 or self.weight is not None:
             return False
         seen = self._forward(batches[0], watch=True)[1]
-        return (count_targets(batches[0]) if seen is None else seen) == 0
+        return (count_terms(self.model, batches[0]) if seen is None else seen) == 0
 
     def _multiply(self, factor: float) -> None:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
