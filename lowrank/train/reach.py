@@ -1,6 +1,7 @@
 """Which of what is to train the loss does not reach, in words that lead to it in the model.
 
-A module with ``is_layer = True`` is named as one, by its path, whatever it keeps its parameters in.
+A module with ``is_layer = True`` is named as one, by its path, whatever it keeps its parameters in; of
+two, one inside the other, it is the inner one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _chosen(
     held: dict[str, list[nn.Parameter]] = {}
     for parameter in parameters:
         name = names.get(parameter, f"one of shape {tuple(parameter.shape)}")
-        above = (path for path in layers if name.startswith(f"{path}."))
+        above = (path for path in reversed(layers) if name.startswith(f"{path}."))
         held.setdefault(next(above, name), []).append(parameter)
     found = {}
     for name, members in held.items():
