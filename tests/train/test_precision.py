@@ -63,12 +63,9 @@ def test_a_tiny_loss_in_float16_trains_as_in_float32(
     batches = [batch.to(dtype) for batch in data()]
     half = make()
     full, before = copy.deepcopy(half).float(), copy.deepcopy(half)
-    found = quiet(
-        half, batches, scaled_by(TINY), autocast=autocast, lr=1e-3, accumulate=2, schedule="constant"
-    )
-    wanted = quiet(
-        full, [b.float() for b in batches], scaled_by(TINY), lr=1e-3, accumulate=2, schedule="constant"
-    )
+    options = {"lr": 1e-3, "accumulate": 2, "schedule": "constant"}
+    found = quiet(half, batches, scaled_by(TINY), autocast=autocast, **options)
+    wanted = quiet(full, [batch.float() for batch in batches], scaled_by(TINY), **options)
     assert [record.skipped for record in found] == ["", ""]
     assert wanted[0].grad_norm > 0
     for one, other in zip(found, wanted, strict=True):
@@ -85,7 +82,7 @@ def test_without_scaling_that_loss_has_a_gradient_of_zero() -> None:
 
 
 def test_a_step_that_overflows_is_skipped_and_recorded(tmp_path: Any) -> None:
-    """The first scale is 65,536, which a gradient of a few units overflows in float16; halves of it soon do not."""
+    """The first scale is 65,536, which overflows here; after some halving it does not."""
     model, states = on_half_base(), []
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -113,9 +110,7 @@ def test_a_gradient_that_no_scale_makes_finite_is_an_error() -> None:
 
 def test_parameters_in_float16_are_refused() -> None:
     model = nn.Linear(8, 2).half()
-    with pytest.raises(
-        ValueError, match=r"2 of the parameters to train are torch\.float16.*make them float32"
-    ):
+    with pytest.raises(ValueError, match=r"2 of the parameters to train are torch\.float16"):
         quiet(model, [batch.half() for batch in data()], scaled_by(1.0))
 
 
@@ -128,7 +123,7 @@ def test_float16_on_a_gpu(
     half = make().cuda()
     full = copy.deepcopy(half).float()
     found = quiet(half, batches, scaled_by(TINY), autocast=autocast)
-    wanted = quiet(full, [b.float() for b in batches], scaled_by(TINY))
+    wanted = quiet(full, [batch.float() for batch in batches], scaled_by(TINY))
     assert found[0].grad_norm == pytest.approx(wanted[0].grad_norm, rel=0.02)
 
 
@@ -201,7 +196,7 @@ class Partly(nn.Module):
 
 
 def test_layers_that_are_not_called_are_named_by_their_paths() -> None:
-    targets = ("used", "idle", "attention")
+    targets = ("used", "idle", "attention", "attention.out_proj")
     model = lowrank.wrap_model(Partly(), presets.lora(rank=2, target=targets), progress=False)
     with pytest.raises(ValueError, match=r"no gradient to 3 of what is to train: (.+); freeze it") as caught:
         quiet(model, data(), scaled_by(1.0))
