@@ -64,7 +64,9 @@ def _class(original: type, names: tuple[str, ...]) -> type:
             lambda module: [getattr(module, name) for name in module._flat_weights_names],
             lambda module, weights: None,
         )
-    return type(f"Master{original.__name__}", (ReadsAsOriginal, original), members)
+    # Under the original's name: transformers looks classes up by it.
+    members |= {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, (ReadsAsOriginal, original), members)
 
 
 def _restore(original: Any, names: tuple[str, ...]) -> nn.Module:
