@@ -95,29 +95,61 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def count_tokens(batch: Any) -> int:
     """How many tokens a batch has, padding apart; examples, where it has no tokens. For reports of speed."""
     if isinstance(batch, Mapping):
-        mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+        mask, ids, embedded = (batch.get(key) for key in ("attention_mask", "input_ids", "inputs_embeds"))
         if isinstance(mask, Tensor) and mask.ndim == 2:
             return int((mask > 0).sum())
         if isinstance(ids, Tensor):
             return ids.numel()
+        if isinstance(embedded, Tensor):
+            return embedded.shape[:-1].numel()
     return count_examples(batch)
+
+
+# Tensors whose leading size is the number of examples, most telling first. Others may lead with something
+# else: position ids of shape (3, batch, tokens), patches of all images in one row, boundaries of a packing.
+BY_EXAMPLE = (
+    "input_ids",
+    "inputs_embeds",
+    "input_features",
+    "input_values",
+    "pixel_values",
+    "attention_mask",
+    "labels",
+)
 
 
 def count_examples(batch: Any) -> int:
-    """The leading size of the first tensor in a batch; 1 where it has none."""
-    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 1)
+    """How many examples a batch has: the leading size of a tensor; 1 where it has none.
+
+    In a mapping the tensor is the first of `BY_EXAMPLE` that is there; else, as in other batches, the first.
+    """
+    named = [batch.get(key) for key in BY_EXAMPLE] if isinstance(batch, Mapping) else []
+    found = (tensor for tensor in [*named, *_tensors(batch)] if isinstance(tensor, Tensor) and tensor.ndim)
+    return next((len(tensor) for tensor in found), 1)
 
 
 def count_targets(batch: Any) -> int:
-    """How many terms a mean loss averages over: label tokens that are not ignored (-100), else examples.
+    """How many terms a mean loss averages over, as far as the batch alone says.
 
-    It weighs the batches of one accumulated step. A causal language model skips each example's first label,
-    which this counts where it is not ignored.
+    That is: integer labels, of any shape, that are not ignored (-100); without such labels, examples. A loss
+    that shifts the labels, as a causal language model's, counts fewer.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
         return int((labels != IGNORED_LABEL).sum())
     return count_examples(batch)
+
+
+def count_terms(model: nn.Module, batch: Any) -> int:
+    """`count_targets`, without the first label of each row where ``model`` is one of transformers' causal
+    language models, by the ``loss_type`` that they carry: their loss shifts the labels."""
+    kind, config = getattr(model, "loss_type", None), getattr(model, "config", None)
+    decoder = not getattr(config, "is_encoder_decoder", False)
+    if kind == "ForCausalLM" or (kind == "ForConditionalGeneration" and decoder):
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(labels, Tensor) and labels.ndim:
+            return int((labels[..., 1:] != IGNORED_LABEL).sum())
+    return count_targets(batch)
 
 
 def model_device(model: nn.Module) -> torch.device:

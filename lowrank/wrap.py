@@ -388,6 +388,12 @@ def check_layers(
             )
     for path in train:
         module = model.get_submodule(path)
+        for name, stored in module.named_parameters():
+            if not stored.is_floating_point():
+                raise ValueError(
+                    f"train={path!r}: expected floating-point weights, got {name} in {stored.dtype}: "
+                    "keep this module from being quantized, or adapt it instead"
+                )
         tied = _tied_outside(model, module)
         if tied:
             raise ValueError(

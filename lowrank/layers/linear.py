@@ -32,6 +32,8 @@ class LoRALinear(nn.Module):
         dropout: on the adapters' input, in training.
     """
 
+    is_layer = True  # messages about its parameters name it as a whole
+
     def __init__(
         self,
         base: nn.Module,

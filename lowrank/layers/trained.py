@@ -8,20 +8,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank.layers.linear import master_dtype
 from lowrank.layers.loading import move_below_base
+from lowrank.layers.masters import keep_masters
 
 
 class TrainedModule(nn.Module):
     """Calls a trainable copy of ``base``; while it is not enabled, ``base`` itself.
 
+    The copy's parameters are fp32 also on a half-precision base, and compute in the base's dtype: see
+    `keep_masters`. Before they change, the output is the base's.
+
     What it does not define itself is looked up on the module in use, so that code that asks a head for
     its ``out_features`` still gets an answer.
     """
+
+    is_layer = True  # messages about its parameters name it as a whole
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
         self.copy = deepcopy(base).requires_grad_(True)
+        self.copy.zero_grad()  # of the base, from before
+        keep_masters(self.copy, base)
         self.enabled = True
         self.training = base.training
 
@@ -47,14 +56,18 @@ class TrainedModule(nn.Module):
         return True  # as any module without a length
 
     def load_copy(self, state: Mapping[str, Tensor]) -> None:
-        """Gives the copy the values in ``state``; one on the meta device takes the tensors themselves."""
-        absent = any(tensor.is_meta for tensor in self.copy.state_dict().values())
-        self.copy.load_state_dict(state, assign=absent)
+        """Gives the copy the values in ``state``, in its own dtypes, also where it is on the meta device."""
+        own = self.copy.state_dict()
+        state = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
+        self.copy.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         waiting = {name for name, tensor in self.copy.state_dict().items() if tensor.is_meta}
+        trained = {name for name, _ in self.copy.named_parameters(remove_duplicate=False)}
         for name in waiting.intersection(move_below_base(state_dict, prefix, ("base.", "copy."))):
-            state_dict.setdefault(f"{prefix}copy.{name}", state_dict[f"{prefix}base.{name}"].clone())
+            tensor = state_dict[f"{prefix}base.{name}"]
+            dtype = master_dtype(tensor.dtype) if name in trained else tensor.dtype
+            state_dict.setdefault(f"{prefix}copy.{name}", tensor.to(dtype, copy=True))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getattr__(self, name: str) -> Any:

@@ -33,6 +33,7 @@ class AdaptedWeight:
     """Marks a module whose parameters, or some of them, read as W + ΔW. See `adapt_weights`."""
 
     lora: WeightAdapters
+    is_layer = True  # messages about its parameters name it as a whole
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, in which each adapted tensor is computed once however often it is read."""

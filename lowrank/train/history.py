@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from lowrank.files import write
 
@@ -17,12 +18,14 @@ class Record:
     """One optimizer step.
 
     step, epoch: counted from 1.
-    loss: mean over the step's batches, before its update.
+    loss: mean over the terms of the step's batches, before its update; NaN where they had none.
     lr: of the first parameter group.
-    grad_norm: before clipping.
+    grad_norm: before clipping; not finite where the gradient overflowed.
     tokens_per_second: padding apart; examples, where batches have no tokens.
     seconds: of training since the start, evaluations apart.
     evaluation: what ``evaluate`` gave after this step; empty where it was not asked.
+    skipped: why the step updated nothing, "no labels" or "overflow" (of a scaled float16 gradient); empty
+        where it did.
     """
 
     step: int
@@ -33,9 +36,23 @@ class Record:
     tokens_per_second: float
     seconds: float
     evaluation: Mapping[str, float] = field(default_factory=dict)
+    skipped: str = ""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        """One line. A number that is not finite, which JSON does not have, is null, and NaN when read."""
+        return json.dumps(
+            {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in asdict(self).items()
+            }
+        )
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        """Raises ValueError or TypeError where ``line`` is no record."""
+        fields: dict[str, Any] = json.loads(line)
+        numbers: dict[str, Any] = {key: math.nan for key, value in fields.items() if value is None}
+        return cls(**{**fields, **numbers})
 
 
 class History(Sequence[Record]):
@@ -72,8 +89,8 @@ class History(Sequence[Record]):
         records = []
         for number, line in enumerate(lines, start=1):
             try:
-                records.append(Record(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError) as error:
+                records.append(Record.from_json(line))
+            except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{path}, line {number}, is not a record of a training run: {error}"
                 ) from error
@@ -93,7 +110,9 @@ class History(Sequence[Record]):
         return History(self.records[index]) if isinstance(index, slice) else self.records[index]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, History) and self.records == other.records
+        if not isinstance(other, History):
+            return False
+        return [record.to_json() for record in self] == [record.to_json() for record in other]
 
     def __repr__(self) -> str:
         if not self.records:

@@ -73,7 +73,8 @@ def adamw(
 
     ``parameters`` are parameters, or groups as torch.optim takes them, which may have an ``lr`` and a
     ``weight_decay`` of their own. The fused kernel is used where there is one. Raises ValueError where an
-    option is bad, where nothing is to be trained, or where something that is named does not require grad.
+    option is bad, where nothing is to be trained, or where what is named does not require grad or is
+    float16.
     """
     _check_options(lr, weight_decay, betas)
     groups = _groups(
@@ -92,6 +93,12 @@ def adamw(
     if frozen:
         raise ValueError(
             f"{len(frozen)} of the parameters to train do not require grad; their shapes are {frozen}"
+        )
+    half = sum(p.dtype is torch.float16 for p in every)
+    if half:
+        raise ValueError(
+            f"{half} of the parameters to train are torch.float16, in which small updates are lost; make "
+            "them float32, and compute in half precision by autocast=torch.float16 if you wish"
         )
     if len(set(every)) < len(every):
         raise ValueError("a parameter is named twice in parameters; leave one of the two out")

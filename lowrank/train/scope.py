@@ -1,12 +1,19 @@
-"""What training and evaluating borrow and give back: each module's mode, torch's generators."""
+"""What training and evaluating borrow and give back: each module's mode, torch's generators.
+
+It also remembers how many steps were taken with a parameter, so that a run that goes on draws other numbers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_STEPS = WeakTensorKeyDictionary()  # parameter → steps; it lives as long as the parameter
 
 
 @contextmanager
@@ -32,6 +39,24 @@ def forked_generators(seed: int | None = None) -> Iterator[None]:
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+def steps_taken(parameters: Sequence[nn.Parameter]) -> int:
+    """The steps that earlier runs in this process took with any of ``parameters``."""
+    return max(_STEPS.get(parameter, 0) for parameter in parameters)
+
+
+def count_steps(parameters: Sequence[nn.Parameter], steps: int) -> None:
+    """``steps`` more were taken with ``parameters``."""
+    for parameter in parameters:
+        _STEPS[parameter] = _STEPS.get(parameter, 0) + steps
+
+
+def seed_after(seed: int, steps: int) -> int:
+    """The seed of a run that starts after ``steps`` steps: ``seed`` itself at the beginning."""
+    if steps == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}:{steps}".encode()).digest()[:8], "big") >> 1
 
 
 @contextmanager

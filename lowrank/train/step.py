@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.batches import Loss, model_device, scalar_loss, to_device
+from lowrank.batches import Loss, count_terms, model_device, scalar_loss, to_device
+from lowrank.train.terms import TermCounter
+
+NO_TERMS, OVERFLOW = "no labels", "overflow"  # why a step leaves the parameters as they are
 
 
 class NonFiniteLoss(ValueError):
@@ -22,57 +27,144 @@ class NonFiniteGradient(ValueError):
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What a step's batches gave.
+
+    loss: mean over the terms of all; NaN where there were none.
+    norm: of its gradient, before clipping.
+    skipped: why the gradient is not to be used; empty where it is.
+    """
+
+    loss: float
+    norm: float
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
 class Gradients:
     """Called with a step's batches, leaves in each parameter's ``.grad`` the gradient of their mean loss,
     clipped.
 
-    A batch counts by ``weight``, the number of terms that its own mean is over, so that the result is the
-    gradient of one large batch even where batches differ in size.
+    A batch counts by the number of terms that its own mean is over, so that the result is the gradient of one
+    large batch even where batches differ in size: by ``weight(batch)``, or, where ``weight`` is None, by what
+    `TermCounter` sees, or else by `count_terms`. A batch that counts zero is left out, whatever its loss.
+
+    ``scaler`` scales the loss, so that small gradients do not vanish in float16, where it is enabled.
     """
 
     model: nn.Module
-    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
     loss: Loss
-    weight: Callable[[Any], float]
+    weight: Callable[[Any], float] | None
     clip: float | None
     autocast: torch.dtype | None
+    scaler: torch.amp.GradScaler
 
-    def __call__(self, batches: Sequence[Any], step: int, place: int) -> tuple[float, float]:
-        """The mean loss, and the norm of its gradient before clipping.
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-        ``place`` is the first batch's in its epoch, for messages. Waits for the device once.
-        """
-        weights = [float(self.weight(batch)) for batch in batches] if len(batches) > 1 else [1.0]
-        shares = [weight / (sum(weights) or 1.0) for weight in weights]
-        losses = torch.stack([self._backward(*pair) for pair in zip(batches, shares, strict=True)])
+    def __call__(self, batches: Sequence[Any], step: int, place: int) -> Outcome:
+        """``place`` is the first batch's in its epoch, for messages."""
+        places: list[int] = []
+        losses: list[Tensor] = []
+        counts: list[float] = []
+        for at, batch in enumerate(batches, start=place):
+            loss, count = self._backward(batch, watch=len(batches) > 1, before=counts[-1] if counts else None)
+            if loss is not None:
+                places.append(at)
+                losses.append(loss)
+                counts.append(count)
+        if not counts:
+            return Outcome(math.nan, 0.0, NO_TERMS)
+        self._multiply(counts[-1] / sum(counts))
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        *values, size = torch.cat([losses, norm.to(losses).reshape(1)]).tolist()
+        *values, size = torch.cat([torch.stack(losses), norm.to(losses[0].device).reshape(1)]).tolist()
 
-        for at, value in enumerate(values, start=place):
+        for at, value in zip(places, values, strict=True):
             if not math.isfinite(value):
+                if self._counted_nothing(batches):
+                    self.scaler.update(self.scaler.get_scale())  # which is not to blame
+                    return Outcome(math.nan, 0.0, NO_TERMS)
                 raise NonFiniteLoss(f"the loss is {value} at step {step}, in batch {at} of its epoch")
+        mean = sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
         if not math.isfinite(size):
+            if self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+                self.scaler.update()
+                return Outcome(mean, size, OVERFLOW)
             raise NonFiniteGradient(
                 f"the gradient's norm is {size} at step {step}, though the loss is {values}"
             )
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        return sum(value * share for value, share in zip(values, shares, strict=True)), size
+        self.scaler.update()
+        return Outcome(mean, size)
 
-    def _backward(self, batch: Any, share: float) -> Tensor:
-        device = model_device(self.model)
-        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            loss = scalar_loss(self.loss, self.model, to_device(batch, device))
+    def _backward(self, batch: Any, *, watch: bool, before: float | None) -> tuple[Tensor | None, float]:
+        """The batch's loss and what it counts; no loss where it counts nothing.
+
+        Gradients are summed in units of the count of the batch ``before``, so that no factor passes through a
+        half-precision backward. A single batch (not ``watch``) needs no count.
+        """
+        count: float | None = None if self.weight is None else _weighed(self.weight, batch)
+        if count == 0:
+            return None, 0.0
+        loss, seen = self._forward(batch, watch=watch and count is None)
+        if count is None:
+            count = 1.0 if not watch else float(count_terms(self.model, batch)) if seen is None else seen
+        if count == 0:
+            return None, 0.0
         if not loss.requires_grad:
             raise ValueError(
                 "the loss depends on nothing that requires grad: does the model use what is to train?"
             )
-        (loss * share).backward()
-        return loss.detach().float()
+        if before is not None:
+            self._multiply(before / count)
+        self.scaler.scale(loss).backward()
+        return loss.detach().to(torch.promote_types(loss.dtype, torch.float32)), count
 
-    def unused(self) -> list[str]:
-        """Which parameters have no gradient, by name; by shape where the model does not hold them."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        missing = [parameter for parameter in self.parameters if parameter.grad is None]
-        return [names.get(parameter, f"one of shape {tuple(parameter.shape)}") for parameter in missing]
+    def _forward(self, batch: Any, *, watch: bool) -> tuple[Tensor, float | None]:
+        """The loss, and the terms that were seen in it."""
+        device = model_device(self.model)
+        counter = TermCounter()
+        with (
+            counter if watch else nullcontext(),
+            torch.autocast(device.type, self.autocast, enabled=self.autocast is not None),
+        ):
+            loss = scalar_loss(self.loss, self.model, to_device(batch, device))
+        return loss, counter.total()
+
+    @torch.no_grad()
+    def _counted_nothing(self, batches: Sequence[Any]) -> bool:
+        """Has a single batch, which needed no count, no term at all? Asked where its loss is not finite."""
+        if len(batches) > 1 or self.weight is not None:
+            return False
+        seen = self._forward(batches[0], watch=True)[1]
+        return (count_terms(self.model, batches[0]) if seen is None else seen) == 0
+
+    def _multiply(self, factor: float) -> None:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if factor != 1 and gradients:
+            torch._foreach_mul_(gradients, factor)
+
+
+def _weighed(weight: Callable[[Any], float], batch: Any) -> float:
+    count = float(weight(batch))
+    if not 0 <= count < math.inf:
+        raise ValueError(f"weight(batch): expected a finite number, zero or more, got {count}")
+    return count
+
+
+def needs_scaling(model: nn.Module, autocast: torch.dtype | None) -> bool:
+    """Is anything computed in float16, whose smallest numbers gradients fall below?
+
+    A quantized layer may compute in it whatever it stores; it says so by its ``compute_dtype``.
+    """
+    return (
+        autocast is torch.float16
+        or any(tensor.dtype is torch.float16 for tensor in chain(model.parameters(), model.buffers()))
+        or any(getattr(module, "compute_dtype", None) is torch.float16 for module in model.modules())
+    )

@@ -319,7 +319,7 @@ def test_a_loss_that_nothing_trained_reaches_is_named() -> None:
         ({"evaluate_every": 2}, "there is no evaluate"),
         ({"clip": 0.0}, "clip is a positive norm, or None"),
         ({"clip": math.nan}, "clip is a positive norm, or None"),
-        ({"autocast": torch.float16}, "autocast is torch.bfloat16 or None"),
+        ({"autocast": torch.float32}, "autocast is torch.bfloat16, torch.float16 or None, not torch.float32"),
         ({"lr": -1.0}, "lr is a positive number"),
         ({"schedule": "step"}, "schedule is 'step'"),
         ({"warmup": 2.0}, "warmup"),

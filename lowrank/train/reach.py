@@ -1,0 +1,52 @@
+"""Which of what is to train the loss does not reach, in words that lead to it in the model.
+
+A module with ``is_layer = True`` is named as one, by its path, whatever it keeps its parameters in; of
+two, one inside the other, it is the inner one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+
+def unused(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
+    """What has no gradient: layers by their path, with the parts where it is not all that they train; other
+    parameters by their name, or by their shape where ``model`` does not hold them."""
+    return [name for names in _chosen(model, parameters, lambda p: p.grad is None).values() for name in names]
+
+
+def unmoved(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
+    """Layers whose gradient is there and exactly zero in all that they train, by their path."""
+    found = _chosen(model, parameters, lambda p: p.grad is not None and not p.grad.any())
+    return [layer for layer, names in found.items() if names == [layer] and layer in _layers(model)]
+
+
+def _chosen(
+    model: nn.Module, parameters: Sequence[nn.Parameter], chosen: Callable[[nn.Parameter], bool]
+) -> dict[str, list[str]]:
+    """By layer, or parameter that is in none: what to call those of its parameters that are chosen."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    layers = _layers(model)
+    held: dict[str, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        name = names.get(parameter, f"one of shape {tuple(parameter.shape)}")
+        above = (path for path in reversed(layers) if name.startswith(f"{path}."))
+        held.setdefault(next(above, name), []).append(parameter)
+    found = {}
+    for name, members in held.items():
+        those = [parameter for parameter in members if chosen(parameter)]
+        if name not in layers:
+            found[name] = [name] * len(those)
+        elif len(those) < len(members):
+            parts = ", ".join(names[parameter].removeprefix(f"{name}.") for parameter in those)
+            found[name] = [f"{name} ({parts})"] if those else []
+        else:
+            found[name] = [name]
+    return found
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Outermost first."""
+    return [path for path, module in model.named_modules() if path and getattr(module, "is_layer", False)]
