@@ -67,14 +67,15 @@ def release_weights(module: Any) -> None:
 
 
 def effective_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-    """W + ΔW in W's dtype and shape, differentiable in the adapters; a zero ΔW gives W's own values."""
+    """W + ΔW, added in fp32, in W's dtype and shape, differentiable; a zero ΔW gives W's own values."""
     rows = weight.reshape(-1, weight.shape[-1])
     parts, done = [], 0
     for adapter in sorted(adapters, key=lambda each: each.rows):
         start, stop = adapter.rows
         if start > done:
             parts.append(rows[done:start])
-        parts.append(rows[start:stop] + adapter.product().to(weight.dtype))
+        update = adapter.product()
+        parts.append((rows[start:stop].to(update.dtype) + update).to(weight.dtype))
         done = stop
     if done < len(rows):
         parts.append(rows[done:])
