@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from lowrank.adapted import (
     adapters_of,
     check_unwrapped,
+    describe_unused,
     device_beside,
     holder,
     install,
     plan_of,
     projection_problems,
+    unused_layers,
     wrapped_root,
 )
 from lowrank.files import FLOATS, AdapterError, Entry, packed, read_header, read_json, read_tensors, write
@@ -41,13 +44,16 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Writes the adapters of a wrapped ``model`` to the folder ``path``, replacing one that is there.
 
     Written are the plan, every factor with its anchor, and the modules trained in full. The base is not:
-    of its weights a sample is kept, so that loading onto another base is noticed.
+    of its weights a sample is kept, so that loading onto another base is noticed. Adapted layers that no
+    forward has used are named in a warning.
 
     Raises:
         ValueError: the model is not wrapped, or a tensor is not finite. What was there stays then.
     """
     root = wrapped_root(model)
     plan = plan_of(root)
+    if unused := unused_layers(root):
+        warnings.warn(describe_unused(unused), stacklevel=2)
     tensors: dict[str, Tensor] = {}
     fingerprint = {}
     for p, adapter in adapters_of(root).items():

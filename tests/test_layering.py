@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "lowrank"
 # Lowest first. A file imports from lower layers only; a package's own files may import one another,
 # but for the siblings below.
 LAYERS = [
-    {"batches", "files", "products", "projections"},
+    {"batches", "exchange", "files", "products", "projections"},
     {"statistics", "targets"},
     {"plan", "layers"},
     {"init", "allocate", "calibrate", "adapted"},

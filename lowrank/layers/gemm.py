@@ -102,8 +102,8 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            "an adapted layer (LoRALinear) can be differentiated once, and create_graph=True was followed by a second "
-            "derivative through it: compute that with torch.func (grad, vjp, jvp, hessian), or in a model after merge"
+            "an adapted layer (LoRALinear) can be differentiated once, and a second derivative was taken "
+            "through it: use torch.func (grad, vjp, jvp, hessian) for that, or merge the adapters first"
         )
 
 
@@ -114,7 +114,7 @@ def differentiable_once(gradients: Callable[..., tuple]) -> Callable[..., Any]:
         with torch.no_grad():
             grads = gradients(ctx, *dY)
         made = [i for i, grad in enumerate(grads) if grad is not None]
-        # From inputs that require grad, so that a second derivative comes upon the refusal, and not upon nothing.
+        # From inputs that require grad, so that a second derivative meets the refusal.
         once = _Once.apply(*(grads[i].detach().requires_grad_() for i in made))
         return tuple(once[made.index(i)] if i in made else None for i in range(len(grads)))
 

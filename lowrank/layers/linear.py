@@ -70,17 +70,18 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W + ΔW for whatever computes with it, in the base's dtype and layout, differentiable; see `ReadWeight`.
+        """W + ΔW for whatever computes with it, in the base's dtype and layout; see `ReadWeight`.
 
         Dropout does not act in it. It is the base's own parameter while the adapters are disabled, and where
         ΔW cannot be added to that: packed, sharded, or on the meta device.
         """
-        weight = self.base.weight
-        transposed = getattr(self.base, "nf", None) == weight.shape[-1]
-        shape = (self.out_features, self.in_features)
-        if not self.enabled or not readable(weight) or weight.shape != (shape[::-1] if transposed else shape):
-            return weight  # type: ignore[return-value]
-        return read_weight(weight, self._held(), transposed=transposed, used=self._note_use)  # type: ignore[arg-type]
+        weight = cast(Tensor, self.base.weight)
+        if not self.enabled or not readable(weight) or weight.dim() != 2:
+            return weight
+        transposed = getattr(self.base, "nf", None) == weight.shape[1]
+        if (weight.t() if transposed else weight).shape != (self.out_features, self.in_features):
+            return weight
+        return read_weight(weight, self._held(), transposed=transposed, used=self._note_use)
 
     def _note_use(self) -> None:
         if torch.compiler.is_compiling():
@@ -128,7 +129,7 @@ def _note_compiler() -> None:
 
 
 def seen_by_compiler() -> bool:
-    """Has the compiler traced any layer in this process? Compiled code keeps no record in `LoRALinear.used`."""
+    """Has the compiler traced a layer in this process? Compiled code keeps no record in `LoRALinear.used`."""
     return _compiled
 
 

@@ -1,7 +1,7 @@
-"""The weight of an adapted layer as code outside of it reads it: W + ΔW, computed where it enters an operation.
+"""The weight of an adapted layer as other code reads it: W + ΔW, computed when an operation uses it.
 
-Many modules use a child's weight and never call the child: ``F.linear(x, self.qkv.weight, bias)``. Others only ask
-a weight for its dtype. `ReadWeight` serves both. The layer's own forward does not come through here.
+Many modules use a child's weight and never call the child: ``F.linear(x, self.qkv.weight, bias)``. Others
+only ask a weight for its dtype. `ReadWeight` serves both. The layer's own forward does not use it.
 """
 
 from __future__ import annotations
@@ -64,28 +64,28 @@ class ReadWeight(Tensor):
     """
 
     _compute: Callable[[], Tensor]
-    _values: list[Tensor]
+    _known: list[Tensor]
 
     @staticmethod
     def __new__(cls, like: Tensor, compute: Callable[[], Tensor], values: list[Tensor]) -> ReadWeight:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
-        made._compute, made._values = compute, values
+        made._compute, made._known = compute, values
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:  # it still cannot be written to
-            return cls(args[0], args[0]._compute, args[0]._values)
+            return cls(args[0], args[0]._compute, args[0]._known)
         kwargs = kwargs or {}
         named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         for argument in func._schema.arguments:
             if argument.is_write and isinstance(named.get(argument.name), cls):
                 raise RuntimeError(
-                    f"{func} would write into the weight of an adapted layer as others read it, W + ΔW, which is "
+                    f"{func} would write into the weight of an adapted layer, which reads as W + ΔW and is "
                     "computed and not stored: write to layer.base.weight"
                 )
         args, kwargs = tree_map_only(cls, cls.values, (args, kwargs))
@@ -94,9 +94,9 @@ class ReadWeight(Tensor):
     @torch.no_grad()
     def values(self) -> Tensor:
         """W + ΔW as an ordinary tensor without a gradient."""
-        if not self._values:
-            self._values.append(self._compute())
-        return self._values[0]
+        if not self._known:
+            self._known.append(self._compute())
+        return self._known[0]
 
     # What hands out memory is not an operation, and does not come through __torch_dispatch__.
 

@@ -83,7 +83,8 @@ def effective_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
 
 
 def _read(module: Any, param: str) -> Tensor:
-    weight = module._parameters[param]
+    # A replica of nn.DataParallel has a plain attribute in its place.
+    weight = module._parameters[param] if param in module._parameters else module.__dict__[param]
     if not module.lora.enabled or weight.is_meta:
         return weight
     cache = module.__dict__.get("_adapted")
@@ -97,7 +98,9 @@ def _read(module: Any, param: str) -> Tensor:
 @cache
 def _adapted_class(original: type, params: tuple[str, ...]) -> type:
     def reader(param: str) -> property:
-        return property(lambda self: _read(self, param))
+        return property(
+            lambda self: _read(self, param), lambda self, value: self.__dict__.__setitem__(param, value)
+        )
 
     members = {param: reader(param) for param in params}
     return type(f"LoRA{original.__name__}", (AdaptedWeight, original), members)

@@ -238,9 +238,9 @@ def test_reading_its_shape_computes_nothing() -> None:
     for call in ("size", "numel", "dim", "stride", "is_contiguous", "is_floating_point", "element_size"):
         assert getattr(weight, call)() == getattr(base, call)()
     assert getattr(weight, "quant_state", None) is None and not hasattr(weight, "SCB")
-    assert not weight._values and not layer.used
+    assert not weight._known and not layer.used
     assert torch.equal(weight.detach(), (base.float() + layer.delta_weight()).to(torch.bfloat16))
-    assert layer.used and len(weight._values) == 1
+    assert layer.used and len(weight._known) == 1
 
 
 def test_its_own_forward_does_not_read_it() -> None:

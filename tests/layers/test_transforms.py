@@ -1,4 +1,4 @@
-"""`torch.func`, forward mode and second derivatives through an adapted layer: right, or refused in plain words."""
+"""`torch.func`, forward mode and second derivatives through an adapted layer: right, or refused."""
 
 from __future__ import annotations
 
