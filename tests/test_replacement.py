@@ -1,4 +1,4 @@
-"""A layer is replaced wherever its model holds it, and put back: in containers, partials and bound methods."""
+"""A layer is replaced wherever its model holds it, and put back: containers, partials, bound methods."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[Callable[[nn.Module, nn.Module], Any], Callable[[Any, Ten
     "tuple of lists": (lambda a, b: ([a], ((b,),)), lambda h, x: h[1][0][0](h[0][0](x))),
     "named tuple": (lambda a, b: [Pair(a, (b,))], lambda h, x: h[0].second[0](h[0].first(x))),
     "set": (lambda a, b: [{a}, frozenset({b})], lambda h, x: next(iter(h[1]))(next(iter(h[0]))(x))),
-    "keys": (lambda a, b: {a: 1.0, b: 2.0}, lambda h, x: list(h)[1](list(h)[0](x))),
+    "keys": (lambda a, b: {a: 1.0, b: 2.0}, lambda h, x: (lambda a, b: b(a(x)))(*h)),
     "partial": (lambda a, b: partial(scaled, a, then=b), lambda h, x: h(x)),
     "partial of the layer": (lambda a, b: [partial(a), partial(b)], lambda h, x: h[1](h[0](x))),
     "partial of a partial": (lambda a, b: partial(partial(scaled, a), then=b), lambda h, x: h(x)),
