@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from lowrank.layers.adapter import Adapter
@@ -38,7 +37,7 @@ def read_weight(
             return effective_weight(weight.t(), adapters).t()
         return effective_weight(weight, adapters)
 
-    if torch.compiler.is_compiling() or transformed() or type(weight) is FakeTensor:
+    if torch.compiler.is_compiling() or transformed() or _fake(weight):
         return compute()
     blocks = [adapter.block for adapter in adapters]
     spans = [(*block.rows, block.scaling) for block in blocks]
@@ -49,11 +48,16 @@ def read_weight(
 def readable(weight: Any) -> bool:
     """Can ΔW be added to ``weight``? Not where it is packed, sharded, elsewhere (meta), or in 8 bits."""
     return (
-        type(weight) in (nn.Parameter, Tensor, FakeTensor)  # torch.export traces with the last
+        (type(weight) in (nn.Parameter, Tensor) or _fake(weight))
         and weight.is_floating_point()
         and weight.itemsize > 1
         and not weight.is_meta
     )
+
+
+def _fake(weight: Tensor) -> bool:
+    """Is it a stand-in, as torch.export traces with? Told by name: importing its class takes long."""
+    return type(weight).__name__ == "FakeTensor"
 
 
 class ReadWeight(Tensor):
