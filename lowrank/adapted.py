@@ -5,17 +5,21 @@ It decides nothing: which adapters, of what rank and how started, is said by `wr
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from lowrank.exchange import Exchange
 from lowrank.layers.adapter import Adapter
-from lowrank.layers.linear import LoRALinear, master_dtype, multiplies
+from lowrank.layers.linear import LoRALinear, master_dtype, multiplies, seen_by_compiler
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
 from lowrank.plan import Plan
@@ -39,12 +43,33 @@ def check_unwrapped(model: nn.Module) -> None:
         raise ValueError(f"expected a torch.nn.Module, not {type(model).__name__}")
     if "_orig_mod" in model._modules:
         raise ValueError("the model is compiled: wrap it first, then call torch.compile")
+    _check_not_parallel(model)
     if any(isinstance(m, (LoRALinear, AdaptedWeight, TrainedModule)) for m in model.modules()):
         raise ValueError("the model is wrapped already: unwrap(model) or merge(model) first")
     if is_linear(model):
         raise ValueError(
             "the model is itself one projection, which cannot be replaced in place: wrap its parent"
         )
+
+
+PARALLEL = frozenset(
+    "DistributedDataParallel DataParallel FullyShardedDataParallel FSDPModule ReplicateModule "
+    "DeepSpeedEngine".split()
+)
+
+
+def _check_not_parallel(model: nn.Module) -> None:
+    """Raises ValueError where a parallel wrapper would not know of adapters that are put in beneath it."""
+    for path, module in model.named_modules():
+        wrappers = [kind.__name__ for kind in type(module).__mro__ if kind.__name__ in PARALLEL]
+        if wrappers:
+            raise ValueError(
+                f"{path or 'the model'} is wrapped in {wrappers[0]}, which would not synchronize adapters "
+                "between processes: adapt the model first, then make it parallel"
+            )
+    for name, parameter in model.named_parameters():
+        if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
+            raise ValueError(f"{name} is sharded (a DTensor): adapt the model first, then shard it")
 
 
 def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> list[str]:
@@ -130,22 +155,15 @@ def install(model: nn.Module, plan: Plan, adapters: Mapping[Projection, Adapter]
     for path, held in on_weights.items():
         adapt_weights(model.get_submodule(path), held)
     model.__dict__["_lowrank"] = Adaptation(plan, required_grad)
+    _warn_at_first_backward(model)
 
 
 def _exchange(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Replaces modules wherever they hang, so that a shared one stays shared: in plain attributes, too."""
-
-    def new(held: Any) -> Any:
-        if type(held) is tuple and any(new(each) is not each for each in held):
-            return tuple(map(new, held))
-        return replacements.get(held, held) if isinstance(held, nn.Module) else held
-
+    """Replaces modules wherever ``model`` holds them, so that a shared one stays shared."""
+    exchange = Exchange(replacements)
     for parent in list(model.modules()):
-        for held in (vars(parent), *vars(parent).values()):
-            if isinstance(held, dict | list):
-                for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
-                    if new(value) is not value:
-                        held[key] = new(value)
+        if parent not in replacements:  # one that is taken out keeps what it holds of itself
+            exchange.inside(vars(parent))
 
 
 # -- finding and switching them -------------------------------------------------------------------------
@@ -234,6 +252,65 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
             switch.enabled = enabled
 
 
+# -- noticing those that do nothing ----------------------------------------------------------------------
+
+
+def unused_layers(model: nn.Module) -> list[str]:
+    """Paths of the adapted layers that no forward has used so far, neither called nor read by their weight.
+
+    None where nothing is known: no adapted layer was used yet, or compiled code ran, which keeps no record.
+    """
+    layers = _replaced_layers(model)
+    if seen_by_compiler() or not any(layer.used for layer in layers.values()):
+        return []
+    return [path for path, layer in layers.items() if not layer.used]
+
+
+def _replaced_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    layers = adapted_layers(wrapped_root(model))
+    return {path: layer for path, layer in layers.items() if isinstance(layer, LoRALinear)}
+
+
+def describe_unused(paths: Sequence[str]) -> str:
+    """What a warning says of adapted layers that nothing has used."""
+    shown = ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+    return (
+        f"{len(paths)} adapted layers were not used by any forward so far: {shown}. Their adapters have no "
+        "effect and do not train. If no later batch uses them, leave them out with exclude=: the model may "
+        "hold the original layer in a place that cannot be replaced, or read its weight in a packed form"
+    )
+
+
+def _warn_at_first_backward(model: nn.Module) -> None:
+    """Adapters that the first backward does not reach are named in a warning; afterwards no hook is left."""
+    handles: list[RemovableHandle] = []
+    root = weakref.ref(model)
+
+    def check() -> None:
+        wrapped = root()
+        if wrapped is None or "_lowrank" not in wrapped.__dict__:
+            return
+        idle = [
+            path
+            for path, layer in _replaced_layers(wrapped).items()
+            if not layer.used and all(p.grad is None for p in layer.adapters.parameters())
+        ]
+        if idle:
+            warnings.warn(describe_unused(idle), stacklevel=2)
+
+    def first(parameter: Tensor) -> None:
+        for handle in handles:
+            handle.remove()
+        handles.clear()
+        if seen_by_compiler():  # only the gradients tell then, when all are there
+            torch.autograd.Variable._execution_engine.queue_callback(check)
+        else:
+            check()
+
+    for parameter in adapter_parameters(model):
+        handles.append(parameter.register_post_accumulate_grad_hook(first))
+
+
 # -- taking them out ------------------------------------------------------------------------------------
 
 
@@ -258,34 +335,60 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
 
     Raises:
         ValueError: a weight is tied to another module's, is quantized, or is not all that its layer
-            computes with, or an adapter holds NaN or Inf; nothing was changed.
+            computes with, an adapter holds NaN or Inf, or a layer was passed by when its module ran, so that
+            its adapter has had no effect; nothing was changed.
     """
     root = wrapped_root(model)
     adapters = adapters_of(root)
     _check_mergeable(root, list(adapters), dequantize)
-    for p, adapter in adapters.items():
-        if not all(factor.isfinite().all() for factor in adapter.parameters()):
-            raise ValueError(f"the adapter of {p.name} holds NaN or Inf, and merging would spoil the weight")
+    _check_effects(root, adapters)
     added = {id(q) for q in added_parameters(root)}
     floating = [q.dtype for q in root.parameters() if id(q) not in added and q.is_floating_point()]
     usual = Counter(floating).most_common(1)[0][0] if floating else torch.float32
-    unpacked: dict[Projection, torch.dtype] = {}
-    with torch.no_grad():
-        for p, adapter in adapters.items():
-            stored = _stored(root, p)
-            if _packed(stored):
-                unpacked[p] = stored.dtype if stored.is_floating_point() else usual
-                _unpack(root, p)
-            weight = _stored(root, p)
-            if weight.dim() == 3:  # of experts: rows are a view of it only where it lies in order
-                weight.data = weight.data.contiguous()
-            part = as_rows(holder(root, p), p.param)[slice(*p.rows)]
-            delta = adapter.product()
-            part.copy_(part.to(delta.dtype) + delta)
-        for p, dtype in unpacked.items():
-            _stored(root, p).data = _stored(root, p).data.to(dtype)
+    by_weight: dict[tuple[str, str], dict[Projection, Adapter]] = {}
+    for p, adapter in adapters.items():
+        by_weight.setdefault((p.module, p.param), {})[p] = adapter
+    for held in by_weight.values():
+        _merge_weight(root, held, usual)
     _remove(root, _with_trained_weights)
     return model
+
+
+@torch.no_grad()
+def _merge_weight(root: nn.Module, held: Mapping[Projection, Adapter], usual: torch.dtype) -> None:
+    """Adds all adapters of one weight to it: one weight at a time is in fp32, and no more."""
+    first = next(iter(held))
+    stored = _stored(root, first)
+    dtype = stored.dtype if stored.is_floating_point() else usual
+    if _packed(stored):
+        _unpack(root, first)
+    weight = _stored(root, first)
+    if weight.dim() == 3:  # of experts: rows are a view of it only where it lies in order
+        weight.data = weight.data.contiguous()
+    for p, adapter in held.items():
+        part = as_rows(holder(root, p), p.param)[slice(*p.rows)]
+        part.copy_(adapter.product().add_(part))
+    weight.data = weight.data.to(dtype)
+
+
+def _check_effects(root: nn.Module, adapters: Mapping[Projection, Adapter]) -> None:
+    """Raises ValueError where merging would spoil a weight, or give effect to an adapter that has none."""
+    layers = _replaced_layers(root)
+    unused = set(unused_layers(root))
+    # A module that used one of its layers has run. Containers do not run: of their children any may be next.
+    ran = {path.rpartition(".")[0] for path in layers.keys() - unused}
+    containers = (nn.ModuleList, nn.ModuleDict)
+    for p, adapter in adapters.items():
+        if not all(factor.isfinite().all() for factor in adapter.parameters()):
+            raise ValueError(f"the adapter of {p.name} holds NaN or Inf, and merging would spoil the weight")
+        parent = p.module.rpartition(".")[0]
+        passed_by = p.module in unused and parent in ran
+        if passed_by and not isinstance(root.get_submodule(parent), containers) and adapter.product().any():
+            raise ValueError(
+                f"{p.name} was not used when the model ran, so its adapter has had no effect, and merging it "
+                "would change the output: if another kind of batch uses this layer, call the model on one "
+                "first; else unwrap(model), and adapt without it (exclude=)"
+            )
 
 
 def _check_mergeable(root: nn.Module, projections: Iterable[Projection], dequantize: bool) -> None:

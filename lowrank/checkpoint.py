@@ -24,11 +24,13 @@ from lowrank.adapted import (
     added_parameters,
     base_modules,
     check_unwrapped,
+    describe_unused,
     device_beside,
     holder,
     install,
     plan_of,
     projection_problems,
+    unused_layers,
     weight_shape,
     wrapped_root,
 )
@@ -65,6 +67,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     Written are the plan, every factor with its anchor, and the modules trained in full. The base is not:
     a sample of its weights is kept, also of those that are not adapted, so that loading onto another base is
     noticed. Of what the folder holds only the tensors of the adapter that was there are deleted.
+    Adapted layers that no forward has used are named in a warning.
 
     Raises:
         ValueError: the model is not wrapped, or a tensor is not finite. What was there stays then.
@@ -72,6 +75,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     root = wrapped_root(model)
     plan = plan_of(root)
     adapters = adapters_of(root)
+    if unused := unused_layers(root):
+        warnings.warn(describe_unused(unused), stacklevel=2)
     tensors: dict[str, Tensor] = {}
     for p, adapter in adapters.items():
         for name, tensor in adapter.state_dict().items():

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "lowrank"
 LAYERS = [
     {"families"},
     {"trials"},
-    {"batches", "files", "products", "projections"},
+    {"batches", "exchange", "files", "products", "projections"},
     {"fingerprint"},
     {"statistics", "targets"},
     {"plan", "layers"},

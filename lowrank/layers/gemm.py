@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def flat(t: Tensor) -> Tensor:
@@ -93,9 +92,31 @@ def one_pass(on: bool = True) -> None:
     _kernels = importlib.import_module("lowrank.layers.kernels") if on else None
 
 
+class _Once(torch.autograd.Function):
+    """The identity, which cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "an adapted layer (LoRALinear) can be differentiated once, and a second derivative was taken "
+            "through it: use torch.func (grad, vjp, jvp, hessian) for that, or merge the adapters first"
+        )
+
+
 def differentiable_once(gradients: Callable[..., tuple]) -> Callable[..., Any]:
     """A backward that runs `gradients` outside autocast, and whose results refuse to be differentiated."""
-    refusing = once_differentiable(gradients)
+
+    def refusing(ctx: Any, *dY: Tensor | None) -> tuple:
+        with torch.no_grad():
+            grads = gradients(ctx, *dY)
+        made = [i for i, grad in enumerate(grads) if grad is not None]
+        # From inputs that require grad, so that a second derivative meets the refusal.
+        once = _Once.apply(*(grads[i].detach().requires_grad_() for i in made))
+        return tuple(once[made.index(i)] if i in made else None for i in range(len(grads)))
 
     def backward(ctx: Any, *dY: Tensor | None) -> tuple:
         run = refusing if torch.is_grad_enabled() else gradients

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowrank.layers.adapter import Adapter, full_delta
 from lowrank.layers.loading import move_below_base
 from lowrank.layers.ops import add_lora, fused_lora
+from lowrank.layers.reading import read_weight, readable
 
 
 class LoRALinear(nn.Module):
@@ -23,7 +24,7 @@ class LoRALinear(nn.Module):
     The base may be an ``nn.Linear``, a Conv1D (weight stored as ``(in, out)``), a quantized layer, or
     any module that maps ``(..., in)`` to ``(..., out)``. A plain one is multiplied in one fused
     operation; any other is called, with its hooks, and the update is added. The output has the base's
-    dtype. `weight` and `bias` are the base's, for code that asks a layer for its dtype or device.
+    dtype. `weight` is for code that reads a weight instead of calling its layer, or asks it for its dtype.
 
     Args:
         base: the layer to adapt; it stays as it is and should not require grad.
@@ -49,12 +50,14 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.dropout = dropout
         self.enabled = True
+        self.used = False  # was it ever called while enabled, or its weight read? See `seen_by_compiler`
         self.train(base.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base makes of its arguments, of which the first is x, plus the updates."""
         if not self.enabled:
             return self.base(*args, **kwargs)
+        self._note_use()
         x = args[0] if args else next(iter(kwargs.values()))
         blocks = [adapter.block for adapter in self._held()]
         dropout = self.dropout if self.training else 0.0
@@ -69,8 +72,24 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight, without the update: see `delta_weight`."""
-        return self.base.weight  # type: ignore[return-value]
+        """W + ΔW for whatever computes with it, in the base's dtype and layout; see `ReadWeight`.
+
+        Dropout does not act in it. It is the base's own parameter while the adapters are disabled, and where
+        ΔW cannot be added to that: packed, sharded, or on the meta device.
+        """
+        weight = cast(Tensor, self.base.weight)
+        if not self.enabled or not readable(weight) or weight.dim() != 2:
+            return weight
+        transposed = getattr(self.base, "nf", None) == weight.shape[1]
+        if (weight.t() if transposed else weight).shape != (self.out_features, self.in_features):
+            return weight
+        return read_weight(weight, self._held(), transposed=transposed, used=self._note_use)
+
+    def _note_use(self) -> None:
+        if torch.compiler.is_compiling():
+            _note_compiler()
+        else:
+            self.__dict__["used"] = True  # __setattr__ of a module takes ten times as long
 
     @property
     def bias(self) -> Tensor | None:
@@ -99,6 +118,21 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, dropout={self.dropout}"
+
+
+_compiled = False
+
+
+@torch.compiler.assume_constant_result
+def _note_compiler() -> None:
+    """Runs while the compiler traces a layer, and is no part of what it compiles."""
+    global _compiled
+    _compiled = True
+
+
+def seen_by_compiler() -> bool:
+    """Has the compiler traced a layer in this process? Compiled code keeps no record in `LoRALinear.used`."""
+    return _compiled
 
 
 def plain_weight(base: nn.Module) -> Tensor | None:

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from lowrank.layers.gemm import down, up
 from lowrank.layers.row_blocks import RowBlockProduct
 from lowrank.layers.single import SingleProduct
 
@@ -66,10 +69,13 @@ def fused_lora(
 
     For backward it keeps x itself (only where an A or the weight is trained) and the ``(tokens, Σr)``
     product of x with the A's. The gradients are those of LoRA (2106.09685, section 4.1). It can be
-    differentiated once: a second derivative raises RuntimeError. The blocks are not checked at each call:
-    see `check_blocks`.
+    differentiated once: a second derivative raises RuntimeError. Under `torch.func` and in forward mode it is
+    composed of ordinary operations, which can be differentiated and mapped at will. The blocks are not
+    checked at each call: see `check_blocks`.
     """
     x, weight, bias = to_autocast(x, weight, bias)
+    if transformed():
+        return _composed(F.linear(x, weight, bias), x, blocks, dropout)
     if len(blocks) > 1 or blocks[0].rows != (0, weight.shape[0]):
         return RowBlockProduct.apply(x, None, weight, bias, *_laid_out(x, blocks, dropout))
     ((_, A, B, scaling, A0, B0),) = blocks
@@ -99,7 +105,26 @@ def add_lora(y: Tensor, x: Tensor, blocks: Sequence[Block], *, dropout: float = 
             f"x {tuple(x.shape)} and y {tuple(y.shape)} must agree in all but the last dimension"
         )
     x = x.to(y.dtype)
+    if transformed():
+        return _composed(y, x, blocks, dropout)
     return RowBlockProduct.apply(x, y, None, None, *_laid_out(x, blocks, dropout))
+
+
+def transformed() -> bool:
+    """Is a transform of `torch.func` (vmap, grad, jvp …) or forward-mode differentiation going on?
+
+    These cannot see into the autograd functions here.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _composed(y: Tensor, x: Tensor, blocks: Sequence[Block], dropout: float) -> Tensor:
+    """``y`` plus the update of every block, from operations that PyTorch itself knows how to transform."""
+    x = F.dropout(x, dropout)
+    for (start, stop), A, B, scaling, A0, B0 in blocks:
+        update = F.linear(F.linear(x, down(A, A0, x.dtype)), up(B, B0, x.dtype))
+        y = y + F.pad(scaling * update, (start, y.shape[-1] - stop))
+    return y
 
 
 def _laid_out(x: Tensor, blocks: Sequence[Block], dropout: float) -> tuple:

@@ -68,14 +68,15 @@ def release_weights(module: Any) -> None:
 
 
 def effective_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-    """W + ΔW in W's dtype and shape, differentiable in the adapters; a zero ΔW gives W's own values."""
+    """W + ΔW, added in fp32, in W's dtype and shape, differentiable; a zero ΔW gives W's own values."""
     rows = weight.reshape(-1, weight.shape[-1])
     parts, done = [], 0
     for adapter in sorted(adapters, key=lambda each: each.rows):
         start, stop = adapter.rows
         if start > done:
             parts.append(rows[done:start])
-        parts.append(rows[start:stop] + adapter.product().to(weight.dtype))
+        update = adapter.product()
+        parts.append((rows[start:stop].to(update.dtype) + update).to(weight.dtype))
         done = stop
     if done < len(rows):
         parts.append(rows[done:])
@@ -83,7 +84,8 @@ def effective_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
 
 
 def _read(module: Any, param: str) -> Tensor:
-    weight = module._parameters[param]
+    # A replica of nn.DataParallel has a plain attribute in its place.
+    weight = module._parameters[param] if param in module._parameters else module.__dict__[param]
     if not module.lora.enabled or weight.is_meta:
         return weight
     cache = module.__dict__.get("_adapted")
@@ -97,7 +99,9 @@ def _read(module: Any, param: str) -> Tensor:
 @cache
 def _adapted_class(original: type, params: tuple[str, ...]) -> type:
     def reader(param: str) -> property:
-        return property(lambda self: _read(self, param))
+        return property(
+            lambda self: _read(self, param), lambda self, value: self.__dict__.__setitem__(param, value)
+        )
 
     members = {param: reader(param) for param in params}
     return type(f"LoRA{original.__name__}", (AdaptedWeight, original), members)
