@@ -19,7 +19,8 @@ from lowrank.layers.linear import LoRALinear, master_dtype, multiplies
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
 from lowrank.plan import Plan
-from lowrank.projections import Projection, as_rows, is_linear, read_by_weight
+from lowrank.pretrained import attach, detach, forget_quantization
+from lowrank.projections import Projection, as_rows, is_linear, quantized, read_by_weight
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def install(model: nn.Module, plan: Plan, adapters: Mapping[Projection, Adapter]
     for path, held in on_weights.items():
         adapt_weights(model.get_submodule(path), held)
     model.__dict__["_lowrank"] = Adaptation(plan, required_grad)
+    attach(model)
 
 
 def _exchange(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -240,14 +242,15 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
     for p, adapter in adapters.items():
         if not all(factor.isfinite().all() for factor in adapter.parameters()):
             raise ValueError(f"the adapter of {p.name} holds NaN or Inf, and merging would spoil the weight")
-    floating = [q.dtype for q in root.parameters() if not q.requires_grad and q.is_floating_point()]
-    usual = Counter(floating).most_common(1)[0][0] if floating else torch.float32
+    usual = _usual_dtype(root)
     unpacked: dict[Projection, torch.dtype] = {}
     with torch.no_grad():
         for p, adapter in adapters.items():
             stored = _stored(root, p)
-            if _packed(stored):
-                unpacked[p] = stored.dtype if stored.is_floating_point() else usual
+            if quantized(stored):
+                # What stands for a floating-point tensor has its dtype.
+                stands = type(stored) is not nn.Parameter and stored.is_floating_point()
+                unpacked[p] = stored.dtype if stands else usual
                 _unpack(root, p)
             weight = _stored(root, p)
             if weight.dim() == 3:  # of experts: rows are a view of it only where it lies in order
@@ -257,7 +260,10 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
             part.copy_(part.to(delta.dtype) + delta)
         for p, dtype in unpacked.items():
             _stored(root, p).data = _stored(root, p).data.to(dtype)
+            _match_bias(holder(root, p), dtype)
     _remove(root, _with_trained_weights)
+    if unpacked:
+        forget_quantization(root)
     return model
 
 
@@ -274,7 +280,7 @@ def _check_mergeable(root: nn.Module, projections: Iterable[Projection], dequant
             raise ValueError(
                 f"{p.name} is on the meta device: there is nothing yet that ΔW could be added to"
             )
-        if _packed(weight) and not dequantize:
+        if quantized(weight) and not dequantize:
             stored = f"{type(weight).__name__} of {weight.dtype}"
             raise ValueError(
                 f"{p.name} is stored as {stored}; adding ΔW would mean to quantize again: keep the adapter "
@@ -287,8 +293,21 @@ def _check_mergeable(root: nn.Module, projections: Iterable[Projection], dequant
             )
 
 
-def _packed(weight: Tensor) -> bool:
-    return type(weight) is not nn.Parameter or not weight.is_floating_point()
+def _usual_dtype(root: nn.Module) -> torch.dtype:
+    """The floating-point dtype of most of the base's numbers, those apart that are quantized."""
+    ours = {id(q) for m in root.modules() if isinstance(m, Adapter) for q in m.parameters()}
+    numbers: Counter[torch.dtype] = Counter()
+    for parameter in root.parameters():
+        if id(parameter) not in ours and not quantized(parameter):
+            numbers[parameter.dtype] += parameter.numel()
+    return numbers.most_common(1)[0][0] if numbers else torch.float32
+
+
+def _match_bias(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Gives ``layer`` a bias of its weight's dtype, which a plain layer needs and a quantized one does not."""
+    bias = layer._parameters.get("bias")
+    if bias is not None and bias.dtype != dtype:
+        layer.register_parameter("bias", nn.Parameter(bias.detach().to(dtype), requires_grad=False))
 
 
 def _unpack(root: nn.Module, p: Projection) -> None:
@@ -320,6 +339,7 @@ def _with_trained_weights(module: LoRALinear | TrainedModule) -> nn.Module:
 
 
 def _remove(root: nn.Module, original: Callable[[Any], nn.Module]) -> None:
+    detach(root)
     required_grad = root.__dict__["_lowrank"].required_grad
     modules: list[Any] = list(root.modules())
     for module in modules:
