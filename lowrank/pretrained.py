@@ -39,9 +39,9 @@ def attach(root: nn.Module) -> None:
     for module in root.modules():
         quantizer = module.__dict__.get("hf_quantizer")
         if quantizer is not None and not isinstance(quantizer, _WithAdapters):
-            quantizer = copy.copy(quantizer)  # it may be another model's too
-            quantizer.__class__ = _with_adapters(type(quantizer))
-            module.__dict__["hf_quantizer"] = quantizer
+            made = _made(type(quantizer))  # beside the original, which may be another model's too
+            made.__dict__.update(vars(quantizer), original=quantizer)
+            module.__dict__["hf_quantizer"] = made
         if callable(getattr(type(module), SAVE, None)) and SAVE not in module.__dict__:
             module.__dict__[SAVE] = _SavePretrained(module)
 
@@ -51,7 +51,7 @@ def detach(root: nn.Module) -> None:
     for module in root.modules():
         quantizer = module.__dict__.get("hf_quantizer")
         if isinstance(quantizer, _WithAdapters):
-            quantizer.__class__ = type(quantizer).__mro__[2]
+            module.__dict__["hf_quantizer"] = quantizer.original
         if isinstance(module.__dict__.get(SAVE), _SavePretrained):
             del module.__dict__[SAVE]
 
@@ -65,10 +65,11 @@ class _WithAdapters:
     ``is_qat_trainable`` is what a Trainer asks first; ``is_trainable`` stays the quantizer's own answer.
     """
 
+    original: Any
     is_qat_trainable = True
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _restored, (type(self).__mro__[2],), self.__dict__
+        return _made, (type(self.original),), self.__dict__
 
 
 @cache
@@ -76,9 +77,10 @@ def _with_adapters(kind: type) -> type:
     return type(kind.__name__, (_WithAdapters, kind), {})
 
 
-def _restored(kind: Any) -> Any:
-    made: Any = _with_adapters(kind)
-    return made.__new__(made)
+def _made(kind: type) -> Any:
+    """One without attributes, for a quantizer of this ``kind``."""
+    cls: Any = _with_adapters(kind)
+    return cls.__new__(cls)
 
 
 def forget_quantization(root: nn.Module) -> None:
@@ -115,6 +117,7 @@ def _list_plain_layers(model: nn.Module, config: Any) -> None:
     config.quantization_config = settings
     quantizer = model.__dict__.get("hf_quantizer")
     if quantizer is not None:
+        quantizer = model.__dict__["hf_quantizer"] = copy.copy(quantizer)
         quantizer.quantization_config = settings
 
 

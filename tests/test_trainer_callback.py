@@ -50,7 +50,7 @@ def mixtral() -> nn.Module:
 def llava() -> nn.Module:
     vision = hf.CLIPVisionConfig(**zoo.VISION)
     text = hf.LlamaConfig(**zoo.DECODER)
-    config = hf.LlavaConfig(vision, text, image_token_id=3, vision_feature_layer=-1)
+    config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=3, vision_feature_layer=-1)
     return hf.LlavaForConditionalGeneration(config)
 
 
