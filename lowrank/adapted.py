@@ -286,7 +286,11 @@ def _check_mergeable(root: nn.Module, projections: Iterable[Projection], dequant
                 f"{p.name} is stored as {stored}; adding ΔW would mean to quantize again: keep the adapter "
                 "beside it, or merge(model, dequantize=True) to have these layers in floating point"
             )
-        if not on_weight(root, p) and not multiplies(base, as_rows(base, p.param)):
+        try:
+            product = on_weight(root, p) or multiplies(base, as_rows(base, p.param))
+        except ValueError as error:
+            raise ValueError(f"{p.name}: {error}") from error
+        if not product:
             raise ValueError(
                 f"{p.name}: the forward of {type(base).__name__} is more than a product with its weight, so "
                 "adding ΔW to that is not the same as adding it to the output: keep the adapter beside it"

@@ -150,12 +150,18 @@ def restore_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     try:
         config = _read_config(folder)
         _refuse(folder, "was saved from a model with another plan", _differences(plan, config["plan"]))
-        _refuse(folder, "was made for a base with other weights", _weight_problems(root, plan, config["fingerprint"]))
+        _refuse(
+            folder,
+            "was made for a base with other weights",
+            _weight_problems(root, plan, config["fingerprint"]),
+        )
         file = _tensors_file(folder, config)
         there = {name: entry.shape for name, entry in read_header(file).items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in here.items()}
         names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
-        problems = [f"{name}: {there.get(name, 'missing')}, expected {wanted.get(name, 'none')}" for name in names]
+        problems = [
+            f"{name}: {there.get(name, 'missing')}, expected {wanted.get(name, 'none')}" for name in names
+        ]
         _refuse(folder, "does not hold the tensors of this model's adapters", problems)
         saved = read_tensors(file, config["sha256"])
         for name, tensor in saved.items():

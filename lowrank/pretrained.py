@@ -89,23 +89,22 @@ def forget_quantization(root: nn.Module) -> None:
     Where some are left, the configuration lists the layers that are not quantized, so that a saved folder
     is read as it was written.
     """
-    for module in list(root.modules()):
-        config = getattr(module, "config", None)
-        if "hf_quantizer" not in module.__dict__ and getattr(config, "quantization_config", None) is None:
+    for model in root.modules():
+        if "hf_quantizer" not in model.__dict__:
             continue
-        if any(quantized(parameter) for parameter in module.parameters()):
-            _list_plain_layers(module, config)
+        if any(quantized(parameter) for parameter in model.parameters()):
+            _list_plain_layers(model)
             continue
         for name in MARKS:
-            module.__dict__.pop(name, None)
-        for part in module.modules():
+            model.__dict__.pop(name, None)
+        for part in model.modules():
             for name in CONFIG_MARKS:
                 getattr(getattr(part, "config", None), "__dict__", {}).pop(name, None)
 
 
-def _list_plain_layers(model: nn.Module, config: Any) -> None:
-    settings = copy.copy(getattr(config, "quantization_config", None))
-    (name,) = [each for each in SKIPPED if hasattr(settings, each)][:1] or [None]
+def _list_plain_layers(model: Any) -> None:
+    settings = copy.copy(getattr(model.config, "quantization_config", None))
+    name = next((each for each in SKIPPED if hasattr(settings, each)), None)
     if name is None:
         return
     plain = {
@@ -114,11 +113,9 @@ def _list_plain_layers(model: nn.Module, config: Any) -> None:
         if is_linear(module) and not quantized(module.weight)  # type: ignore[arg-type]
     }
     setattr(settings, name, sorted(plain.union(getattr(settings, name) or ())))
-    config.quantization_config = settings
-    quantizer = model.__dict__.get("hf_quantizer")
-    if quantizer is not None:
-        quantizer = model.__dict__["hf_quantizer"] = copy.copy(quantizer)
-        quantizer.quantization_config = settings
+    quantizer = copy.copy(model.hf_quantizer)  # it and the settings may be another model's too
+    quantizer.quantization_config = model.config.quantization_config = settings
+    model.hf_quantizer = quantizer
 
 
 # -- save_pretrained ----------------------------------------------------------------------------------------

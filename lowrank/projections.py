@@ -16,7 +16,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 
 
@@ -161,7 +160,9 @@ def _from_fp8(module: nn.Module, param: str, stored: Tensor) -> Tensor:
     scales = {
         name: tensor
         for name, tensor in held.items()
-        if isinstance(tensor, Tensor) and "scale" in name and not name.startswith(("activation", "input", *others))
+        if isinstance(tensor, Tensor)
+        and "scale" in name
+        and not name.startswith(("activation", "input", *others))
     }
     if not scales:
         return stored.float()
@@ -173,7 +174,9 @@ def _from_fp8(module: nn.Module, param: str, stored: Tensor) -> Tensor:
     if factors.numel() > 1:
         factors = _spread(factors, stored.shape, getattr(module, "block_size", None))
         if factors is None:
-            raise ValueError(f"{kind} {tuple(stored.shape)} with scales of shape {tuple(scale.shape)}, not blocks of it")
+            raise ValueError(
+                f"{kind} {tuple(stored.shape)} with scales of shape {tuple(scale.shape)}, not blocks of it"
+            )
     return stored.float() * factors
 
 

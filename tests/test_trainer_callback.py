@@ -31,7 +31,9 @@ with warnings.catch_warnings():  # their own affairs with PyTorch's newest
 
 expected = pytest.mark.filterwarnings("ignore::lowrank.SavePretrainedWarning")
 theirs = pytest.mark.filterwarnings(
-    "ignore:.*inputs will be cast from", "ignore:.*Enum subclass", "ignore:Converting a tensor with requires_grad=True"
+    "ignore:.*inputs will be cast from",
+    "ignore:.*Enum subclass",
+    "ignore:Converting a tensor with requires_grad=True",
 )
 HIDDEN = {"hidden_size": 64, "intermediate_size": 128}
 
@@ -83,7 +85,9 @@ def wrapped(make: Callable[[], nn.Module], preset: Any = presets.lora, **options
     return lowrank.wrap_model(seeded(make), preset(rank=2, **options), progress=False)
 
 
-def trainer(model: nn.Module, folder: Path, *callbacks: Any, images: bool = False, **options: Any) -> hf.Trainer:
+def trainer(
+    model: nn.Module, folder: Path, *callbacks: Any, images: bool = False, **options: Any
+) -> hf.Trainer:
     arguments = hf.TrainingArguments(
         str(folder),
         **{
@@ -196,7 +200,9 @@ def test_the_callback_restores_what_the_trainer_does_not_find(named: bool, tmp_p
     whole.train()
     checkpoint = tmp_path / "one" / "checkpoint-2"
     weights = checkpoint / "model.safetensors"
-    save_file({n: t for n, t in load_file(weights).items() if "lora" not in n and "adapters" not in n}, weights)
+    save_file(
+        {n: t for n, t in load_file(weights).items() if "lora" not in n and "adapters" not in n}, weights
+    )
     if named:
         half = trainer(wrapped(mixtral), tmp_path / "two", AdapterCallback(resume_from=checkpoint))
     else:
@@ -212,7 +218,9 @@ def test_a_checkpoint_of_another_run_is_not_restored(tmp_path: Path) -> None:
     trainer(wrapped(llama), tmp_path / "one", AdapterCallback()).train()
     trainer(wrapped(llama), tmp_path / "two", AdapterCallback(), learning_rate=0.01).train()
     run = trainer(wrapped(llama), tmp_path / "two", AdapterCallback())
-    with pytest.raises(ValueError, match=r"expected the checkpoint of step 2 .*AdapterCallback\(resume_from=folder"):
+    with pytest.raises(
+        ValueError, match=r"expected the checkpoint of step 2 .*AdapterCallback\(resume_from=folder"
+    ):
         run.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"))
 
 
@@ -224,7 +232,9 @@ def test_restoring_keeps_the_tensors(tmp_path: Path) -> None:
     other = wrapped(llama, presets.pissa, train=("lm_head",))
     tensors = [p for p in other.parameters() if p.requires_grad]
     assert restore_adapter(other, tmp_path) is other
-    assert all(a is b for a, b in zip(tensors, [p for p in other.parameters() if p.requires_grad], strict=True))
+    assert all(
+        a is b for a, b in zip(tensors, [p for p in other.parameters() if p.requires_grad], strict=True)
+    )
     wanted = model.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in other.state_dict().items())
 
@@ -269,7 +279,9 @@ def test_a_tied_head_that_is_adapted_is_saved_and_resumed(tmp_path: Path) -> Non
 
 def test_save_pretrained_of_a_wrapped_model_warns(tmp_path: Path) -> None:
     model = wrapped(mixtral)
-    with pytest.warns(lowrank.SavePretrainedWarning, match=r"from_pretrained cannot read.*save_adapter.*merge"):
+    with pytest.warns(
+        lowrank.SavePretrainedWarning, match=r"from_pretrained cannot read.*save_adapter.*merge"
+    ):
         model.save_pretrained(tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()
     assert names == model.state_dict().keys()
