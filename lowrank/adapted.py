@@ -248,9 +248,7 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
         for p, adapter in adapters.items():
             stored = _stored(root, p)
             if quantized(stored):
-                # What stands for a floating-point tensor has its dtype.
-                stands = type(stored) is not nn.Parameter and stored.is_floating_point()
-                unpacked[p] = stored.dtype if stands else usual
+                unpacked[p] = _floating_dtype(stored, usual)
                 _unpack(root, p)
             weight = _stored(root, p)
             if weight.dim() == 3:  # of experts: rows are a view of it only where it lies in order
@@ -307,8 +305,13 @@ def _usual_dtype(root: nn.Module) -> torch.dtype:
     return numbers.most_common(1)[0][0] if numbers else torch.float32
 
 
+def _floating_dtype(stored: Tensor, usual: torch.dtype) -> torch.dtype:
+    """The dtype that ``stored`` has in floating point: its own, as torchao's tensors have, else ``usual``."""
+    return stored.dtype if stored.is_floating_point() and stored.itemsize > 1 else usual
+
+
 def _match_bias(layer: nn.Module, dtype: torch.dtype) -> None:
-    """Gives ``layer`` a bias of its weight's dtype, which a plain layer needs and a quantized one does not."""
+    """Gives ``layer`` a bias of its weight's dtype, which a plain layer needs, a quantized one not always."""
     bias = layer._parameters.get("bias")
     if bias is not None and bias.dtype != dtype:
         layer.register_parameter("bias", nn.Parameter(bias.detach().to(dtype), requires_grad=False))

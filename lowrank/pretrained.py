@@ -1,7 +1,8 @@
 """What a transformers model keeps beside its weights, and what of it must change with them.
 
 Its quantizer says whether a Trainer accepts it, its configuration says how a saved folder is read, and its
-``save_pretrained`` chooses the names in that folder. All of it is told by attributes: nothing is imported.
+``save_pretrained`` chooses the names in that folder. All of it is told by attributes: transformers is not
+imported, nor is bitsandbytes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from typing import Any
 
 from torch import nn
 
+from lowrank.layers.linear import LoRALinear
+from lowrank.layers.trained import TrainedModule
+from lowrank.layers.weight import AdaptedWeight
 from lowrank.projections import is_linear, quantized
 
+ADAPTED = (LoRALinear, AdaptedWeight, TrainedModule)
 SAVE = "save_pretrained"
 MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 CONFIG_MARKS = ("quantization_config", "_is_quantized")
@@ -42,7 +47,8 @@ def attach(root: nn.Module) -> None:
             made = _made(type(quantizer))  # beside the original, which may be another model's too
             made.__dict__.update(vars(quantizer), original=quantizer)
             module.__dict__["hf_quantizer"] = made
-        if callable(getattr(type(module), SAVE, None)) and SAVE not in module.__dict__:
+        saves = callable(getattr(type(module), SAVE, None)) and SAVE not in module.__dict__
+        if saves and any(isinstance(part, ADAPTED) for part in module.modules()):
             module.__dict__[SAVE] = _SavePretrained(module)
 
 
@@ -108,14 +114,30 @@ def _list_plain_layers(model: Any) -> None:
     if name is None:
         return
     plain = {
-        path
-        for path, module in model.named_modules()
-        if is_linear(module) and not quantized(module.weight)  # type: ignore[arg-type]
+        path for path, module in model.named_modules() if is_linear(module) and not quantized(module.weight)
     }
     setattr(settings, name, sorted(plain.union(getattr(settings, name) or ())))
     quantizer = copy.copy(model.hf_quantizer)  # it and the settings may be another model's too
     quantizer.quantization_config = model.config.quantization_config = settings
     model.hf_quantizer = quantizer
+
+
+@contextmanager
+def kept_unpacked(model: nn.Module) -> Iterator[None]:
+    """Inside, calls in evaluation mode do not make bitsandbytes pack 4-bit weights anew for this CPU.
+
+    What is packed so passes no gradient, and stays packed.
+    """
+    flag = "support_avx512bf16_for_cpu"
+    layers = [module for module in model.modules() if getattr(module, flag, False)]
+    before = [getattr(layer, flag) for layer in layers]
+    try:
+        for layer in layers:
+            setattr(layer, flag, False)
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            setattr(layer, flag, value)
 
 
 # -- save_pretrained ----------------------------------------------------------------------------------------

@@ -120,8 +120,8 @@ def _dequantized(module: nn.Module, param: str, stored: Tensor) -> Tensor:
     return stored.detach()
 
 
-def _packed_for_inference(packed: Tensor, state: Any) -> Tensor:
-    """bitsandbytes' 4 bits as it arranges them on CPUs with AVX512-BF16, in the first call in evaluation mode.
+def _packed_for_inference(stored: Tensor, state: Any) -> Tensor:
+    """bitsandbytes' 4 bits as it arranges them at the first call in evaluation mode, with AVX512-BF16.
 
     Blocks of 32 rows, column after column, in each of them two columns side by side: of 64 such numbers the
     first 32 are the low halves of 32 bytes, the others the high halves
@@ -131,12 +131,12 @@ def _packed_for_inference(packed: Tensor, state: Any) -> Tensor:
     """
     rows, columns = state.shape
     scales = state.absmax
-    if tuple(scales.shape) != (columns // state.blocksize, rows) or packed.numel() * 2 != rows * columns:
+    if tuple(scales.shape) != (columns // state.blocksize, rows) or stored.numel() * 2 != rows * columns:
         raise ValueError(
-            "bitsandbytes has packed its 4 bits anew for inference on this CPU, in a layout that is not known: "
-            "wrap, save and merge before the first call in evaluation mode"
+            "bitsandbytes has packed its 4 bits anew for inference on this CPU, in a layout that is not "
+            "known: wrap, save and merge before the first call in evaluation mode"
         )
-    bytes_ = packed.reshape(-1, 32)
+    bytes_ = stored.reshape(-1, 32)
     codes = torch.stack([bytes_ & 15, bytes_ >> 4], dim=1)
     codes = rearrange(codes.flatten(), "(n k r two) -> (n r) (k two)", r=32, k=columns // 2, two=2)
     factors = scales.T.to(state.code.dtype).repeat_interleave(state.blocksize, dim=1)
@@ -146,23 +146,21 @@ def _packed_for_inference(packed: Tensor, state: Any) -> Tensor:
 def _from_fp8(module: nn.Module, param: str, stored: Tensor) -> Tensor:
     """fp8 numbers in fp32, times the scales that the module keeps beside them, where it keeps any.
 
-    Scales are ``<param>_scale_inv`` (transformers' FP8Linear, which multiplies by it) or ``<param>_scale``: one for
-    the tensor, one for each row ``(rows,)``, or one for each block, of the size ``module.block_size`` where
-    that is said.
+    Scales are ``<param>_scale_inv`` (transformers' FP8Linear, which multiplies by it) or ``<param>_scale``:
+    one for the tensor, one for each row ``(rows,)``, or one for each block, of the size ``module.block_size``
+    where that is said.
 
     Raises ValueError where scales have another name or shape.
     """
     kind = f"{type(module).__name__} keeps its {param} as {stored.dtype}"
     if stored.dtype not in FP8:
         raise ValueError(f"{kind}, in a way that is not known")
-    others = tuple(f"{name}_" for name in module._parameters if name != param)
+    others = ("activation", "input", *(f"{name}_" for name in module._parameters if name != param))
     held = {**module._parameters, **module._buffers, **vars(module)}
     scales = {
         name: tensor
         for name, tensor in held.items()
-        if isinstance(tensor, Tensor)
-        and "scale" in name
-        and not name.startswith(("activation", "input", *others))
+        if isinstance(tensor, Tensor) and "scale" in name and not name.startswith(others)
     }
     if not scales:
         return stored.float()
@@ -172,16 +170,16 @@ def _from_fp8(module: nn.Module, param: str, stored: Tensor) -> Tensor:
     # A byte is an exponent: 127 stands for 1.
     factors = (scale.detach().float() - 127).exp2() if scale.dtype == torch.uint8 else scale.detach().float()
     if factors.numel() > 1:
-        factors = _spread(factors, stored.shape, getattr(module, "block_size", None))
-        if factors is None:
-            raise ValueError(
-                f"{kind} {tuple(stored.shape)} with scales of shape {tuple(scale.shape)}, not blocks of it"
-            )
+        spread = _spread(factors, stored.shape, getattr(module, "block_size", None))
+        if spread is None:
+            shapes = f"{tuple(stored.shape)} with scales of shape {tuple(scale.shape)}"
+            raise ValueError(f"{kind} {shapes}, expected one, one for each row, or one for each block")
+        factors = spread
     return stored.float() * factors
 
 
 def _spread(scales: Tensor, shape: torch.Size, block: Sequence[int] | None) -> Tensor | None:
-    """One factor for each number of a tensor of ``shape``, from one for each block; None where they do not fit."""
+    """One factor for each number of a tensor of ``shape``, from one for each block; None if that fails."""
     if scales.dim() == 1 and len(shape) == 2:
         scales = scales.unsqueeze(1)
     if scales.dim() != len(shape) or scales.shape[:-2] != shape[:-2]:

@@ -268,8 +268,8 @@ def check_layers(
             raise ValueError(f"{p.name} has no shape yet: call the model on a batch first")
         if p.module not in replaced and packed(stored):
             raise ValueError(
-                f"{p.name} is read without a call, so ΔW would be added to the weight itself, but it is stored as "
-                f"{type(stored).__name__} of {stored.dtype}: leave it out with exclude="
+                f"{p.name} is read without a call, so ΔW would be added to the weight itself, but it is "
+                f"stored as {type(stored).__name__} of {stored.dtype}: leave it out with exclude="
             )
         parts = p.module.split(".")
         if "_orig_mod" in parts:

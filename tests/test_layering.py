@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "lowrank"
 # but for the siblings below.
 LAYERS = [
     {"batches", "files", "products", "projections"},
-    {"statistics", "targets", "pretrained"},
+    {"statistics", "targets"},
     {"plan", "layers"},
+    {"pretrained"},
     {"init", "allocate", "calibrate", "adapted"},
     {"policy", "measure"},
     {"wrap"},

@@ -195,7 +195,7 @@ def test_resuming_equals_never_stopping(family: str, callback: bool, tmp_path: P
 @expected
 @pytest.mark.parametrize("named", [True, False])
 def test_the_callback_restores_what_the_trainer_does_not_find(named: bool, tmp_path: Path) -> None:
-    """As where an older transformers has renamed the tensors: the file of the Trainer holds no adapter here."""
+    """As after a renaming of the tensors: the Trainer's own file holds no adapter here."""
     whole = trainer(wrapped(mixtral), tmp_path / "one", AdapterCallback())
     whole.train()
     checkpoint = tmp_path / "one" / "checkpoint-2"
@@ -270,11 +270,11 @@ def test_a_tied_head_that_is_adapted_is_saved_and_resumed(tmp_path: Path) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf.Trainer, "_issue_warnings_after_load", lambda *_: None)
         half.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert half.model.lm_head.weight is half.model.model.embed_tokens.weight
+    assert half.model.lm_head.base.weight is half.model.model.embed_tokens.weight
     assert all(torch.equal(a, b) for a, b in zip(values(half.model), values(whole.model), strict=True))
 
 
-# -- save_pretrained -------------------------------------------------------------------------------------------
+# -- save_pretrained ------------------------------------------------------------------------------------
 
 
 def test_save_pretrained_of_a_wrapped_model_warns(tmp_path: Path) -> None:

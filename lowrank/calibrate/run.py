@@ -18,6 +18,7 @@ from tqdm import tqdm
 from lowrank.batches import Loss, Mask, model_device, output_loss, scalar_loss, to_device
 from lowrank.calibrate.hooks import watched
 from lowrank.calibrate.meter import Meter
+from lowrank.pretrained import kept_unpacked
 from lowrank.projections import Projection, Role
 from lowrank.statistics import KINDS, Statistics
 
@@ -88,7 +89,7 @@ def calibrate(
     if progress:
         size = predicted_bytes(projections, needs, columns)
         tqdm.write(f"calibrating {len(projections)} projections: {size / 2**20:.0f} MiB of statistics")
-    with _undisturbed(model), watched(model, meter):
+    with _undisturbed(model), kept_unpacked(model), watched(model, meter):
         bar = tqdm(islice(batches, steps), "calibrating", disable=not progress, delay=2, leave=False)
         for number, batch in enumerate(bar):
             batch = to_device(batch, home)

@@ -1,1 +1,1 @@
-"""Parts that other libraries call; each file needs its library, and nothing here is imported with the package."""
+"""Parts that other libraries call. Each file needs its library; none is imported with the package."""

@@ -20,13 +20,13 @@ STATE = "trainer_state.json"
 class AdapterCallback(TrainerCallback):
     """Saves the adapter of the wrapped model in each checkpoint folder, and restores it on resuming.
 
-    ``Trainer(..., callbacks=[AdapterCallback()])``; then ``load_adapter(base, "output/checkpoint-500")`` reads any
-    checkpoint. Resuming puts the saved values into the tensors that are trained, bit for bit, whatever the
-    Trainer did with its own file. For models that every process holds whole: one process, or DDP.
+    ``Trainer(..., callbacks=[AdapterCallback()])``; then ``load_adapter(base, "output/checkpoint-500")``
+    reads any checkpoint. Resuming puts the saved values into the tensors that are trained, bit for bit,
+    whatever the Trainer did with its own file. For models that every process holds whole: one process, DDP.
 
     Args:
-        resume_from: the checkpoint folder, where ``trainer.train(resume_from_checkpoint=...)`` names one outside
-            of ``args.output_dir``: a callback is not told.
+        resume_from: the checkpoint folder, where ``trainer.train(resume_from_checkpoint=...)`` names one
+            outside of ``args.output_dir``: a callback is not told.
     """
 
     def __init__(self, resume_from: str | Path | None = None) -> None:
@@ -53,8 +53,8 @@ class AdapterCallback(TrainerCallback):
         saved = json.loads((folder / STATE).read_text()) if (folder / STATE).is_file() else {}
         if (saved.get("global_step"), saved.get("log_history")) != (state.global_step, state.log_history):
             raise ValueError(
-                f"expected the checkpoint of step {state.global_step} that training resumes from in {folder}, and "
-                "it is not there: name it with AdapterCallback(resume_from=folder)"
+                f"expected the checkpoint of step {state.global_step} that training resumes from in {folder}"
+                ", and it is not there: name it with AdapterCallback(resume_from=folder)"
             )
         return folder
 

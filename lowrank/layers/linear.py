@@ -66,6 +66,12 @@ class LoRALinear(nn.Module):
         weight = plain_weight(self.base)
         if weight is None:
             y = self.base(*args, **kwargs)  # which may take x to another device
+            if self.training and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+                raise RuntimeError(
+                    f"{type(self.base).__name__} passes no gradient to its input, so the layers below it "
+                    "would be trained wrongly. bitsandbytes does so once a 4-bit layer has run in evaluation "
+                    "mode on some CPUs: set support_avx512bf16_for_cpu = False on these layers before"
+                )
             return add_lora(y, x.to(y.device), blocks, dropout=dropout)
         return fused_lora(x, weight, self.bias, blocks, dropout=dropout)
 
@@ -137,8 +143,8 @@ def plain_weight(base: nn.Module) -> Tensor | None:
 def multiplies(base: nn.Module, weight: Tensor) -> bool:
     """Is calling ``base`` to multiply by ``weight`` (out, in) and add its bias, and no more than that?
 
-    A layer with a forward of its own, or with hooks, is tried out on a copy, since a call may change a layer (some
-    pack their weight in their first one); 5 % are allowed, for those that quantize their input.
+    A layer with a forward of its own, or with hooks, is tried out on a copy, since a call may change a layer
+    (some pack their weight in the first one); 5 % are allowed, for those that quantize their input.
 
     Raises:
         ValueError: it cannot be called.
