@@ -16,6 +16,7 @@ from lowrank.layers import LoRALinear, lora_linear
 from lowrank.peft_format import PeftExport, export_peft, import_peft
 from lowrank.plan import Allocation, Plan
 from lowrank.policy import Policy
+from lowrank.pretrained import SavePretrainedWarning
 from lowrank.projections import Projection, Role, find_projections
 from lowrank.statistics import Statistics
 from lowrank.wrap import measure, plan_model, wrap_model
@@ -32,6 +33,7 @@ __all__ = [
     "Policy",
     "Projection",
     "Role",
+    "SavePretrainedWarning",
     "Statistics",
     "adapted_layers",
     "adapter_parameters",

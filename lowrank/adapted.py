@@ -23,7 +23,15 @@ from lowrank.layers.linear import LoRALinear, master_dtype, multiplies, seen_by_
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
 from lowrank.plan import Plan
-from lowrank.projections import Projection, as_rows, is_linear, read_by_weight, stored_transposed
+from lowrank.pretrained import attach, detach, forget_quantization
+from lowrank.projections import (
+    Projection,
+    as_rows,
+    is_linear,
+    quantized,
+    read_by_weight,
+    stored_transposed,
+)
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,7 @@ def install(model: nn.Module, plan: Plan, adapters: Mapping[Projection, Adapter]
         adapt_weights(model.get_submodule(path), held)
     model.__dict__["_lowrank"] = Adaptation(plan, required_grad)
     _warn_at_first_backward(model)
+    attach(model)
 
 
 def _exchange(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -342,25 +351,25 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
     adapters = adapters_of(root)
     _check_mergeable(root, list(adapters), dequantize)
     _check_effects(root, adapters)
-    added = {id(q) for q in added_parameters(root)}
-    floating = [q.dtype for q in root.parameters() if id(q) not in added and q.is_floating_point()]
-    usual = Counter(floating).most_common(1)[0][0] if floating else torch.float32
+    usual = _usual_dtype(root)
     by_weight: dict[tuple[str, str], dict[Projection, Adapter]] = {}
     for p, adapter in adapters.items():
         by_weight.setdefault((p.module, p.param), {})[p] = adapter
-    for held in by_weight.values():
-        _merge_weight(root, held, usual)
+    unpacked = [_merge_weight(root, held, usual) for held in by_weight.values()]
     _remove(root, _with_trained_weights)
+    if any(unpacked):
+        forget_quantization(root)
     return model
 
 
 @torch.no_grad()
-def _merge_weight(root: nn.Module, held: Mapping[Projection, Adapter], usual: torch.dtype) -> None:
-    """Adds all adapters of one weight to it: one weight at a time is in fp32, and no more."""
+def _merge_weight(root: nn.Module, held: Mapping[Projection, Adapter], usual: torch.dtype) -> bool:
+    """Adds all adapters of one weight to it, one weight at a time in fp32; says whether it was quantized."""
     first = next(iter(held))
     stored = _stored(root, first)
-    dtype = stored.dtype if stored.is_floating_point() else usual
-    if _packed(stored):
+    dtype, unpacked = stored.dtype, quantized(stored)
+    if unpacked:
+        dtype = _floating_dtype(stored, usual)
         _unpack(root, first)
     weight = _stored(root, first)
     if weight.dim() == 3:  # of experts: rows are a view of it only where it lies in order
@@ -368,7 +377,10 @@ def _merge_weight(root: nn.Module, held: Mapping[Projection, Adapter], usual: to
     for p, adapter in held.items():
         part = as_rows(holder(root, p), p.param)[slice(*p.rows)]
         part.copy_(adapter.product().add_(part))
-    weight.data = weight.data.to(dtype)
+    if unpacked:
+        weight.data = weight.data.to(dtype)
+        _match_bias(holder(root, first), dtype)
+    return unpacked
 
 
 def _check_effects(root: nn.Module, adapters: Mapping[Projection, Adapter]) -> None:
@@ -404,21 +416,43 @@ def _check_mergeable(root: nn.Module, projections: Iterable[Projection], dequant
             raise ValueError(
                 f"{p.name} is on the meta device: there is nothing yet that ΔW could be added to"
             )
-        if _packed(weight) and not dequantize:
+        if quantized(weight) and not dequantize:
             stored = f"{type(weight).__name__} of {weight.dtype}"
             raise ValueError(
                 f"{p.name} is stored as {stored}; adding ΔW would mean to quantize again: keep the adapter "
                 "beside it, or merge(model, dequantize=True) to have these layers in floating point"
             )
-        if not on_weight(root, p) and not multiplies(base, as_rows(base, p.param)):
+        try:
+            product = on_weight(root, p) or multiplies(base, as_rows(base, p.param))
+        except ValueError as error:
+            raise ValueError(f"{p.name}: {error}") from error
+        if not product:
             raise ValueError(
                 f"{p.name}: the forward of {type(base).__name__} is more than a product with its weight, so "
                 "adding ΔW to that is not the same as adding it to the output: keep the adapter beside it"
             )
 
 
-def _packed(weight: Tensor) -> bool:
-    return type(weight) is not nn.Parameter or not weight.is_floating_point()
+def _usual_dtype(root: nn.Module) -> torch.dtype:
+    """The floating-point dtype of most of the base's numbers, those apart that are quantized."""
+    added = {id(parameter) for parameter in added_parameters(root)}
+    numbers: Counter[torch.dtype] = Counter()
+    for parameter in root.parameters():
+        if id(parameter) not in added and not quantized(parameter):
+            numbers[parameter.dtype] += parameter.numel()
+    return numbers.most_common(1)[0][0] if numbers else torch.float32
+
+
+def _floating_dtype(stored: Tensor, usual: torch.dtype) -> torch.dtype:
+    """The dtype that ``stored`` has in floating point: its own, as torchao's tensors have, else ``usual``."""
+    return stored.dtype if stored.is_floating_point() and stored.itemsize > 1 else usual
+
+
+def _match_bias(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Gives ``layer`` a bias of its weight's dtype, which a plain layer needs, a quantized one not always."""
+    bias = layer._parameters.get("bias")
+    if bias is not None and bias.dtype != dtype:
+        layer.register_parameter("bias", nn.Parameter(bias.detach().to(dtype), requires_grad=False))
 
 
 def _unpack(root: nn.Module, p: Projection) -> None:
@@ -450,6 +484,7 @@ def _with_trained_weights(module: LoRALinear | TrainedModule) -> nn.Module:
 
 
 def _remove(root: nn.Module, original: Callable[[Any], nn.Module]) -> None:
+    detach(root)
     required_grad = root.__dict__["_lowrank"].required_grad
     modules: list[Any] = list(root.modules())
     for module in modules:

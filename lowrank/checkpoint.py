@@ -45,7 +45,7 @@ from lowrank.files import (
     read_tensors,
     write,
 )
-from lowrank.fingerprint import Sample, difference, differences, of_projection, of_projections, of_tensor
+from lowrank.fingerprint import Sample, difference, differences, of_projection, of_tensor
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
@@ -198,6 +198,70 @@ def _warn_of_unsaved(root: nn.Module) -> None:
         )
 
 
+@torch.no_grad()
+def restore_adapter(model: nn.Module, path: str | Path) -> nn.Module:
+    """Puts the values of a saved adapter into the adapters that ``model`` has already, bit for bit.
+
+    The tensors stay the same ones, so that an optimizer and compiled code keep what they hold.
+
+    Raises:
+        AdapterError: as for `load_adapter`, or the adapter has another plan than the model's, or other
+            tensors. The model is untouched then.
+        ValueError: the model is not wrapped.
+    """
+    root, folder = wrapped_root(model), Path(path)
+    plan = plan_of(root)
+    here: dict[str, Tensor] = {}
+    for p, adapter in adapters_of(root).items():
+        here.update({f"{p.name}.{name}": tensor for name, tensor in adapter.state_dict().items()})
+    for module_path in plan.train:
+        trained = root.get_submodule(module_path)
+        assert isinstance(trained, TrainedModule)
+        here.update({f"train:{module_path}.{name}": t for name, t in trained.copy.state_dict().items()})
+    try:
+        config = _read_config(folder)
+        _refuse(folder, "was saved from a model with another plan", _differences(plan, config["plan"]))
+        _refuse(
+            folder,
+            "was made for a base with other weights",
+            _weight_problems(root, plan, config["fingerprint"]),
+        )
+        file = _tensors_file(folder, config)
+        there = {name: entry.shape for name, entry in read_header(file).items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in here.items()}
+        names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
+        problems = [
+            f"{name}: {there.get(name, 'missing')}, expected {wanted.get(name, 'none')}" for name in names
+        ]
+        _refuse(folder, "does not hold the tensors of this model's adapters", problems)
+        saved = read_tensors(file, config["sha256"])
+        for name, tensor in saved.items():
+            if tensor.dtype != here[name].dtype:
+                raise AdapterError(f"{file}, {name}: {tensor.dtype}, expected {here[name].dtype}")
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise AdapterError(f"{file}, {name}: holds NaN or Inf")
+    except AdapterError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise AdapterError(f"{folder} does not hold a whole adapter: {error}") from error
+    for name, tensor in here.items():
+        tensor.copy_(saved[name])
+    return model
+
+
+def _differences(plan: Plan, saved: Any) -> list[str]:
+    """A line for each projection and trained module that only one of two plans has, or has otherwise."""
+    other = Plan.from_json(saved)
+    problems = [
+        f"{p.name}: {other.get(p, 'not adapted')}, expected {plan.get(p, 'not adapted')}"
+        for p in {**dict(plan), **dict(other)}
+        if plan.get(p) != other.get(p)
+    ]
+    if set(plan.train) != set(other.train):
+        problems.append(f"modules trained in full: {sorted(other.train)}, expected {sorted(plan.train)}")
+    return problems
+
+
 def checksum(config: Mapping[str, Any]) -> str:
     """SHA-256 of everything else in ``adapter.json``: damage is not to be read as a setting."""
     rest = {key: value for key, value in config.items() if key != "checksum"}
@@ -334,7 +398,8 @@ def _weight_problems(model: nn.Module, plan: Plan, saved: Mapping[str, Any]) -> 
         values = saved[p.name]["sample"]
         numbers = None if values is None else torch.tensor([float(value) for value in values])
         there[p] = Sample(str(saved[p.name]["dtype"]), None, numbers)
-    found = differences(of_projections(model, plan.adapted), there)
+    here = {p: of_projection(holder(model, p), p) for p in plan.adapted}
+    found = differences(here, there)
     return [f"{p.name}: {text}" for p, text in found.items()]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.projections import Projection, as_rows
+from lowrank.projections import Projection, as_rows, packed
 
 OF_PROJECTION = 64  # values of an adapted or measured weight, evenly spread
 OF_TENSOR = 8, 4  # values of any other tensor: evenly spread, and in its last row
@@ -85,10 +85,10 @@ def of_tensor(module: nn.Module, name: str) -> Sample | None:
         return None
     if buffer and not stored.is_floating_point():
         return None
-    dtype, packed = _dtype(stored), _packed(stored)
-    tensor = _read(module, name) if packed else None if stored.is_meta else stored.detach()
+    dtype, coded = _dtype(stored), _packed(stored)
+    tensor = _read(module, name) if coded else None if stored.is_meta else stored.detach()
     if tensor is None:
-        return None if packed else Sample(dtype, tuple(stored.shape), None)
+        return None if coded else Sample(dtype, tuple(stored.shape), None)
     spread, last = OF_TENSOR
     row = tensor.numel() // tensor.shape[0] if tensor.dim() else 1
     places = torch.cat([_spread(tensor.numel(), spread), tensor.numel() - row + _spread(row, last)])
@@ -131,7 +131,7 @@ def _dtype(stored: Tensor) -> str:
 
 
 def _packed(stored: Tensor) -> bool:
-    return type(stored) not in (nn.Parameter, Tensor) or not stored.is_floating_point()
+    return type(stored) not in (nn.Parameter, Tensor) or packed(stored)
 
 
 def _read(module: nn.Module, param: str) -> Tensor | None:

@@ -33,7 +33,7 @@ from lowrank.layers.adapter import Adapter
 from lowrank.measure import MATRICES, Source
 from lowrank.plan import Allocation, Plan
 from lowrank.policy import Policy
-from lowrank.projections import Projection, is_linear
+from lowrank.projections import Projection, is_linear, packed
 from lowrank.statistics import ProjectionStatistics, Statistics
 from lowrank.targets import select, trained_modules
 
@@ -369,6 +369,11 @@ def check_layers(
             )
         if isinstance(stored, nn.parameter.UninitializedParameter):
             raise ValueError(f"{p.name} has no shape yet: call the model on a batch first")
+        if p.module not in replaced and packed(stored):
+            raise ValueError(
+                f"{p.name} is read without a call, so ΔW would be added to the weight itself, but it is "
+                f"stored as {type(stored).__name__} of {stored.dtype}: leave it out with exclude="
+            )
         parts = p.module.split(".")
         if "_orig_mod" in parts:
             compiled = ".".join(parts[: parts.index("_orig_mod")])

@@ -20,10 +20,12 @@ LAYERS = [
     {"fingerprint"},
     {"statistics", "targets"},
     {"plan", "layers"},
+    {"pretrained"},
     {"init", "allocate", "calibrate", "adapted"},
     {"policy", "measure"},
     {"wrap"},
     {"presets", "checkpoint", "peft_format"},
+    {"integrations"},  # one file for each library that drives training, imported by the user
     {"__init__"},  # the public names
     {"demo"},
 ]
@@ -44,7 +46,10 @@ FREE = {"__init__", "demo"}
 REQUIRED = {"torch", "einops", "safetensors", "tqdm"}
 
 # Files that are themselves imported only where the library that they need is there.
-OPTIONAL = {"lowrank.layers.kernels": {"triton"}}
+OPTIONAL = {
+    "lowrank.layers.kernels": {"triton"},
+    "lowrank.integrations.transformers": {"transformers"},
+}
 
 
 def imports(source: str, module: str, package: bool) -> Iterator[tuple[ast.stmt, str]]:

@@ -92,6 +92,7 @@ def trainer(model: nn.Module, folder: Path, **options: Any) -> hf.Trainer:
     return hf.Trainer(model=model, args=arguments, train_dataset=Sentences())
 
 
+@pytest.mark.filterwarnings("ignore::lowrank.SavePretrainedWarning")  # at each of its checkpoints
 @pytest.mark.parametrize(
     "options",
     [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}, {"activation_checkpointing": True}],
@@ -104,6 +105,7 @@ def test_the_trainer_of_transformers(options: dict[str, Any], tmp_path: Path) ->
     learnt(run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False), tmp_path / "adapter")
 
 
+@pytest.mark.filterwarnings("ignore::lowrank.SavePretrainedWarning")  # at each of its checkpoints
 def test_the_trainer_resumes_from_its_own_checkpoint(tmp_path: Path) -> None:
     whole, half = wrapped(), wrapped()
     trainer(whole, tmp_path).train()

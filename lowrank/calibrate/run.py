@@ -22,6 +22,7 @@ from lowrank.calibrate.masks import token_mask
 from lowrank.calibrate.meter import Meter
 from lowrank.calibrate.processes import Processes
 from lowrank.fingerprint import of_projections
+from lowrank.pretrained import kept_unpacked
 from lowrank.projections import Projection, Role
 from lowrank.statistics import KINDS, Statistics
 
@@ -97,7 +98,7 @@ def calibrate(
     if progress:
         size = predicted_bytes(projections, needs)
         tqdm.write(f"calibrating {len(wanted)} projections: {size / 2**20:.0f} MiB of statistics")
-    with _undisturbed(model), watched(model, meter):
+    with _undisturbed(model), kept_unpacked(model), watched(model, meter):
         run = _Run(model, meter, loss, mask, home)
         _each(_read(batches, steps, progress), run.measure, processes)
     meter.reduce(processes)

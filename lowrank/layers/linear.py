@@ -6,6 +6,7 @@ in `adapter`; it knows no model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -16,6 +17,12 @@ from lowrank.layers.adapter import Adapter, full_delta
 from lowrank.layers.loading import move_below_base
 from lowrank.layers.ops import add_lora, fused_lora
 from lowrank.layers.reading import read_weight, readable
+
+# Products with a dequantized weight, by the package and the name of the class: not tried out.
+PRODUCTS = {
+    *(("bitsandbytes", name) for name in ("Linear4bit", "LinearFP4", "LinearNF4", "Linear8bitLt")),
+    ("transformers", "FP8Linear"),
+}
 
 
 class LoRALinear(nn.Module):
@@ -64,6 +71,12 @@ class LoRALinear(nn.Module):
         weight = plain_weight(self.base)
         if weight is None:
             y = self.base(*args, **kwargs)  # which may take x to another device
+            if self.training and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+                raise RuntimeError(
+                    f"{type(self.base).__name__} passes no gradient to its input, so the layers below it "
+                    "would be trained wrongly. bitsandbytes does so once a 4-bit layer has run in evaluation "
+                    "mode on some CPUs: set support_avx512bf16_for_cpu = False on these layers before"
+                )
             return add_lora(y, x.to(y.device), blocks, dropout=dropout)
         return fused_lora(x, weight, self.bias, blocks, dropout=dropout)
 
@@ -147,6 +160,7 @@ def plain_weight(base: nn.Module) -> Tensor | None:
         weight is None
         or type(weight) not in (nn.Parameter, Tensor)
         or not weight.is_floating_point()
+        or weight.itemsize == 1  # fp8, which nothing multiplies by without a scale
         or base._forward_hooks
         or base._forward_pre_hooks
         or base._backward_hooks
@@ -165,12 +179,26 @@ def plain_weight(base: nn.Module) -> Tensor | None:
 def multiplies(base: nn.Module, weight: Tensor) -> bool:
     """Is calling ``base`` to multiply by ``weight`` (out, in) and add its bias, and no more than that?
 
-    A layer with a forward of its own is tried out; 5 % are allowed, for those that quantize their input.
+    A layer with a forward of its own, or with hooks, is tried out on a copy, since a call may change a layer
+    (some pack their weight in the first one); 5 % are allowed, for those that quantize their input.
+
+    Raises:
+        ValueError: it cannot be called.
     """
-    if type(base).forward is nn.Linear.forward or type(base).__name__ == "Conv1D":
+    kind, bias = type(base), cast("Tensor | None", base.bias)
+    plain = kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D"
+    known = (kind.__module__.partition(".")[0], kind.__name__) in PRODUCTS
+    hooks = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
+    if (plain or known) and not hooks:
         return True
-    x = torch.arange(3.0 * weight.shape[1], device=weight.device).cos().view(3, -1).to(weight.dtype)
-    y, wanted = base(x), nn.functional.linear(x, weight, cast("Tensor | None", base.bias))
+    dtype = weight.dtype if bias is None else bias.dtype
+    x = torch.arange(3.0 * weight.shape[1], device=weight.device).cos().view(3, -1).to(dtype)
+    wanted = nn.functional.linear(x, weight.to(dtype), bias)
+    try:
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            y = copy.deepcopy(base)(x)
+    except (RuntimeError, TypeError, NotImplementedError, ImportError) as error:
+        raise ValueError(f"the forward of {kind.__name__} cannot be tried out here: {error}") from error
     return y.shape == wanted.shape and bool((y - wanted).norm() <= 0.05 * wanted.norm())
 
 
