@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.studies.cells import Result, nearest, read
+from benchmarks.studies.cells import Result, read
 
 BASELINE = "lora"
 # Student's t for a two-sided interval of 95 %, by degrees of freedom.
@@ -32,7 +32,7 @@ class Sweep:
 
     @property
     def best(self) -> float:
-        """The rate with the highest mean score, a divergence counting as the lowest; ties to the lower rate."""
+        """The rate with the highest mean score, divergence counting as the lowest; ties to the lower one."""
         return max(self.runs, key=lambda lr: (mean(r.comparable for r in self.runs[lr].values()), -lr))
 
     @property
@@ -71,7 +71,7 @@ def interval(values: list[float]) -> float | None:
 
 
 def paired(one: Sweep, other: Sweep) -> tuple[float, float | None] | None:
-    """Mean difference of the scores at each one's best rate, over the seeds that both have, and its interval."""
+    """Mean difference of scores at each one's best rate, over the seeds that both have; its interval."""
     seeds = sorted(one.at_best.keys() & other.at_best.keys())
     if not seeds:
         return None
@@ -93,8 +93,11 @@ def steps_to(run: Result, score: float) -> float | None:
 
 def table(setting: dict[str, Sweep]) -> Iterator[str]:
     """One Markdown row a method, the highest score first."""
-    yield "| method | parameters | best rate | score ± s.e. (seeds) | against LoRA (95 %) | steps to LoRA's | rates tried |"
-    yield "|---|---|---|---|---|---|---|"
+    columns = (
+        "method|parameters|best rate|score ± s.e. (seeds)|against LoRA (95 %)|steps to LoRA's|rates tried"
+    )
+    yield f"|{columns}|"
+    yield f"|{'---|' * 7}"
     baseline = setting.get(BASELINE)
     for sweep in sorted(setting.values(), key=lambda s: -mean(s.at_best.values() or [-1e9])):
         scores = list(sweep.at_best.values())
@@ -205,8 +208,9 @@ def main() -> None:
     lines = [
         "# The study: what was run",
         "",
-        f"{len(results)} runs of benchmarks/results/{options.results.name}; made by `python {' '.join(sys.argv)}`.",
-        "A score is the accuracy on held-out rows (of a language model: minus the loss of an answer's token). "
+        f"{len(results)} runs, of benchmarks/results/{options.results.name}; "
+        f"made by `python {' '.join(sys.argv)}`.",
+        "A score is the accuracy on held-out rows (of a language model: minus the loss of answer tokens). "
         "± is a standard error over seeds; differences are paired by seed, each method at its own best rate, "
         "with an interval of 95 %. One seed decides nothing.",
         "",

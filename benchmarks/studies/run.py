@@ -20,7 +20,7 @@ HEADS = {"minilm": ("bert.pooler", "classifier"), "smollm2": ()}
 
 
 def train(cell: Cell, device: str = "cpu") -> Result:
-    """The result of ``cell``: accuracy on the test rows; of a language model minus the loss of answer tokens."""
+    """The result of ``cell``: accuracy on the test rows; for a language model, minus its loss."""
     task, method = TASKS[cell.task], METHODS[cell.method]
     data = data_of(task)
     head = HEADS[task.model]
