@@ -178,6 +178,7 @@ def surroundings(device: str) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["python", *sys.argv]),
+        "commit": _commit(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "transformers", "peft")},
     }
@@ -210,6 +211,19 @@ def _cpu_name() -> str:
         return f"{names[0]}, {os.cpu_count()} cores" if names else platform.processor()
     except OSError:
         return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The checkout's commit, with a plus sign where files differ from it."""
+    try:
+        where = ["git", "-C", os.path.dirname(__file__) or "."]
+        told = [
+            subprocess.run([*where, *rest], capture_output=True, text=True, check=True).stdout.strip()
+            for rest in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
+        ]
+        return told[0] + "+" * bool(told[1])
+    except (OSError, subprocess.SubprocessError):
+        return "not known"
 
 
 def _version(name: str) -> str:
