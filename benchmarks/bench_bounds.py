@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from measure import interleaved, result_name, surroundings
 from torch import Tensor
 
-from lowrank.layers.ops import Block, fused_lora
+from lowrank.layers.functional import Block, fused_lora
 
 RESULTS = Path(__file__).parent / "results"
 Shape = tuple[int, int]  # (out, in)

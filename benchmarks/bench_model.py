@@ -37,7 +37,7 @@ from models import (
 )
 from torch import Tensor, nn
 
-from lowrank.adapted import plan_of
+from lowrank.adapters import plan_of
 
 RESULTS = Path(__file__).parent / "results"
 FP32, BF16 = torch.float32, torch.bfloat16

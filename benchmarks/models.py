@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import presets
-from lowrank.adapted import adapters_of
+from lowrank.adapters import adapters_of
 from lowrank.init import Factors, Kaiming
-from lowrank.projections import Projection, Role
+from lowrank.models.projections import Projection, Role
 
 FROZEN, PEFT, PEFT_HALF = "frozen", "PEFT, default", "PEFT, no autocast_adapter_dtype"
 OURS, OURS_FROZEN_A, OURS_ANCHORED = "ours, LoRA", "ours, A frozen (TLoRA)", "ours, anchored (PiSSA)"

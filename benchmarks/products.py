@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.layers.adapter import Adapter
+from lowrank.layers.functional import Block, fused_lora
 from lowrank.layers.linear import LoRALinear
-from lowrank.layers.ops import Block, fused_lora
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from measure import interleaved
 from torch import Tensor
 
-from lowrank.init.spectrum import bottom_singular, singular, top_singular
+from lowrank.linalg import bottom_singular, singular, top_singular
 
 Part = tuple[Tensor, Tensor, Tensor]  # U (out, r), S (r,), Vh (r, in)
 EXACT = "exact fp32 SVD"
@@ -214,7 +214,7 @@ def spectrum(device: str, *, quick: bool, deadline: float) -> tuple[dict[str, li
 
 
 def crossings(device: str, *, quick: bool, deadline: float) -> Iterator[Crossing]:
-    """Where the methods cross: what `lowrank.init.spectrum.singular` chooses by."""
+    """Where the methods cross: what `lowrank.linalg.singular` chooses by."""
     for width in (384, 768) if quick else (256, 384, 512, 768, 1024, 1536, 2048):
         slow, random = power_law(width, width, 0.25, device), gaussian(width, width, device)
         for rank in (8, 16, 32, 64, 128):

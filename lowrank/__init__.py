@@ -1,25 +1,20 @@
 """Low-rank adaptation of pretrained PyTorch models: plan, then apply."""
 
 from lowrank import allocate, init, layers, presets, train
-from lowrank.adapted import (
-    adapted_layers,
-    adapter_parameters,
-    disable_adapters,
-    merge,
-    plan_of,
-    unwrap,
-)
-from lowrank.calibrate import calibrate
+from lowrank.adapters import adapted_layers, adapter_parameters, disable_adapters, plan_of
+from lowrank.allocate.base import Allocation
+from lowrank.calibration import calibrate
+from lowrank.calibration.statistics import Statistics
 from lowrank.checkpoint import AdapterError, load_adapter, save_adapter
 from lowrank.init import Factors
 from lowrank.layers import LoRALinear, lora_linear
+from lowrank.merging import merge, unwrap
+from lowrank.models.projections import Projection, Role, find_projections
 from lowrank.peft_format import PeftExport, export_peft, import_peft
-from lowrank.plan import Allocation, Plan
+from lowrank.plan import Plan
 from lowrank.policy import Policy
-from lowrank.pretrained import SavePretrainedWarning
-from lowrank.projections import Projection, Role, find_projections
-from lowrank.statistics import Statistics
 from lowrank.wrap import measure, plan_model, wrap_model
+from lowrank.wrapping.pretrained import SavePretrainedWarning
 
 __version__ = "0.1.0"
 

@@ -5,29 +5,18 @@ It is data. It can be printed, saved, compared, and carried to another tool; it 
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from lowrank.allocate.base import Allocation
 from lowrank.files import write
-from lowrank.projections import Projection, Role
-
-FORMAT, VERSION = "lowrank-plan", 1
-LONGEST = 2000  # characters of what an initializer prints as
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """What one projection gets: ``rank`` (0: left alone) and the ``scaling`` of B·A."""
-
-    rank: int
-    scaling: float
+from lowrank.formats.plans import plan_arguments, plan_to_json
+from lowrank.models.projections import Projection
 
 
 class Plan(Mapping[Projection, Allocation]):
@@ -166,74 +155,12 @@ class Plan(Mapping[Projection, Allocation]):
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` makes an equal plan of it."""
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "budget": self.budget,
-            "reference_rank": self.reference_rank,
-            "init": _encode(self.init),
-            "dropout": self.dropout,
-            "train": list(self.train),
-            "seed": self.seed,
-            "notes": list(self.notes),
-            "projections": [
-                {
-                    **asdict(p),
-                    **asdict(allocation),
-                    "cost": self.costs[p],
-                    **({"energy": self.energies[p]} if p in self.energies else {}),
-                }
-                for p, allocation in self.items()
-            ],
-        }
+        return plan_to_json(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Raises ValueError where ``data`` is no plan, or one of another version."""
-        try:
-            if data["format"] != FORMAT or data["version"] != VERSION:
-                raise ValueError(
-                    f"this is {data['format']} version {data['version']}, not {FORMAT} {VERSION}"
-                )
-            allocations: dict[Projection, Allocation] = {}
-            costs, energies = {}, {}
-            for row in data["projections"]:
-                p = Projection(
-                    module=_typed(row["module"], str),
-                    param=_typed(row["param"], str),
-                    rows=(_typed(row["rows"][0], int), _typed(row["rows"][1], int)),
-                    role=Role(row["role"]),
-                    in_features=_typed(row["in_features"], int),
-                    out_features=_typed(row["out_features"], int),
-                    block=_typed(row["block"], str),
-                )
-                if p in allocations:
-                    raise ValueError(f"{p.name} is listed twice")
-                allocations[p] = Allocation(
-                    _typed(row["rank"], int), float(_typed(row["scaling"], (int, float)))
-                )
-                costs[p] = _typed(row["cost"], int)
-                if "energy" in row:
-                    energies[p] = float(_typed(row["energy"], (int, float)))
-            init = _decode(data["init"])
-            if not (init is None or isinstance(init, Recorded) or _belongs(init, "lowrank.init.")):
-                raise ValueError(f"{init!r:.80} is no initializer")
-            return cls(
-                allocations,
-                costs=costs,
-                budget=None if data["budget"] is None else _typed(data["budget"], int),
-                init=init,
-                dropout=float(_typed(data["dropout"], (int, float))),
-                train=[_typed(name, str) for name in data["train"]],
-                seed=_typed(data["seed"], int),
-                energies=energies,
-                notes=[_typed(note, str) for note in data.get("notes", ())],
-                reference_rank=None
-                if data.get("reference_rank") is None
-                else _typed(data["reference_rank"], int),
-            )
-        except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise ValueError(f"this is no plan: {type(error).__name__}: {error}") from error
+        return cls(**plan_arguments(data))
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON."""
@@ -287,103 +214,3 @@ def peft_patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict
         "rank_pattern": {keys[path]: pair[0] for path, pair in rest.items()},
         "alpha_pattern": {keys[path]: pair[1] for path, pair in rest.items()},
     }
-
-
-# -- strategies as data: dataclasses of lowrank.init and lowrank.allocate by name, others as a record -----
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """An initializer that cannot be made here: of another library, or of another version of this one.
-
-    It prints as what it was and is written as it was read. A plan may hold it, since the adapters that it
-    started need it no more; only starting new ones raises ValueError.
-
-    Args:
-        name: of its class.
-        text: what it printed as.
-        record: its JSON.
-    """
-
-    name: str
-    text: str
-    record: str
-
-    def __repr__(self) -> str:
-        return self.text
-
-    @property
-    def needs(self) -> frozenset[str]:
-        raise ValueError(
-            f"the plan's initializer {self.text:.200} cannot be made here ({self.name!r} is unknown, or its "
-            "fields are others now): set another, such as plan.init = lowrank.init.Kaiming()"
-        )
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.needs
-
-
-def _encode(value: Any) -> Any:
-    """Plain data for any value: what `_decode` cannot make again is recorded by class and ``repr``."""
-    if isinstance(value, Recorded):
-        return json.loads(value.record)
-    if isinstance(value, Role):
-        return {"role": value.value}
-    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value)):
-        return value
-    if isinstance(value, (tuple, list)):
-        return [_encode(item) for item in value]
-    if isinstance(value, Mapping):
-        return {"mapping": [[_encode(k), _encode(v)] for k, v in value.items()]}
-    kind = type(value)
-    if is_dataclass(value) and _belongs(value, "lowrank.init.", "lowrank.allocate."):
-        return {
-            "class": kind.__name__,
-            "fields": {f.name: _encode(getattr(value, f.name)) for f in fields(value) if f.init},
-        }
-    try:
-        text = repr(value)
-    except Exception:  # somebody else's code, which is not to stop a save
-        text = object.__repr__(value)
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "repr": text[:LONGEST]}
-
-
-def _decode(data: Any) -> Any:
-    if isinstance(data, list):
-        return tuple(_decode(item) for item in data)
-    if not isinstance(data, dict):
-        return data
-    if "role" in data:
-        return Role(data["role"])
-    if "mapping" in data:
-        return {_decode(k): _decode(v) for k, v in data["mapping"]}
-    name = _typed(data["class"], str)
-    try:
-        return _made(name, data["fields"])
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return Recorded(name, _printed(name, data), json.dumps(data))
-
-
-def _made(name: str, given: Mapping[str, Any]) -> Any:
-    for room in ("lowrank.init", "lowrank.allocate"):
-        offered = importlib.import_module(room)  # by name, so that a plan stays below its makers
-        if name in offered.__all__ and hasattr(getattr(offered, name), "needs"):
-            return getattr(offered, name)(**{key: _decode(value) for key, value in given.items()})
-    raise ValueError(f"{name} is unknown to this version")
-
-
-def _printed(name: str, data: Mapping[str, Any]) -> str:
-    given = data.get("fields")
-    said = ", ".join(f"{key}={value}" for key, value in given.items()) if isinstance(given, dict) else ""
-    text = data.get("repr")
-    return (text if isinstance(text, str) else f"{name}({said})")[:LONGEST]
-
-
-def _belongs(value: Any, *rooms: str) -> bool:
-    return type(value).__module__.startswith(rooms)
-
-
-def _typed(value: Any, kind: Any) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is not {getattr(kind, '__name__', 'a number')}")
-    return value

@@ -8,10 +8,10 @@ from math import isfinite, sqrt
 from typing import Any
 
 from lowrank.allocate import Allocator, Uniform
+from lowrank.formats.strategies import decode, encode
 from lowrank.init import Initializer, Kaiming
-from lowrank.plan import _decode, _encode
-from lowrank.projections import Role
-from lowrank.targets import Target
+from lowrank.models.projections import Role
+from lowrank.models.targets import Target
 
 FORMAT, VERSION = "lowrank-policy", 1
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
@@ -120,7 +120,7 @@ class Policy:
         for each in fields(self):
             value = getattr(self, each.name)
             try:
-                data[each.name] = _encode(value)
+                data[each.name] = encode(value)
             except ValueError as error:
                 raise ValueError(
                     f"{each.name}={value!r} cannot be written as JSON: names, numbers, and what lowrank.init "
@@ -144,7 +144,7 @@ class Policy:
                 raise ValueError(
                     f"a policy has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
                 )
-            said = {key: _decode(value) for key, value in said.items()}
+            said = {key: decode(value) for key, value in said.items()}
             for name in said.keys() & {"init", "allocate"}:
                 if not type(said[name]).__module__.startswith(f"lowrank.{name}."):
                     raise ValueError(f"{name} must be one that lowrank.{name} offers: {said[name]!r:.80}")

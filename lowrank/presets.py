@@ -16,8 +16,8 @@ from lowrank.init import (
     Principal,
     TaskAligned,
 )
+from lowrank.models.projections import Role
 from lowrank.policy import Policy
-from lowrank.projections import Role
 
 
 def lora(**overrides: Any) -> Policy:

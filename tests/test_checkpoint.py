@@ -14,7 +14,7 @@ from torch import nn
 
 import lowrank
 from lowrank import presets
-from lowrank.checkpoint import CONFIG, checksum
+from lowrank.formats.folder import CONFIG, checksum
 from tests import zoo
 from tests.helpers import logits, perturb
 

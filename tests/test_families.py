@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import Policy, presets
-from lowrank.projections import Role
+from lowrank.models.projections import Role
 from tests import zoo
 from tests.helpers import frozen_logits, logits, perturb
 
@@ -81,7 +81,7 @@ def test_wrap_train_save_and_reload(family: str, preset: Any, tmp_path: Path) ->
     model.eval()
     trained = logits(model, batch)
     assert losses[1] != losses[0] and not torch.equal(trained, plain)
-    for adapter in lowrank.adapted.adapters_of(model).values():
+    for adapter in lowrank.adapters.adapters_of(model).values():
         assert adapter.product().isfinite().all()
 
     lowrank.save_adapter(model, tmp_path)

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import Plan, presets
-from lowrank.checkpoint import CONFIG, checksum
 from lowrank.files import replacing, write
+from lowrank.formats.folder import CONFIG, checksum
 from lowrank.init import ByRole, Factors, Kaiming
-from lowrank.projections import Role
+from lowrank.models.projections import Role
 from lowrank.train.history import History, Record
 from tests import zoo
 from tests.helpers import perturb

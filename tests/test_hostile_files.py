@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import AdapterError, presets
-from lowrank.checkpoint import CONFIG, checksum
+from lowrank.formats.folder import CONFIG, checksum
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ROUNDS = 250  # mutations of each kind and seed; 14 of them

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lowrank
 from lowrank import presets
 from lowrank.layers.trained import TrainedModule
-from lowrank.projections import Role
+from lowrank.models.projections import Role
 from tests import zoo
 from tests.helpers import frozen_logits, logits
 

@@ -120,7 +120,7 @@ def test_nothing_else_is_required(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("lowrank.layers.linear", "from lowrank.projections import Role"),
+        ("lowrank.layers.linear", "from lowrank.models.projections import Role"),
         ("lowrank.layers.linear", "from lowrank import projections"),
         ("lowrank.layers.linear", "from ..projections import Role"),
         ("lowrank.plan", "import lowrank.policy"),
@@ -136,7 +136,7 @@ def test_nothing_else_is_required(module: str) -> None:
         ("lowrank.init.minor", "from .principal import Principal"),
         ("lowrank.init.minor", "from lowrank.allocate.uniform import Uniform"),
         ("lowrank.allocate.uniform", "from . import sensitivity"),
-        ("lowrank.calibrate", "from lowrank.init.spectrum import top"),
+        ("lowrank.calibration", "from lowrank.linalg import top"),
         ("lowrank.train.loop", "from lowrank.layers import LoRALinear"),
         ("lowrank.wrap", "from lowrank.train import fit"),
         ("lowrank.wrap", "from lowrank.demo import main"),
@@ -151,7 +151,7 @@ def test_a_planted_import_is_found(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("lowrank.layers.linear", "from lowrank.layers.ops import lora_linear\nimport torch"),
+        ("lowrank.layers.linear", "from lowrank.layers.functional import lora_linear\nimport torch"),
         ("lowrank.init.minor", "from lowrank.init.base import Factors\nfrom . import spectrum"),
         ("lowrank.allocate.sensitivity", "from .apportion import apportion\nfrom ..plan import Allocation"),
         ("lowrank.train.loop", "from lowrank.batches import Loss\nfrom lowrank.train.optim import schedule"),

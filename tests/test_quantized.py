@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import presets
-from lowrank.projections import as_rows
+from lowrank.models.storage import as_rows
 from tests import helpers, zoo
 from tests.helpers import perturb
 
@@ -172,8 +172,8 @@ def test_a_start_sees_the_dequantized_weight(kind: str) -> None:
         seen, was = p.weight(model).float(), p.weight(plain)
         assert seen.shape == p.shape and 0 < (seen - was).norm() / was.norm() < most
     wrap(model, presets.pissa, "llama")
-    for p, adapter in lowrank.adapted.adapters_of(model).items():
-        W = as_rows(lowrank.adapted.holder(model, p), "weight").double()
+    for p, adapter in lowrank.adapters.adapters_of(model).items():
+        W = as_rows(lowrank.adapters.holder(model, p), "weight").double()
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         principal = U[:, :4] * S[:4] @ Vh[:4]
         start = adapter.scaling * (adapter.B0 @ adapter.A0).double()
@@ -208,8 +208,8 @@ def test_merging_is_refused_or_done_in_floating_point(kind: str, dtype: torch.dt
     assert torch.equal(logits(model, "llama"), trained), "the refusal changed something"
 
     wanted = {
-        p.module: as_rows(lowrank.adapted.holder(model, p), "weight").float() + adapter.product()
-        for p, adapter in lowrank.adapted.adapters_of(model).items()
+        p.module: as_rows(lowrank.adapters.holder(model, p), "weight").float() + adapter.product()
+        for p, adapter in lowrank.adapters.adapters_of(model).items()
     }
     merged = lowrank.merge(model, dequantize=True)
     for path, weight in wanted.items():

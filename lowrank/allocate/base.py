@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from lowrank.plan import Allocation
-from lowrank.projections import Projection
-from lowrank.statistics import ProjectionStatistics
+from lowrank.calibration.statistics import ProjectionStatistics
+from lowrank.models.projections import Projection
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What one projection gets: ``rank`` (0: left alone) and the ``scaling`` of B·A."""
+
+    rank: int
+    scaling: float
 
 
 @runtime_checkable

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from lowrank.allocate.apportion import apportion
-from lowrank.plan import Allocation
-from lowrank.projections import Projection
+from lowrank.allocate.base import Allocation
+from lowrank.models.projections import Projection
 
 
 class Costs(dict[Projection, int]):

@@ -8,11 +8,10 @@ from typing import Literal
 
 import torch
 
-from lowrank.allocate.base import allocations
+from lowrank.allocate.base import Allocation, allocations
 from lowrank.allocate.budget import check_affordable, largest_ranks, spendable
-from lowrank.plan import Allocation
-from lowrank.projections import Projection
-from lowrank.statistics import ProjectionStatistics
+from lowrank.calibration.statistics import ProjectionStatistics
+from lowrank.models.projections import Projection
 
 
 @dataclass(frozen=True)

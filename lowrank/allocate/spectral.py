@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lowrank.allocate.base import allocations
+from lowrank.allocate.base import Allocation, allocations
 from lowrank.allocate.budget import in_proportion
-from lowrank.plan import Allocation
-from lowrank.projections import Projection
-from lowrank.statistics import ProjectionStatistics
+from lowrank.calibration.statistics import ProjectionStatistics
+from lowrank.models.projections import Projection
 
 
 @dataclass(frozen=True)

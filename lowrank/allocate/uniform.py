@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lowrank.allocate.base import allocations
+from lowrank.allocate.base import Allocation, allocations
 from lowrank.allocate.budget import largest_ranks, uniform_cost
-from lowrank.plan import Allocation
-from lowrank.projections import Projection
-from lowrank.statistics import ProjectionStatistics
+from lowrank.calibration.statistics import ProjectionStatistics
+from lowrank.models.projections import Projection
 
 
 @dataclass(frozen=True)

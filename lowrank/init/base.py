@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lowrank.projections import Role
-from lowrank.statistics import ProjectionStatistics
+from lowrank.calibration.statistics import ProjectionStatistics
+from lowrank.models.projections import Role
 
 NOTHING: frozenset[str] = frozenset()
 
@@ -31,6 +31,18 @@ class Factors:
     B: Tensor
     frozen: frozenset[str] = NOTHING
     energy: float | None = None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What an initializer is called with: the arguments of `Initializer.__call__`."""
+
+    weight: Tensor
+    rank: int
+    scaling: float
+    role: Role
+    statistics: ProjectionStatistics | None
+    generator: torch.Generator
 
 
 @runtime_checkable
@@ -61,6 +73,34 @@ class Initializer(Protocol):
     ) -> Factors:
         """Factors for ``weight`` (out, in), on its device, in fp32. The weight is only read."""
         ...
+
+
+class Start:
+    """The call of this library's own initializers, said once: each says in `factors` what it makes of it.
+
+    Another library's initializer need not derive from it.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return NOTHING
+
+    def __call__(
+        self,
+        weight: Tensor,
+        rank: int,
+        scaling: float,
+        *,
+        role: Role,
+        statistics: ProjectionStatistics | None,
+        generator: torch.Generator,
+    ) -> Factors:
+        """See `Initializer`."""
+        return self.factors(Given(weight, rank, scaling, role, statistics, generator))
+
+    def factors(self, given: Given) -> Factors:
+        """Factors for ``given.weight`` (out, in), on its device, in fp32."""
+        raise NotImplementedError
 
 
 def frozen_factors(initializer: Initializer, role: Role) -> frozenset[str]:

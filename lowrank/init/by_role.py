@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from lowrank.init.base import NOTHING, Factors, Initializer, frozen_factors, largest_rank, needs_of
-from lowrank.projections import Role
-from lowrank.statistics import ProjectionStatistics
+from lowrank.init.base import (
+    NOTHING,
+    Factors,
+    Given,
+    Initializer,
+    Start,
+    frozen_factors,
+    largest_rank,
+    needs_of,
+)
+from lowrank.models.projections import Role
 
 
 @dataclass(frozen=True)
-class ByRole:
+class ByRole(Start):
     """``ByRole({Role.QUERY: Principal(), Role.VALUE: Minor()}, otherwise=Kaiming())`` is AILoRA (2510.08034).
 
     Args:
@@ -57,23 +62,21 @@ class ByRole:
         """The largest rank that the initializer of that role can make of a weight ``(out, in)``."""
         return largest_rank(self._of(role), shape, role)
 
-    def __call__(
-        self,
-        weight: Tensor,
-        rank: int,
-        scaling: float,
-        *,
-        role: Role,
-        statistics: ProjectionStatistics | None,
-        generator: torch.Generator,
-    ) -> Factors:
+    def factors(self, given: Given) -> Factors:
         """What the initializer of ``role`` makes of it.
 
         Raises:
             ValueError: nothing is chosen for that role; the message lists the roles named and not named.
         """
-        chosen = self._of(role)
-        return chosen(weight, rank, scaling, role=role, statistics=statistics, generator=generator)
+        chosen = self._of(given.role)
+        return chosen(
+            given.weight,
+            given.rank,
+            given.scaling,
+            role=given.role,
+            statistics=given.statistics,
+            generator=given.generator,
+        )
 
     def _of(self, role: Role) -> Initializer:
         chosen = self.choices.get(role, self.otherwise)

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from lowrank.init.base import Factors
-from lowrank.init.spectrum import top_singular
-from lowrank.projections import Role
-from lowrank.statistics import ProjectionStatistics
+from lowrank.init.base import Factors, Given, Start
+from lowrank.linalg import top_singular
+from lowrank.models.projections import Role
 
 
 @dataclass(frozen=True)
-class GradientAligned:
+class GradientAligned(Start):
     """LoRA-GA (2407.05000, section 3): A holds ∇W's right singular vectors 1 … r, B the left ones r+1 … 2r.
 
     So the rank is at most ``min(out, in) / 2``. Both are scaled by ``out^¼ / √γ``, the paper's stable scale,
@@ -37,35 +35,26 @@ class GradientAligned:
         """Half of the directions that a gradient ``(out, in)`` has: 2·rank are taken."""
         return min(shape) // 2
 
-    def __call__(
-        self,
-        weight: Tensor,
-        rank: int,
-        scaling: float,
-        *,
-        role: Role,
-        statistics: ProjectionStatistics | None,
-        generator: torch.Generator,
-    ) -> Factors:
+    def factors(self, given: Given) -> Factors:
         """A (rank, in) and B (out, rank), fp32, on the weight's device; ``energy`` is A's share of ‖∇W‖²_F.
 
         Raises:
             ValueError: the gradient was not measured; twice the rank exceeds ``min(out, in)``.
         """
-        if statistics is None or statistics.gradient is None:
+        if given.statistics is None or given.statistics.gradient is None:
             raise ValueError("GradientAligned needs the gradient: pass batches= to wrap_model")
-        if 2 * rank > min(weight.shape):
+        if 2 * given.rank > min(given.weight.shape):
             raise ValueError(
-                f"LoRA-GA takes 2·rank directions, and a weight of shape {tuple(weight.shape)} has "
-                f"{min(weight.shape)}: rank {rank} is too large for it"
+                f"LoRA-GA takes 2·rank directions, and a weight of shape {tuple(given.weight.shape)} has "
+                f"{min(given.weight.shape)}: rank {given.rank} is too large for it"
             )
-        gradient = statistics.gradient.to(weight.device)
-        found = top_singular(gradient, 2 * rank, generator=generator)
-        scale = weight.shape[0] ** 0.25 / self.gamma**0.5
-        held = found.S[:rank].double().square().sum()
+        gradient = given.statistics.gradient.to(given.weight.device)
+        found = top_singular(gradient, 2 * given.rank, generator=given.generator)
+        scale = given.weight.shape[0] ** 0.25 / self.gamma**0.5
+        held = found.S[: given.rank].double().square().sum()
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         return Factors(
-            A=(scale * found.Vh[:rank]).float(),
-            B=(scale * found.U[:, rank:]).float(),
+            A=(scale * found.Vh[: given.rank]).float(),
+            B=(scale * found.U[:, given.rank :]).float(),
             energy=float(held / norm) if norm else None,
         )

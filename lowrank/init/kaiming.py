@@ -11,56 +11,28 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from lowrank.init.base import NOTHING, Factors
-from lowrank.projections import Role
-from lowrank.statistics import ProjectionStatistics
+from lowrank.init.base import Factors, Given, Start
 
 
 @dataclass(frozen=True)
-class Kaiming:
+class Kaiming(Start):
     """A Kaiming-uniform with a = √5, as in the authors' code: uniform on ±1/√in. B zero."""
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return NOTHING
-
-    def __call__(
-        self,
-        weight: Tensor,
-        rank: int,
-        scaling: float,
-        *,
-        role: Role,
-        statistics: ProjectionStatistics | None,
-        generator: torch.Generator,
-    ) -> Factors:
+    def factors(self, given: Given) -> Factors:
         """A (rank, in), drawn where the generator lives, and B (out, rank); fp32, on the weight's device."""
-        bound = 1 / sqrt(weight.shape[1])
-        A = torch.empty(rank, weight.shape[1], dtype=torch.float32, device=generator.device)
-        return _with_zero(weight, A.uniform_(-bound, bound, generator=generator))
+        bound = 1 / sqrt(given.weight.shape[1])
+        A = torch.empty(given.rank, given.weight.shape[1], dtype=torch.float32, device=given.generator.device)
+        return _with_zero(given.weight, A.uniform_(-bound, bound, generator=given.generator))
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Start):
     """A normal with standard deviation 1/rank. B zero."""
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return NOTHING
-
-    def __call__(
-        self,
-        weight: Tensor,
-        rank: int,
-        scaling: float,
-        *,
-        role: Role,
-        statistics: ProjectionStatistics | None,
-        generator: torch.Generator,
-    ) -> Factors:
+    def factors(self, given: Given) -> Factors:
         """A (rank, in), drawn where the generator lives, and B (out, rank); fp32, on the weight's device."""
-        A = torch.empty(rank, weight.shape[1], dtype=torch.float32, device=generator.device)
-        return _with_zero(weight, A.normal_(0, 1 / rank, generator=generator))
+        A = torch.empty(given.rank, given.weight.shape[1], dtype=torch.float32, device=given.generator.device)
+        return _with_zero(given.weight, A.normal_(0, 1 / given.rank, generator=given.generator))
 
 
 def _with_zero(weight: Tensor, A: Tensor) -> Factors:

@@ -8,19 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 
-import torch
 from torch import Tensor
 
-from lowrank.init.base import NOTHING, Factors
-from lowrank.init.spectrum import Triplets, bottom_singular, frobenius, top_singular
-from lowrank.projections import Role
-from lowrank.statistics import ProjectionStatistics
+from lowrank.init.base import Factors, Given, Start
+from lowrank.linalg import Triplets, bottom_singular, frobenius, top_singular
 
 FLOOR = 1e-6  # of the root mean square singular value: below the rounding of any fp32 weight
 
 
 @dataclass(frozen=True)
-class Principal:
+class Principal(Start):
     """PiSSA (2404.02948): ``A = √(Σ/s)·Vᵀ``, ``B = U·√(Σ/s)`` of the ``rank`` largest singular triplets.
 
     ``s·B·A`` is that part of the weight, whatever the scaling s. Singular values that are zero, as in a
@@ -28,52 +25,30 @@ class Principal:
     B both zero no gradient would ever reach them.
     """
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return NOTHING
-
-    def __call__(
-        self,
-        weight: Tensor,
-        rank: int,
-        scaling: float,
-        *,
-        role: Role,
-        statistics: ProjectionStatistics | None,
-        generator: torch.Generator,
-    ) -> Factors:
+    def factors(self, given: Given) -> Factors:
         """A (rank, in) and B (out, rank), fp32, on the weight's device; ``energy`` is the share of ‖W‖²_F.
 
         Raises:
             ValueError: NaN or Inf in the weight; a rank above min(out, in).
         """
-        return _factors(weight, top_singular(weight, rank, generator=generator), scaling)
+        return _factors(
+            given.weight, top_singular(given.weight, given.rank, generator=given.generator), given.scaling
+        )
 
 
 @dataclass(frozen=True)
-class Minor:
+class Minor(Start):
     """MiLoRA (2406.09044): as `Principal`, with the ``rank`` smallest singular triplets, found in fp64."""
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return NOTHING
-
-    def __call__(
-        self,
-        weight: Tensor,
-        rank: int,
-        scaling: float,
-        *,
-        role: Role,
-        statistics: ProjectionStatistics | None,
-        generator: torch.Generator,
-    ) -> Factors:
+    def factors(self, given: Given) -> Factors:
         """A (rank, in) and B (out, rank), fp32, on the weight's device; ``energy`` is the share of ‖W‖²_F.
 
         Raises:
             ValueError: NaN or Inf in the weight; a rank above min(out, in).
         """
-        return _factors(weight, bottom_singular(weight, rank, generator=generator), scaling)
+        return _factors(
+            given.weight, bottom_singular(given.weight, given.rank, generator=given.generator), given.scaling
+        )
 
 
 def _factors(weight: Tensor, found: Triplets, scaling: float) -> Factors:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from lowrank.init.base import Factors
-from lowrank.init.spectrum import Product, top_singular
-from lowrank.projections import Role
-from lowrank.statistics import ProjectionStatistics
+from lowrank.init.base import Factors, Given, Start
+from lowrank.linalg import Product, top_singular
+from lowrank.models.projections import Role
 
 
 @dataclass(frozen=True)
-class TaskAligned:
+class TaskAligned(Start):
     """TLoRA (2604.18124): A is the first ``rank`` right singular vectors of ``W·C``, frozen; B is zero.
 
     C (in, in) is the covariance of the projection's inputs, each example centred by itself. A's rows
@@ -27,16 +25,7 @@ class TaskAligned:
         """A, for every role."""
         return frozenset({"A"})
 
-    def __call__(
-        self,
-        weight: Tensor,
-        rank: int,
-        scaling: float,
-        *,
-        role: Role,
-        statistics: ProjectionStatistics | None,
-        generator: torch.Generator,
-    ) -> Factors:
+    def factors(self, given: Given) -> Factors:
         """A (rank, in) and B (out, rank), fp32, on the weight's device.
 
         ``energy`` is the share of ‖W·C‖²_F; None where W·C is large and was not formed.
@@ -44,17 +33,19 @@ class TaskAligned:
         Raises:
             ValueError: no covariance, or one that does not fit the weight; NaN or Inf; a rank out of range.
         """
-        B = torch.zeros(weight.shape[0], rank, dtype=torch.float32, device=weight.device)
-        covariance = None if statistics is None else statistics.covariance
+        B = torch.zeros(given.weight.shape[0], given.rank, dtype=torch.float32, device=given.weight.device)
+        covariance = None if given.statistics is None else given.statistics.covariance
         if covariance is None:
             raise ValueError(
                 "TaskAligned starts from the covariance of the inputs, which was not measured: pass batches= "
                 "to wrap_model, or statistics with covariance to the initializer"
             )
-        if covariance.shape != (weight.shape[1], weight.shape[1]):
+        if covariance.shape != (given.weight.shape[1], given.weight.shape[1]):
             raise ValueError(
-                f"a covariance {tuple(covariance.shape)} does not fit a weight {tuple(weight.shape)}: "
-                f"({weight.shape[1]}, {weight.shape[1]}) is needed"
+                f"a covariance {tuple(covariance.shape)} does not fit a weight {tuple(given.weight.shape)}: "
+                f"({given.weight.shape[1]}, {given.weight.shape[1]}) is needed"
             )
-        found = top_singular(Product(weight, covariance.to(weight.device)), rank, generator=generator)
-        return Factors(A=found.Vh.float(), B=B, frozen=self.frozen(role), energy=found.energy)
+        found = top_singular(
+            Product(given.weight, covariance.to(given.weight.device)), given.rank, generator=given.generator
+        )
+        return Factors(A=found.Vh.float(), B=B, frozen=self.frozen(given.role), energy=found.energy)

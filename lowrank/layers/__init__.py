@@ -1,7 +1,7 @@
 """The adapted layer and the product that it computes. Plain tensors in; it knows no model."""
 
 from lowrank.layers.adapter import Adapter
+from lowrank.layers.functional import lora_linear
 from lowrank.layers.linear import LoRALinear
-from lowrank.layers.ops import lora_linear
 
 __all__ = ["Adapter", "LoRALinear", "lora_linear"]

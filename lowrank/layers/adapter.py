@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lowrank.layers.ops import Block
+from lowrank.layers.functional import Block
 
 
 class Adapter(nn.Module):

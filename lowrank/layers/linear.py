@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.adapter import Adapter, full_delta
+from lowrank.layers.functional import add_lora, fused_lora
 from lowrank.layers.loading import move_below_base
-from lowrank.layers.ops import add_lora, fused_lora
 from lowrank.layers.reading import read_weight, readable
 
 # Products with a dequantized weight, by the package and the name of the class: not tried out.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lowrank.layers.adapter import Adapter
+from lowrank.layers.functional import transformed
 from lowrank.layers.gemm import differentiable_once
-from lowrank.layers.ops import transformed
 from lowrank.layers.weight import effective_weight
 
 

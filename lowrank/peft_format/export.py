@@ -15,27 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapted import adapters_of, on_weight, plan_of, wrapped_root
+from lowrank.adapters import adapters_of, plan_of, wrapped_root
 from lowrank.files import packed, write
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
+from lowrank.models.projections import Projection, on_weight
+from lowrank.models.storage import stored_transposed
 from lowrank.peft_format.config import PeftConfig
 from lowrank.peft_format.folder import (
     CONFIG,
     PREFIX,
     TENSORS,
-    Contents,
     ancestors,
     base_paths,
     places,
     staged,
 )
-from lowrank.peft_format.pairs import Pair, plain, recompressed, relative_distance, stacked, uniform
+from lowrank.peft_format.pairs import Pair, plain, recompressed, stacked, uniform
+from lowrank.peft_format.proof import adapted_paths, check_written
 from lowrank.plan import peft_patterns
-from lowrank.projections import Projection, stored_transposed
-
-TOLERANCE = 1e-5  # of ΔW, relative, between the model and the written files
 
 # By the end of a model's class name: PEFT's task, and the heads that PEFT then trains in full unasked.
 TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -145,7 +144,7 @@ def export_peft(
         write(folder / TENSORS, packed(tensors))
         write(folder / CONFIG, json.dumps(_config(root, pairs, list(trained)), indent=2).encode())
         lossy = dtype is not None or recompress
-        errors = _check_written(folder, root, exact, pairs if lossy else None, trained)
+        errors = check_written(folder, root, exact, pairs if lossy else None, trained)
     return PeftExport(Path(path), {module: pair.rank for module, pair in pairs.items()}, errors)
 
 
@@ -217,18 +216,10 @@ def _config(root: nn.Module, pairs: Mapping[str, Pair], trained: Sequence[str]) 
         "use_dora": False,
         "init_lora_weights": True,
     }
-    if _adapted(root, PeftConfig.read(config)) != set(pairs):
+    if adapted_paths(root, PeftConfig.read(config)) != set(pairs):
         # A path that another one ends with: only an expression names exactly these.
         config["target_modules"] = "|".join(map(re.escape, sorted(pairs)))
     return config
-
-
-def _adapted(root: nn.Module, config: PeftConfig) -> set[str]:
-    """The paths that PEFT would adapt."""
-    targets = config.targets
-    if isinstance(targets, str):
-        return {path for path in base_paths(root) if re.fullmatch(targets, path)}
-    return {path for path in base_paths(root) if config.adapts(path)}
 
 
 def _task(root: nn.Module, trained: Sequence[str]) -> str | None:
@@ -237,45 +228,3 @@ def _task(root: nn.Module, trained: Sequence[str]) -> str | None:
             unasked = {path for path in base_paths(root) if heads and path.endswith(heads)}
             return task if unasked <= set(trained) else None
     return None
-
-
-# -- the proof ------------------------------------------------------------------------------------------
-
-
-def _check_written(
-    folder: Path,
-    root: nn.Module,
-    exact: Mapping[Projection, Pair],
-    lossy: Mapping[str, Pair] | None,
-    trained: Mapping[str, Mapping[str, Tensor]],
-) -> dict[str, float]:
-    """The relative error of each ΔW in the files of ``folder``, by projection.
-
-    Raises ValueError where they say something else than the model, or than ``lossy`` where it is given.
-    """
-    contents = Contents.read(folder)
-    tensors = contents.tensors()
-    adapted = _adapted(root, contents.config)
-    saved = {path for path in base_paths(root) if contents.config.trains(path)}
-    if adapted != set(contents.layers) or saved != set(trained):
-        raise ValueError(
-            "the written configuration names other modules than the tensors: nothing was exported"
-        )
-    errors = {}
-    for p, true in exact.items():
-        rows = slice(*p.rows)
-        whole = tensors.pair(p.module)
-        read = whole._replace(B=whole.B[rows])
-        errors[p.name] = error = relative_distance(read, true)
-        if lossy is not None:
-            meant = lossy[p.module]
-            error = relative_distance(read, meant._replace(B=meant.B[rows]))
-        if not error <= TOLERANCE:
-            raise ValueError(
-                f"{p.name}: the written files give another ΔW ({error:.1e} off): nothing was exported"
-            )
-    for path, state in trained.items():
-        for name, tensor in tensors.state(path, state).items():
-            if not torch.equal(tensor, state[name].cpu()):
-                raise ValueError(f"{path}.{name}: the written files give another value: nothing was exported")
-    return errors

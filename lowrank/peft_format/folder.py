@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lowrank.adapted import base_modules
+from lowrank.adapters import base_modules
 from lowrank.files import (
     AdapterError,
     Entry,

@@ -13,17 +13,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lowrank.adapted import check_unwrapped, device_beside, install, weight_shape
+from lowrank.allocate.base import Allocation
 from lowrank.files import FLOATS, AdapterError
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.linear import master_dtype
 from lowrank.layers.trained import TrainedModule
+from lowrank.models.projections import Projection, Role, scan
+from lowrank.models.storage import weight_shape
 from lowrank.peft_format.folder import Contents, Tensors, ancestors, base_paths, places
 from lowrank.peft_format.names import present_name
 from lowrank.peft_format.pairs import reduced
-from lowrank.plan import Allocation, Plan
-from lowrank.projections import Projection, Role, scan
-from lowrank.wrap import check_layers
+from lowrank.plan import Plan
+from lowrank.wrapping.checks import check_layers, check_unwrapped
+from lowrank.wrapping.install import device_beside, install
 
 LOG = logging.getLogger("lowrank")
 
@@ -33,8 +35,8 @@ def import_peft(model: nn.Module, path: str | Path, *, train: bool = True) -> nn
 
     Both factors are trainable afterwards, in fp32. A fused weight gets one adapter over all its rows, as in
     PEFT. A rank above min(in, out) is brought down to that, which changes ΔW by rounding only. Names that
-    transformers has changed since the adapter was saved are translated. An embedding or output head that is in
-    the folder without being named in its configuration (``save_embedding_layers``) counts as trained in full
+    transformers has changed since the adapter was saved are translated. An embedding or output head in the
+    folder without being named in its configuration (``save_embedding_layers``) counts as trained in full
     where it differs from the model's. The modules that are replaced in full are named in the log "lowrank".
 
     Args:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from lowrank.allocate import Allocator, Sensitivity, Uniform
 from lowrank.allocate.budget import Costs, reference_rank
-from lowrank.projections import Projection, Role
-from lowrank.statistics import ProjectionStatistics
+from lowrank.calibration.statistics import ProjectionStatistics
+from lowrank.models.projections import Projection, Role
 
 SHAPES = [(64, 64), (64, 64), (256, 64), (64, 256)]
 PROJECTIONS = [Projection(f"m{i}", "weight", (0, o), Role.OTHER, n, o) for i, (o, n) in enumerate(SHAPES)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding
 
-from lowrank.calibrate.examples import divide
+from lowrank.calibration.examples import divide
 
 
 class Pair(NamedTuple):

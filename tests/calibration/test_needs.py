@@ -10,13 +10,13 @@ from torch import Tensor
 
 import lowrank
 from lowrank import Policy
-from lowrank.adapted import adapters_of
-from lowrank.calibrate import calibrate, predicted_bytes
+from lowrank.adapters import adapters_of
+from lowrank.calibration import calibrate, predicted_bytes
+from lowrank.calibration.statistics import Statistics
 from lowrank.init import ByRole, CovarianceOriented, GradientAligned, Kaiming, Principal, TaskAligned
 from lowrank.init.base import needs_of
-from lowrank.projections import Role
-from lowrank.statistics import Statistics
-from lowrank.targets import select
+from lowrank.models.projections import Role
+from lowrank.models.targets import select
 from tests import zoo
 
 MIXED = ByRole(

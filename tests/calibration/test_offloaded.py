@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank.calibrate import calibrate
-from lowrank.targets import select
+from lowrank.calibration import calibrate
+from lowrank.models.targets import select
 from tests import zoo
 
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.calibrate import calibrate
-from lowrank.projections import Projection, Role, find_projections, stored_transposed
-from lowrank.targets import select
+from lowrank.calibration import calibrate
+from lowrank.models.projections import Projection, Role, find_projections
+from lowrank.models.storage import stored_transposed
+from lowrank.models.targets import select
 from tests import zoo
 
 GRADIENTS = ("sensitivity", "gradient")

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import Policy
-from lowrank.adapted import adapters_of
+from lowrank.adapters import adapters_of
 from lowrank.allocate import ExplainedVariance, Uniform
-from lowrank.calibrate import calibrate
-from lowrank.calibrate.sums import Rows, Spread
+from lowrank.calibration import calibrate
+from lowrank.calibration.accumulators import Rows, Spread
+from lowrank.calibration.statistics import ProjectionStatistics
 from lowrank.init import ActivationPrincipal, CovarianceOriented
-from lowrank.projections import Role, find_projections
-from lowrank.statistics import ProjectionStatistics
+from lowrank.models.projections import Role, find_projections
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank.calibrate import calibrate
-from lowrank.projections import Projection
-from lowrank.targets import select
+from lowrank.calibration import calibrate
+from lowrank.models.projections import Projection
+from lowrank.models.targets import select
 from tests import zoo
 
 ALL = ("covariance", "moment", "sensitivity", "gradient")

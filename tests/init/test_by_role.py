@@ -7,10 +7,10 @@ import pickle
 import pytest
 import torch
 
+from lowrank.calibration.statistics import ProjectionStatistics
 from lowrank.init import ByRole, Kaiming, Minor, Principal, TaskAligned
-from lowrank.projections import Role
-from lowrank.statistics import ProjectionStatistics
-from tests.init.matrices import gaussian, generator
+from lowrank.models.projections import Role
+from tests.linalg.matrices import gaussian, generator
 
 AILORA = ByRole({Role.QUERY: Principal(), Role.VALUE: Minor()}, otherwise=Kaiming())
 

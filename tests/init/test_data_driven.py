@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import lowrank
 from lowrank import presets
 from lowrank.allocate import ExplainedVariance, Uniform
+from lowrank.calibration.statistics import ProjectionStatistics
 from lowrank.init import ActivationPrincipal, CovarianceOriented, GradientAligned
-from lowrank.projections import Role
-from lowrank.statistics import ProjectionStatistics
+from lowrank.models.projections import Role
 from tests import zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowrank.calibration.statistics import ProjectionStatistics
 from lowrank.init import (
     ByRole,
     Factors,
@@ -22,9 +23,8 @@ from lowrank.init import (
     TaskAligned,
     frozen_factors,
 )
-from lowrank.projections import Role
-from lowrank.statistics import ProjectionStatistics
-from tests.init.matrices import gaussian, generator
+from lowrank.models.projections import Role
+from tests.linalg.matrices import gaussian, generator
 
 METHODS: dict[str, Initializer] = {
     "Kaiming": Kaiming(),

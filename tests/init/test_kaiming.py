@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.init import Gaussian, Initializer, Kaiming
-from lowrank.projections import Role
-from tests.init.matrices import gaussian, generator
+from lowrank.models.projections import Role
+from tests.linalg.matrices import gaussian, generator
 
 
 def draw(init: Initializer, weight: torch.Tensor, rank: int) -> torch.Tensor:

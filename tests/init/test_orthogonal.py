@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lowrank.init import Factors, Orthogonal
-from lowrank.projections import Role
-from tests.init.matrices import gaussian, generator
+from lowrank.models.projections import Role
+from tests.linalg.matrices import gaussian, generator
 
 
 def start(weight: torch.Tensor, rank: int = 6, scaling: float = 2.0) -> Factors:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lowrank.init import Factors, Initializer, Minor, Principal
-from lowrank.projections import Role
-from tests.init.matrices import angle, distance, exact, gaussian, generator, geometric, part, power_law
+from lowrank.models.projections import Role
+from tests.linalg.matrices import angle, distance, exact, gaussian, generator, geometric, part, power_law
 
 ENDS: dict[str, Initializer] = {"top": Principal(), "bottom": Minor()}
 WEIGHTS = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowrank.calibration.statistics import ProjectionStatistics
 from lowrank.init import Factors, TaskAligned
-from lowrank.init.spectrum import Product
-from lowrank.projections import Role
-from lowrank.statistics import ProjectionStatistics
-from tests.init.matrices import angle, exact, gaussian, generator, orthonormal, power_law
+from lowrank.linalg import Product
+from lowrank.models.projections import Role
+from tests.linalg.matrices import angle, exact, gaussian, generator, orthonormal, power_law
 
 
 def start(weight: torch.Tensor, covariance: torch.Tensor | None, rank: int = 6) -> Factors:

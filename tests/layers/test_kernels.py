@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank.layers import gemm
-from lowrank.layers.ops import Block, fused_lora
+from lowrank.layers.functional import Block, fused_lora
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

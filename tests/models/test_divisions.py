@@ -17,9 +17,9 @@ import transformers
 from torch import Tensor, nn
 
 from lowrank import Policy, adapted_layers, plan_model, presets, wrap_model
-from lowrank.families import FUSED, QKV, Role, layout_of
-from lowrank.projections import find_projections, scan
-from lowrank.targets import select
+from lowrank.models.families import FUSED, QKV, Role, layout_of
+from lowrank.models.projections import find_projections, scan
+from lowrank.models.targets import select
 from tests.helpers import frozen_logits, perturb
 from tests.zoo import DECODER, ENCODER
 

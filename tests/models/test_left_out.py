@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import Policy, plan_model, presets, wrap_model
-from lowrank.families import Role, role_of
-from lowrank.projections import find_projections, output_heads, scan
-from lowrank.targets import select
+from lowrank.models.families import Role, role_of
+from lowrank.models.heads import output_heads
+from lowrank.models.projections import find_projections, scan
+from lowrank.models.targets import select
 from tests.helpers import frozen_logits, perturb
 from tests.zoo import DECODER, VISION, build
 
@@ -325,7 +326,8 @@ NAMES = {
     Role.KEY: "attn.add_k_proj · attention.self.key_global · blocks.0.attention.key",
     Role.VALUE: "attn.add_v_proj · attention.self.value_global",
     Role.OUTPUT: "self_attn.output_proj · self_attn.linear_out · self_attn.projection "
-    "· attention.projection_layer · encoder.layer.0.attention.output · mixer.o_proj · attn.to_add_out · conformer.0.attention.post",
+    "· attention.projection_layer · encoder.layer.0.attention.output · mixer.o_proj · attn.to_add_out "
+    "· conformer.0.attention.post",
     Role.UP: "feed_forward.intermediate_dense · mlp.linear_fc1 · mlp.fc_in · stages.0.layers.0.pwconv1 · "
     "mlp.proj_in · mlp.dense1 · albert_layers.0.ffn · blocks.0.feed_forward.key",
     Role.DOWN: "feed_forward.output_dense · mlp.linear_fc2 · mlp.fc_out · stages.0.layers.0.pwconv2 · "

@@ -140,7 +140,7 @@ def test_a_small_update_survives_a_half_precision_file(dtype: torch.dtype, tmp_p
     assert {t.dtype for t in load_file(tmp_path / TENSORS).values()} == {dtype}
     assert 1e-5 < report.error < 0.01
 
-    p, adapter = next(iter(lowrank.adapted.adapters_of(model).items()))
+    p, adapter = next(iter(lowrank.adapters.adapters_of(model).items()))
     A, B = (factor.detach().to(dtype).double() for factor in adapter.factors())
     A0, B0 = adapter.A0.to(dtype).double(), adapter.B0.to(dtype).double()
     delta = adapter.product().detach().double()
@@ -152,7 +152,7 @@ def test_recompression_is_the_best_of_its_rank_and_says_what_it_costs(tmp_path: 
     model = adapted("gpt2", policy("gpt2", presets.pissa))
     report = lowrank.export_peft(model, tmp_path, recompress=True)
     assert report.ranks["transformer.h.0.attn.c_attn"] == 9 and report.ranks["transformer.h.0.mlp.c_fc"] == 3
-    for p, adapter in lowrank.adapted.adapters_of(model).items():
+    for p, adapter in lowrank.adapters.adapters_of(model).items():
         S = torch.linalg.svdvals(adapter.product().detach().double())
         best = float(S[3:].norm() / S.norm())
         assert best > 0.01 and abs(report.errors[p.name] - best) < 1e-4 * best

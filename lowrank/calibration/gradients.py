@@ -1,0 +1,132 @@
+"""Sums of ∇W and of |W ⊙ ∇W| over examples, one example at a time. It hooks nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.calibration.reduce import Processes
+from lowrank.linalg.precision import fast_precision, full_precision, is_half, wide
+from lowrank.models.projections import Projection
+
+
+class Gradients:
+    """``sensitivity`` and ``gradient`` hold the sums, of the projections that ``needs`` names them for."""
+
+    def __init__(
+        self, model: nn.Module, needs: Mapping[Projection, frozenset[str]], device: torch.device | None
+    ) -> None:
+        self.model, self.needs, self.device = model, needs, device
+        self.sensitivity: dict[Projection, Tensor] = {}
+        self.gradient: dict[Projection, Tensor] = {}
+        self.examples = 0
+        self.uses: Counter[str] = Counter()  # how often each name was called in the present example
+        self.pending: dict[str, list[tuple[Sequence[Projection], int, Tensor, Tensor]]] = {}
+
+    def begin(self) -> None:
+        """A new example."""
+        self.uses.clear()
+        self.pending.clear()
+
+    def end(self) -> None:
+        """The example counts, with what its loss reached."""
+        for name in list(self.pending):  # the loss did not reach all of their uses
+            self._finish(name)
+        self.examples += 1
+
+    def wants(self, held: Sequence[Projection]) -> bool:
+        """Is any gradient of ``held`` asked for?"""
+        return any(self.needs[p] & {"sensitivity", "gradient"} for p in held)
+
+    @property
+    def nothing(self) -> bool:
+        """Is every gradient so far zero?"""
+        return not any(
+            bool(each.any()) for sums in (self.sensitivity, self.gradient) for each in sums.values()
+        )
+
+    @torch.no_grad()
+    def see(self, name: str, held: Sequence[Projection], x: Tensor, dy: Tensor, first: int) -> None:
+        """``dy`` (..., rows) is the gradient of x times ``held``'s tensor from its row ``first`` on.
+
+        A module that is called several times has one gradient, the sum over its uses: it waits for the last.
+        """
+        self.pending.setdefault(name, []).append((held, first, as_rows(x), as_rows(dy)))
+        if len(self.pending[name]) >= self.uses[name]:
+            self._finish(name)
+
+    @torch.no_grad()
+    def see_weight(self, held: Sequence[Projection], rows: Tensor) -> None:
+        """``rows`` (rows, in) is the example's gradient of the whole tensor that holds ``held``."""
+        for p in held:
+            own = rows[p.rows[0] : p.rows[1]]
+            self._add(p, own.to(wide(own), copy=True))
+
+    def _finish(self, name: str) -> None:
+        uses = self.pending.pop(name)
+        held, first = uses[0][:2]
+        x, dy = (
+            parts[0] if len(parts) == 1 else torch.cat(parts) for parts in list(zip(*uses, strict=True))[2:]
+        )
+        half = is_half(x) and is_half(dy)
+        inputs = x.to(wide(x))
+        for p in held:
+            if self.wants([p]):
+                outputs = dy[:, p.rows[0] - first : p.rows[1] - first].to(inputs.dtype)
+                self._add(p, _weight_gradient(inputs, outputs, half, exact="gradient" in self.needs[p]))
+
+    def _add(self, p: Projection, gradient: Tensor) -> None:
+        """Consumes ``gradient``."""
+        if "gradient" in self.needs[p]:
+            own = gradient.to(self.device or gradient.device)
+            if p in self.gradient:
+                self.gradient[p].add_(own)
+            else:
+                self.gradient[p] = own.clone()
+        if "sensitivity" in self.needs[p]:
+            weight = p.weight(self.model)
+            if weight.is_meta:
+                raise ValueError(
+                    f"{p.name}: its weight is offloaded, and its sensitivity needs it: load the base whole, "
+                    "or leave it out with exclude="
+                )
+            gradient.mul_(weight.to(gradient.dtype))
+            size = gradient.abs_().sum().double() / weight.numel()  # on a CPU a third of what a norm takes
+            self.sensitivity[p] = self.sensitivity.get(p, 0) + size
+
+    def reduce(self, processes: Processes) -> None:
+        """Adds the sums of all processes."""
+        self.examples = int(processes.added(torch.tensor(self.examples)))
+        for p, needs in self.needs.items():
+            if "sensitivity" in needs:
+                own = self.sensitivity.get(p, torch.zeros((), dtype=torch.float64))
+                self.sensitivity[p] = processes.added(own)
+            if "gradient" in needs:
+                self.gradient[p] = processes.added(self.gradient.get(p, self.zeros(p)))
+
+    def zeros(self, p: Projection) -> Tensor:
+        """What a projection shows that no gradient reached."""
+        weight = p.weight(self.model)
+        return torch.zeros(p.shape, dtype=wide(weight), device=self.device or weight.device)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., features) as (rows, features)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _weight_gradient(inputs: Tensor, outputs: Tensor, half: bool, *, exact: bool) -> Tensor:
+    """``outputsᵀ·inputs`` of fp32 copies of ``half`` or other numbers.
+
+    Where it need not be exact the inputs are taken around their mean: what is common to all tokens often
+    cancels, and its rounding would not.
+    """
+    if exact or half:
+        with (fast_precision if half else full_precision)(inputs.device):
+            return outputs.T @ inputs
+    mean = inputs.mean(0)
+    with fast_precision(inputs.device):
+        return (outputs.T @ (inputs - mean)).addr_(outputs.sum(0), mean)

@@ -1,0 +1,95 @@
+"""Plans as JSON: one row for each projection, and the settings beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from lowrank.allocate.base import Allocation
+from lowrank.formats.strategies import Recorded, belongs, decode, encode, typed
+from lowrank.models.projections import Projection, Role
+
+FORMAT, VERSION = "lowrank-plan", 1
+
+
+def plan_to_json(plan: Any) -> dict[str, Any]:
+    """Plain data of a `Plan`."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "budget": plan.budget,
+        "reference_rank": plan.reference_rank,
+        "init": encode(plan.init),
+        "dropout": plan.dropout,
+        "train": list(plan.train),
+        "seed": plan.seed,
+        "notes": list(plan.notes),
+        "projections": [
+            {
+                **asdict(p),
+                **asdict(allocation),
+                "cost": plan.costs[p],
+                **({"energy": plan.energies[p]} if p in plan.energies else {}),
+            }
+            for p, allocation in plan.items()
+        ],
+    }
+
+
+def plan_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `Plan` that ``data`` says.
+
+    Raises:
+        ValueError: ``data`` is no plan, or one of another version.
+    """
+    try:
+        if data["format"] != FORMAT or data["version"] != VERSION:
+            raise ValueError(f"this is {data['format']} version {data['version']}, not {FORMAT} {VERSION}")
+        allocations: dict[Projection, Allocation] = {}
+        costs, energies = {}, {}
+        for row in data["projections"]:
+            p = _projection(row)
+            if p in allocations:
+                raise ValueError(f"{p.name} is listed twice")
+            allocations[p] = Allocation(typed(row["rank"], int), _number(row["scaling"]))
+            costs[p] = typed(row["cost"], int)
+            if "energy" in row:
+                energies[p] = _number(row["energy"])
+        init = decode(data["init"])
+        if not (init is None or isinstance(init, Recorded) or belongs(init, "lowrank.init.")):
+            raise ValueError(f"{init!r:.80} is no initializer")
+        return {
+            "allocations": allocations,
+            "costs": costs,
+            "budget": _whole(data["budget"]),
+            "init": init,
+            "dropout": _number(data["dropout"]),
+            "train": [typed(name, str) for name in data["train"]],
+            "seed": typed(data["seed"], int),
+            "energies": energies,
+            "notes": [typed(note, str) for note in data.get("notes", ())],
+            "reference_rank": _whole(data.get("reference_rank")),
+        }
+    except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise ValueError(f"this is no plan: {type(error).__name__}: {error}") from error
+
+
+def _projection(row: Mapping[str, Any]) -> Projection:
+    return Projection(
+        module=typed(row["module"], str),
+        param=typed(row["param"], str),
+        rows=(typed(row["rows"][0], int), typed(row["rows"][1], int)),
+        role=Role(row["role"]),
+        in_features=typed(row["in_features"], int),
+        out_features=typed(row["out_features"], int),
+        block=typed(row["block"], str),
+    )
+
+
+def _number(value: Any) -> float:
+    return float(typed(value, (int, float)))
+
+
+def _whole(value: Any) -> int | None:
+    return None if value is None else typed(value, int)

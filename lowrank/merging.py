@@ -1,0 +1,174 @@
+"""Takes adapters out of a model: `merge` keeps what was learnt in the weights, `unwrap` drops it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters import adapters_of, added_parameters, holder, wrapped_root
+from lowrank.layers.adapter import Adapter
+from lowrank.layers.linear import LoRALinear, multiplies
+from lowrank.layers.trained import TrainedModule
+from lowrank.models.projections import Projection, on_weight
+from lowrank.models.storage import as_rows, quantized
+from lowrank.wrapping.install import remove
+from lowrank.wrapping.pretrained import forget_quantization
+from lowrank.wrapping.unused import replaced_layers, unused_layers
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Takes the adapters out again: the original modules are back, with their original bits.
+
+    What was trained is dropped: `save_adapter` keeps it, `merge` keeps it in the weights.
+    """
+    root = wrapped_root(model)
+    remove(root, lambda module: module.base)
+    return model
+
+
+def merge(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
+    """Adds ΔW to the weights, in fp32 and rounded once, and takes the adapters out.
+
+    Modules trained in full hand their weights to the original modules.
+
+    Args:
+        dequantize: a quantized weight, which cannot take ΔW without being quantized again, is replaced by
+            W + ΔW in floating point; its layer then needs the memory of an unquantized one.
+
+    Raises:
+        ValueError: a weight is tied to another module's, is quantized, or is not all that its layer
+            computes with, an adapter holds NaN or Inf, or a layer was passed by when its module ran, so that
+            its adapter has had no effect; nothing was changed.
+    """
+    root = wrapped_root(model)
+    adapters = adapters_of(root)
+    _check_mergeable(root, list(adapters), dequantize)
+    _check_effects(root, adapters)
+    usual = _usual_dtype(root)
+    by_weight: dict[tuple[str, str], dict[Projection, Adapter]] = {}
+    for p, adapter in adapters.items():
+        by_weight.setdefault((p.module, p.param), {})[p] = adapter
+    unpacked = [_merge_weight(root, held, usual) for held in by_weight.values()]
+    remove(root, _with_trained_weights)
+    if any(unpacked):
+        forget_quantization(root)
+    return model
+
+
+@torch.no_grad()
+def _merge_weight(root: nn.Module, held: Mapping[Projection, Adapter], usual: torch.dtype) -> bool:
+    """Adds all adapters of one weight to it, one weight at a time in fp32; says whether it was quantized."""
+    first = next(iter(held))
+    stored = _stored(root, first)
+    dtype, unpacked = stored.dtype, quantized(stored)
+    if unpacked:
+        dtype = _floating_dtype(stored, usual)
+        _unpack(root, first)
+    weight = _stored(root, first)
+    if weight.dim() == 3:  # of experts: rows are a view of it only where it lies in order
+        weight.data = weight.data.contiguous()
+    for p, adapter in held.items():
+        part = as_rows(holder(root, p), p.param)[slice(*p.rows)]
+        part.copy_(adapter.product().add_(part))
+    if unpacked:
+        weight.data = weight.data.to(dtype)
+        _match_bias(holder(root, first), dtype)
+    return unpacked
+
+
+def _check_effects(root: nn.Module, adapters: Mapping[Projection, Adapter]) -> None:
+    """Raises ValueError where merging would spoil a weight, or give effect to an adapter that has none."""
+    layers = replaced_layers(root)
+    unused = set(unused_layers(root))
+    # A module that used one of its layers has run. Containers do not run: of their children any may be next.
+    ran = {path.rpartition(".")[0] for path in layers.keys() - unused}
+    containers = (nn.ModuleList, nn.ModuleDict)
+    for p, adapter in adapters.items():
+        if not all(factor.isfinite().all() for factor in adapter.parameters()):
+            raise ValueError(f"the adapter of {p.name} holds NaN or Inf, and merging would spoil the weight")
+        parent = p.module.rpartition(".")[0]
+        passed_by = p.module in unused and parent in ran
+        if passed_by and not isinstance(root.get_submodule(parent), containers) and adapter.product().any():
+            raise ValueError(
+                f"{p.name} was not used when the model ran, so its adapter has had no effect, and merging it "
+                "would change the output: if another kind of batch uses this layer, call the model on one "
+                "first; else unwrap(model), and adapt without it (exclude=)"
+            )
+
+
+def _check_mergeable(root: nn.Module, projections: Iterable[Projection], dequantize: bool) -> None:
+    holders: dict[int, set[nn.Module]] = {}
+    for module in root.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(module)
+    for p in projections:
+        weight, base = _stored(root, p), holder(root, p)
+        if len(holders[id(weight)]) > 1:
+            raise ValueError(f"{p.name} is tied to another module's weight, which merging would change too")
+        if weight.is_meta:
+            raise ValueError(
+                f"{p.name} is on the meta device: there is nothing yet that ΔW could be added to"
+            )
+        if quantized(weight) and not dequantize:
+            stored = f"{type(weight).__name__} of {weight.dtype}"
+            raise ValueError(
+                f"{p.name} is stored as {stored}; adding ΔW would mean to quantize again: keep the adapter "
+                "beside it, or merge(model, dequantize=True) to have these layers in floating point"
+            )
+        try:
+            product = on_weight(root, p) or multiplies(base, as_rows(base, p.param))
+        except ValueError as error:
+            raise ValueError(f"{p.name}: {error}") from error
+        if not product:
+            raise ValueError(
+                f"{p.name}: the forward of {type(base).__name__} is more than a product with its weight, so "
+                "adding ΔW to that is not the same as adding it to the output: keep the adapter beside it"
+            )
+
+
+def _usual_dtype(root: nn.Module) -> torch.dtype:
+    """The floating-point dtype of most of the base's numbers, those apart that are quantized."""
+    added = {id(parameter) for parameter in added_parameters(root)}
+    numbers: Counter[torch.dtype] = Counter()
+    for parameter in root.parameters():
+        if id(parameter) not in added and not quantized(parameter):
+            numbers[parameter.dtype] += parameter.numel()
+    return numbers.most_common(1)[0][0] if numbers else torch.float32
+
+
+def _floating_dtype(stored: Tensor, usual: torch.dtype) -> torch.dtype:
+    """The dtype that ``stored`` has in floating point: its own, as torchao's tensors have, else ``usual``."""
+    return stored.dtype if stored.is_floating_point() and stored.itemsize > 1 else usual
+
+
+def _match_bias(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Gives ``layer`` a bias of its weight's dtype, which a plain layer needs, a quantized one not always."""
+    bias = layer._parameters.get("bias")
+    if bias is not None and bias.dtype != dtype:
+        layer.register_parameter("bias", nn.Parameter(bias.detach().to(dtype), requires_grad=False))
+
+
+def _unpack(root: nn.Module, p: Projection) -> None:
+    """Puts the dequantized weight, in fp32, in the place of the packed one, in a plain layer."""
+    layer = root.get_submodule(p.module)
+    assert isinstance(layer, LoRALinear)
+    weight = nn.Parameter(as_rows(layer.base, p.param).to(torch.float32, copy=True), requires_grad=False)
+    if type(layer.base) is not nn.Linear:
+        plain = nn.Linear(layer.in_features, layer.out_features, device="meta").train(layer.training)
+        plain.register_parameter("bias", cast("nn.Parameter | None", layer.base.bias))
+        layer.base = plain
+    layer.base.register_parameter(p.param, weight)
+
+
+def _stored(root: nn.Module, p: Projection) -> nn.Parameter:
+    return holder(root, p)._parameters[p.param]  # type: ignore[return-value]
+
+
+def _with_trained_weights(module: LoRALinear | TrainedModule) -> nn.Module:
+    if isinstance(module, TrainedModule):
+        module.base.load_state_dict(module.copy.state_dict())
+    return module.base

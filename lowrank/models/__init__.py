@@ -1,0 +1,1 @@
+"""What is known of other people's models: their projections, layouts, storage and names."""

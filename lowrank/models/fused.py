@@ -1,0 +1,119 @@
+"""Which rows of a fused weight belong to which role: by table, by trial, or as the user says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from lowrank.models.families import (
+    FUSED_NAMES,
+    GATED_NAMES,
+    LATENT,
+    Blocks,
+    Role,
+    in_attention,
+    layout_of,
+    likely_blocks,
+    role_of,
+)
+from lowrank.models.storage import declared_shape, is_linear
+from lowrank.models.trials import divides
+
+Fused = Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """What is not known of a projection, or speaks against adapting it.
+
+    Args:
+        reason: in words; it begins with the module's path.
+        roles: what may lie in it, where it is a fused weight that cannot be divided.
+        adaptable: can it be adapted as a whole?
+        routes: it chooses experts or tokens; it is adapted where it is named.
+    """
+
+    reason: str
+    roles: frozenset[Role] = frozenset()
+    adaptable: bool = True
+    routes: bool = False
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Does the dotted-suffix ``pattern``, with ``*`` inside its parts, name ``path``?"""
+    parts, wanted = path.split("."), pattern.split(".")
+    return len(parts) >= len(wanted) and all(map(fnmatchcase, parts[-len(wanted) :], wanted))
+
+
+def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused) -> Blocks | Doubt:
+    """Roles and row counts of the blocks of one weight, or why they cannot be told."""
+    parent_path, _, name = path.rpartition(".")
+    parent, leaf = model.get_submodule(parent_path), name.lower()
+    layout, told = layout_of(parent, leaf), _told(path, rows, fused)
+    try:
+        known = layout(parent, rows) if layout else None
+    except AttributeError:  # another version of the class
+        layout = known = None
+    kind, why = type(parent).__name__, ""
+    if layout and known is None:
+        order = "interleaves query, key and value head by head"
+        why = f"{path}: {kind} {order}, so no block of rows is the query's"
+    elif leaf in LATENT:
+        why = f"{path}: {kind} has key and value of one latent, so no block of rows is the value's"
+    if why and told:
+        raise ValueError(f"{why}: fused= cannot divide it, leave it out of fused")
+    if why:
+        return Doubt(why, frozenset(FUSED_NAMES.get(leaf, (Role.KEY, Role.VALUE))))
+    if told:
+        return told
+    if known and sum(size for _, size in known) == rows:
+        return known
+    if leaf == "in_proj" and not in_attention(parent_path):
+        return [(Role.OTHER, rows)]  # a state-space block's
+    if leaf in FUSED_NAMES:
+        holds = FUSED_NAMES[leaf]
+        for likely in likely_blocks(parent, leaf, rows):
+            if divides(parent, name, columns, likely):
+                return likely
+        return Doubt(_ask_for_rows(model, path, rows, holds), frozenset(holds))
+    if leaf in GATED_NAMES and rows % 2 == 0:
+        return [(Role.GATE, rows // 2), (Role.UP, rows // 2)]
+    if leaf == "wi":
+        output = getattr(parent, "Wo", None)
+        if getattr(output, "in_features", None) == rows // 2:
+            return [(Role.GATE, rows // 2), (Role.UP, rows // 2)]
+    return [(role_of(path), rows)]
+
+
+def _told(path: str, rows: int, fused: Fused) -> Blocks | None:
+    patterns = [pattern for pattern in fused if matches(path, pattern)]
+    if not patterns:
+        return None
+    pattern = max(patterns, key=lambda each: (each.count("."), len(each)))
+    sizes = fused[pattern]
+    if sum(sizes.values()) != rows or min(sizes.values(), default=0) < 1:
+        said = f"fused[{pattern!r}] = {dict(sizes)}"
+        raise ValueError(
+            f"{said} must add up to the {rows} rows of {path}; a longer pattern can name it alone"
+        )
+    return [(Role(role), size) for role, size in sizes.items()]
+
+
+def _ask_for_rows(model: nn.Module, path: str, rows: int, roles: tuple[Role, ...]) -> str:
+    """The reason, with the shortest pattern that names no weight of another height."""
+    parts = path.split(".")
+    patterns = [".".join(parts[-i:]) for i in range(1, len(parts) + 1)]
+    others = [
+        other
+        for other, module in model.named_modules()
+        if other and is_linear(module) and (declared_shape(module) or (rows,))[0] != rows
+    ]
+    pattern = next((each for each in patterns if not any(matches(other, each) for other in others)), path)
+    said = ", ".join(f'"{role}": rows' for role in roles)
+    return (
+        f"{path}: nothing tells where {' and '.join(roles)} lie in its {rows} rows; say it with "
+        f'fused={{"{pattern}": {{{said}}}}}, as they are stored'
+    )

@@ -1,0 +1,181 @@
+"""Finds the linear projections of a model and says what each is for.
+
+What is known by name is in `families`; what names do not tell is tried out on copies by `trials`. It changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.models.families import (
+    INDEXERS,
+    ROUTERS,
+    Role,
+)
+from lowrank.models.fused import Doubt, Fused, blocks_of
+from lowrank.models.storage import as_rows, declared_shape, is_linear
+from lowrank.models.trials import try_layer
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One logical matrix ``(out_features, in_features)`` of a model; a fused qkv weight is three of them.
+
+    ``rows`` are the output rows that it owns in the tensor ``param`` of ``module``, counted over the
+    tensor laid out as ``(rows, in_features)``: a stack of experts ``(experts, out, in)`` is read as
+    ``(experts · out, in)``. ``block`` only labels it among its siblings.
+    """
+
+    module: str
+    param: str
+    rows: tuple[int, int]
+    role: Role
+    in_features: int
+    out_features: int
+    block: str = field(default="", compare=False)
+
+    @property
+    def name(self) -> str:
+        """Readable and unique in its model: ``h.0.attn.c_attn[query]``."""
+        path = self.module if self.param == "weight" else f"{self.module}.{self.param}".lstrip(".")
+        return f"{path}[{self.block}]" if self.block else path
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """The matrix as ``(out, in)``: a view where the model stores it plainly, else dequantized."""
+        rows = as_rows(model.get_submodule(self.module), self.param)
+        return rows[self.rows[0] : self.rows[1]]
+
+
+# -- names ------------------------------------------------------------------------------------------
+
+# These read `child.weight` in some path of theirs instead of calling the child.
+READ_BY_WEIGHT = {
+    "MultiheadAttention": ("out_proj",),
+    "TransformerEncoderLayer": ("linear1", "linear2"),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+}
+
+
+# -- the scan ---------------------------------------------------------------------------------------
+
+
+Found = tuple[Projection, Doubt | None]
+
+
+def find_projections(model: nn.Module, fused: Fused | None = None) -> list[Projection]:
+    """Every linear projection of ``model``, in its own order; shared modules once, heads included.
+
+    A fused weight whose blocks cannot be told is listed whole, as ``Role.OTHER``; `scan` says why.
+
+    Args:
+        fused: rows by role of fused weights that nothing else tells, by dotted-suffix pattern:
+            ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Of several patterns that name a
+            weight, the longest counts.
+    """
+    return list(scan(model, fused))
+
+
+def scan(model: nn.Module, fused: Fused | None = None) -> dict[Projection, Doubt | None]:
+    """The projections of `find_projections`, each with what speaks against adapting it.
+
+    Raises:
+        ValueError: ``fused`` does not add up to the rows of a weight, or divides one that interleaves heads.
+    """
+    return dict(_scan(model, fused or {}))
+
+
+def read_by_weight(model: nn.Module, path: str) -> bool:
+    """Does the parent of ``path`` use its weight without calling it?"""
+    parent, _, leaf = path.rpartition(".")
+    kinds = type(model.get_submodule(parent)).__mro__
+    return any(leaf in READ_BY_WEIGHT.get(kind.__name__, ()) for kind in kinds)
+
+
+def on_weight(model: nn.Module, p: Projection) -> bool:
+    """Is ``p`` adapted on the weight itself, because nothing calls a layer that holds it?"""
+    return p.param != "weight" or read_by_weight(model, p.module)
+
+
+def _scan(model: nn.Module, fused: Fused) -> Iterator[Found]:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            yield from _attention(path, module)
+        elif is_linear(module):
+            yield from _linear(model, path, module, fused)
+        else:
+            yield from _experts(path, module)
+
+
+def _linear(model: nn.Module, path: str, module: nn.Module, fused: Fused) -> Iterator[Found]:
+    shape = declared_shape(module)
+    assert shape is not None
+    rows, columns = shape
+    problem = "" if read_by_weight(model, path) else try_layer(module, rows, columns).problem
+    if problem:
+        doubt = Doubt(f"{path}: the forward of {type(module).__name__} {problem}", adaptable=False)
+        yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), doubt
+        return
+    blocks = blocks_of(model, path, rows, columns, fused)
+    if isinstance(blocks, Doubt):
+        yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), blocks
+        return
+    start = 0
+    routes = _routes(model, path)
+    for role, size in blocks:
+        block = role.value if len(blocks) > 1 else ""
+        role = Role.OTHER if routes else role
+        yield Projection(path, "weight", (start, start + size), role, columns, size, block), routes
+        start += size
+
+
+def _routes(model: nn.Module, path: str) -> Doubt | None:
+    parts = path.split(".")
+    if any(part in INDEXERS for part in parts):
+        return Doubt(f"{path}: it chooses tokens, and no gradient reaches it", routes=True)
+    for i, part in enumerate(parts):
+        if part in ROUTERS and hasattr(model.get_submodule(".".join(parts[:i])), "experts"):
+            return Doubt(f"{path}: it chooses experts", routes=True)
+    return None
+
+
+def _attention(path: str, module: nn.MultiheadAttention) -> Iterator[Found]:
+    width, roles = module.embed_dim, (Role.QUERY, Role.KEY, Role.VALUE)
+    for i, role in enumerate(roles):
+        if module.in_proj_weight is not None:
+            rows = (i * width, (i + 1) * width)
+            yield Projection(path, "in_proj_weight", rows, role, width, width, role.value), None
+        else:
+            param = f"{role.value[0]}_proj_weight"
+            columns = getattr(module, param).shape[1]
+            yield Projection(path, param, (0, width), role, columns, width), None
+
+
+def _experts(path: str, module: nn.Module) -> Iterator[Found]:
+    """Stacks of experts: ``gate_up_proj`` (experts, 2·hidden, in) and ``down_proj`` (experts, in, hidden)."""
+    up, down = (module._parameters.get(param) for param in ("gate_up_proj", "down_proj"))
+    if up is None or down is None or up.dim() != 3 or down.dim() != 3:
+        return
+    experts, rows, columns = up.shape
+    if down.shape != (experts, columns, rows // 2) or torch.is_complex(up):
+        reason = f"{path}: its experts are not stored as (experts, out, in) with the gate's rows first"
+        flat = up.shape[0] * up.shape[1]
+        doubt = Doubt(reason, frozenset({Role.GATE, Role.UP, Role.DOWN}), adaptable=False)
+        yield Projection(path, "gate_up_proj", (0, flat), Role.OTHER, up.shape[2], flat), doubt
+        return
+    half = rows // 2
+    for e in range(experts):
+        for role, start in ((Role.GATE, e * rows), (Role.UP, e * rows + half)):
+            block = f"{e}.{role.value}"
+            yield Projection(path, "gate_up_proj", (start, start + half), role, columns, half, block), None
+    for e in range(experts):
+        rows_of_one = (e * columns, (e + 1) * columns)
+        yield Projection(path, "down_proj", rows_of_one, Role.DOWN, half, columns, f"{e}.down"), None

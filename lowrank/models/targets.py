@@ -1,0 +1,217 @@
+"""Which projections a policy means: targets, exclusions, and the error where a name means nothing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from lowrank.models.fused import Doubt, Fused, matches
+from lowrank.models.heads import output_heads
+from lowrank.models.projections import Projection, Role, scan
+
+_ROLES = frozenset(role.value for role in Role)
+
+Target = str | Sequence[str] | Callable[[Projection], bool]
+
+
+class Selection(NamedTuple):
+    """The projections that a policy means, and what its plan should say of those that it leaves out."""
+
+    projections: list[Projection]
+    notes: list[str]
+
+
+def select(
+    model: nn.Module,
+    target: Target,
+    exclude: Sequence[str] = (),
+    train: Sequence[str] = (),
+    fused: Fused | None = None,
+) -> Selection:
+    """The projections of ``model`` that ``target`` means, in the model's order.
+
+    "all-linear" leaves out output heads, routers and layers that cannot be adapted, and takes a fused weight
+    that cannot be divided as a whole; the notes say so.
+
+    Raises:
+        ValueError: nothing is asked for, a name matches nothing (with the nearest names), a layer that is
+            named cannot be adapted, or a role may lie in a weight that cannot be divided.
+    """
+    fused = fused or {}
+    paths = [path for path, _ in model.named_modules() if path]
+    for pattern in fused:
+        if not any(matches(path, pattern) for path in paths):
+            raise ValueError(f"fused={pattern!r} names no module{_nearest(pattern, paths)}")
+    doubts = scan(model, fused)
+    if not doubts:
+        raise ValueError(f"{type(model).__name__} has no linear projection to adapt")
+    inside_trained = _under(trained_modules(model, train))
+    doubts = {p: doubt for p, doubt in doubts.items() if not inside_trained(p.module)}
+    known = _Known(model, doubts, output_heads(model))
+
+    excluded: set[Projection] = set()
+    for name in _as_names(exclude, "exclude"):
+        excluded |= known.named(name, excluding=True)
+    if callable(target):
+        chosen = {p for p in doubts if target(p)}
+        if not chosen:
+            raise ValueError(f"the target {target!r} accepts none of the model's {len(doubts)} projections")
+    else:
+        names = _as_names(target, "target")
+        if not names:
+            raise ValueError('no target: name projections, a role such as "query", or "all-linear"')
+        roles = [name for name in names if name in _ROLES]
+        chosen = {p for name in names if name not in roles for p in known.named(name)}
+        whole = frozenset(chosen)
+        for name in roles:
+            known.check_role(f"target={name!r}", name, doubts.keys() - whole - excluded)
+            chosen |= known.named(name)
+    chosen -= excluded
+    for name in _as_names(exclude, "exclude"):
+        known.check_role(f"exclude={name!r}", name, chosen)
+    if not chosen:
+        raise ValueError(_nothing_left(target, exclude, train, known.notes(target, chosen, excluded)))
+    broken = [doubt.reason for p in chosen if (doubt := doubts[p]) and not doubt.adaptable]
+    if broken:
+        more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
+        raise ValueError(f"{broken[0]}; it cannot be adapted: leave it out with exclude={more}")
+    return Selection([p for p in doubts if p in chosen], known.notes(target, chosen, excluded))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a model offers to a policy: its projections, each with what speaks against it, and its heads."""
+
+    model: nn.Module
+    doubts: Mapping[Projection, Doubt | None]
+    heads: Mapping[str, str]
+
+    def named(self, name: str, *, excluding: bool = False) -> set[Projection]:
+        """The projections that ``name`` means; raises ValueError where it means nothing."""
+        if name == "all-linear":
+            return {p for p, doubt in self.doubts.items() if excluding or not self._left_out(p, doubt)}
+        if name in _ROLES:
+            hits = {p for p in self.doubts if p.role == name and p.module not in self.heads}
+            if hits:
+                return hits
+        hits = {p for p in self.doubts if _is_called(p, name)}
+        if excluding:
+            inside = [path for path, _ in self.model.named_modules() if path and matches(path, name)]
+            hits |= {p for p in self.doubts if _under(inside)(p.module)}
+            if inside:
+                return hits
+        if hits:
+            return hits
+        if excluding and any(doubt and name in doubt.roles for doubt in self.doubts.values()):
+            return set()
+        what = "exclude" if excluding else "target"
+        suggestions = _nearest(name, [p.module for p in self.doubts] + [p.name for p in self.doubts])
+        raise ValueError(f"{what}={name!r} matches no projection{suggestions}")
+
+    def check_role(self, said: str, name: str, among: Collection[Projection]) -> None:
+        """Raises ValueError where the role ``name`` may lie in a weight of ``among`` that is not divided."""
+        may_be = [p for p in among if (doubt := self.doubts[p]) and name in doubt.roles]
+        if may_be:
+            first = min(may_be, key=list(self.doubts).index)
+            leaf = (first.module if first.param == "weight" else first.param).rpartition(".")[2]
+            more = f" (and {len(may_be) - 1} more like it)" if len(may_be) > 1 else ""
+            reason = self.doubts[first].reason  # type: ignore[union-attr]
+            raise ValueError(
+                f"{said} may mean rows of a weight that is not divided: {reason}{more}; "
+                f"or leave it out with exclude=({leaf!r},), or name it in target= to adapt it as a whole"
+            )
+
+    def _left_out(self, p: Projection, doubt: Doubt | None) -> bool:
+        return p.module in self.heads or (doubt is not None and (doubt.routes or not doubt.adaptable))
+
+    def notes(
+        self, target: Target, chosen: Collection[Projection], excluded: Collection[Projection]
+    ) -> list[str]:
+        """What a plan for ``target`` should say of what it adapts as a whole or leaves out."""
+        found: dict[str, list[str]] = {}
+        by_role = not callable(target) and any(name in _ROLES for name in _as_names(target, "target"))
+        everything = not callable(target) and "all-linear" in _as_names(target, "target")
+        for p, doubt in self.doubts.items():
+            if p in chosen:
+                if doubt and doubt.roles:
+                    found.setdefault(f"adapted as a whole, since {_why(p, doubt)}", []).append(p.module)
+            elif p in excluded:
+                continue
+            elif everything:
+                why = self.heads.get(p.module)
+                reason = f"an output head ({why})" if why else _why(p, doubt) if doubt else ""
+                found.setdefault(f"left out: {reason}", []).append(p.module)
+            elif callable(target) and doubt and doubt.roles:
+                found.setdefault(f"left out, and {_why(p, doubt)}", []).append(p.module)
+            elif by_role and p.role == Role.OTHER and p.module not in self.heads and not doubt:
+                found.setdefault("left out, since its role is not known", []).append(p.module)
+        return [f"{_listed(modules)}: {what}" for what, modules in found.items()]
+
+
+def _why(p: Projection, doubt: Doubt) -> str:
+    return doubt.reason.removeprefix(p.module).removeprefix(": ").strip()
+
+
+def _listed(modules: Iterable[str]) -> str:
+    """``head, layers.*.mlp.gate (12)``: modules that differ by numbers only are counted."""
+    kinds: dict[str, list[str]] = {}
+    for module in dict.fromkeys(modules):
+        pattern = ".".join("*" if part.isdigit() else part for part in module.split("."))
+        kinds.setdefault(pattern, []).append(module)
+    shown = [held[0] if len(held) == 1 else f"{pattern} ({len(held)})" for pattern, held in kinds.items()]
+    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} kinds more" if len(shown) > 6 else "")
+
+
+def _nothing_left(target: Target, exclude: Sequence[str], train: Sequence[str], notes: Sequence[str]) -> str:
+    options = (("exclude", exclude), ("train", train))
+    left = [f"{what}={_as_names(names, what)}" for what, names in options if names]
+    by = f"{' and '.join(left)} leaves" if left else "the model has"
+    why = f" ({'; '.join(notes)}); name what to adapt in target=" if notes else ""
+    return f"{by} nothing of target={target!r}{why}"
+
+
+def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
+    """Paths of the modules that ``train`` names; a path below another of them is left out."""
+    paths = [path for path, _ in model.named_modules() if path]
+    found: list[str] = []
+    for pattern in _as_names(train, "train"):
+        hits = [path for path in paths if matches(path, pattern)]
+        if not hits:
+            raise ValueError(f"train={pattern!r} names no module{_nearest(pattern, paths)}")
+        for hit in hits:
+            kind = type(model.get_submodule(hit))
+            if kind.forward is nn.Module.forward:
+                raise ValueError(
+                    f"train={pattern!r} names {hit}, a {kind.__name__}, which is never called: "
+                    f"name what it holds, such as {pattern + '.*'!r}"
+                )
+        found += [hit for hit in hits if hit not in found]
+    return [path for path in found if not _under([p for p in found if p != path])(path)]
+
+
+def _is_called(projection: Projection, name: str) -> bool:
+    full = f"{projection.module}.{projection.param}"
+    return projection.name == name or matches(projection.module, name) or matches(full, name)
+
+
+def _as_names(names: str | Sequence[str], what: str) -> list[str]:
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, Iterable) or not all(isinstance(name, str) and name for name in listed):
+        raise ValueError(f"{what} takes names, not {names!r}")
+    return list(listed)
+
+
+def _under(paths: Sequence[str]) -> Callable[[str], bool]:
+    return lambda path: any(path == above or path.startswith(above + ".") for above in paths)
+
+
+def _nearest(name: str, paths: Sequence[str]) -> str:
+    """`; the nearest names are …`, by the suffixes of as many parts as ``name`` has."""
+    parts = name.count(".") + 1
+    suffixes = list(dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))
+    near = difflib.get_close_matches(name, suffixes, n=4, cutoff=0.3) or suffixes[:8]
+    return f"; the nearest names are {', '.join(near)}"

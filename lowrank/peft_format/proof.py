@@ -1,0 +1,64 @@
+"""The proof of an export: the written files are read again and held against the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.models.projections import Projection
+from lowrank.peft_format.config import PeftConfig
+from lowrank.peft_format.folder import Contents, base_paths
+from lowrank.peft_format.pairs import Pair, relative_distance
+
+TOLERANCE = 1e-5  # of ΔW, relative, between the model and the written files
+
+
+def check_written(
+    folder: Path,
+    root: nn.Module,
+    exact: Mapping[Projection, Pair],
+    lossy: Mapping[str, Pair] | None,
+    trained: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, float]:
+    """The relative error of each ΔW in the files of ``folder``, by projection.
+
+    Raises ValueError where they say something else than the model, or than ``lossy`` where it is given.
+    """
+    contents = Contents.read(folder)
+    tensors = contents.tensors()
+    adapted = adapted_paths(root, contents.config)
+    saved = {path for path in base_paths(root) if contents.config.trains(path)}
+    if adapted != set(contents.layers) or saved != set(trained):
+        raise ValueError(
+            "the written configuration names other modules than the tensors: nothing was exported"
+        )
+    errors = {}
+    for p, true in exact.items():
+        rows = slice(*p.rows)
+        whole = tensors.pair(p.module)
+        read = whole._replace(B=whole.B[rows])
+        errors[p.name] = error = relative_distance(read, true)
+        if lossy is not None:
+            meant = lossy[p.module]
+            error = relative_distance(read, meant._replace(B=meant.B[rows]))
+        if not error <= TOLERANCE:
+            raise ValueError(
+                f"{p.name}: the written files give another ΔW ({error:.1e} off): nothing was exported"
+            )
+    for path, state in trained.items():
+        for name, tensor in tensors.state(path, state).items():
+            if not torch.equal(tensor, state[name].cpu()):
+                raise ValueError(f"{path}.{name}: the written files give another value: nothing was exported")
+    return errors
+
+
+def adapted_paths(root: nn.Module, config: PeftConfig) -> set[str]:
+    """The paths that PEFT would adapt."""
+    targets = config.targets
+    if isinstance(targets, str):
+        return {path for path in base_paths(root) if re.fullmatch(targets, path)}
+    return {path for path in base_paths(root) if config.adapts(path)}

@@ -1,0 +1,1 @@
+"""What wrapping, loading and importing share: checks, and the surgery itself."""

@@ -1,0 +1,127 @@
+"""What wrapping, loading and importing all check before a model is touched. It changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from lowrank.layers.linear import LoRALinear
+from lowrank.layers.trained import TrainedModule
+from lowrank.layers.weight import AdaptedWeight
+from lowrank.models.projections import Projection, on_weight
+from lowrank.models.storage import is_linear, packed, weight_shape
+
+PARALLEL = frozenset(
+    "DistributedDataParallel DataParallel FullyShardedDataParallel FSDPModule ReplicateModule "
+    "DeepSpeedEngine".split()
+)
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raises ValueError where ``model`` cannot be wrapped at all, or is wrapped already."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a torch.nn.Module, not {type(model).__name__}")
+    if "_orig_mod" in model._modules:
+        raise ValueError("the model is compiled: wrap it first, then call torch.compile")
+    _check_not_parallel(model)
+    if any(isinstance(m, (LoRALinear, AdaptedWeight, TrainedModule)) for m in model.modules()):
+        raise ValueError("the model is wrapped already: unwrap(model) or merge(model) first")
+    if is_linear(model):
+        raise ValueError(
+            "the model is itself one projection, which cannot be replaced in place: wrap its parent"
+        )
+
+
+def _check_not_parallel(model: nn.Module) -> None:
+    """Raises ValueError where a parallel wrapper would not know of adapters that are put in beneath it."""
+    for path, module in model.named_modules():
+        wrappers = [kind.__name__ for kind in type(module).__mro__ if kind.__name__ in PARALLEL]
+        if wrappers:
+            raise ValueError(
+                f"{path or 'the model'} is wrapped in {wrappers[0]}, which would not synchronize adapters "
+                "between processes: adapt the model first, then make it parallel"
+            )
+    for name, parameter in model.named_parameters():
+        if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
+            raise ValueError(f"{name} is sharded (a DTensor): adapt the model first, then shard it")
+
+
+def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> list[str]:
+    """A line for each of ``projections`` that ``model`` does not have in that shape."""
+    problems = []
+    modules = dict(model.named_modules())
+    for p in projections:
+        module = modules.get(p.module)
+        tensor = None if module is None else module._parameters.get(p.param)
+        if module is None or tensor is None:
+            problems.append(f"{p.name}: the model has no such weight")
+            continue
+        rows, columns = weight_shape(module, p.param)
+        if columns != p.in_features or p.rows[1] > rows or p.rows[1] - p.rows[0] != p.out_features:
+            problems.append(
+                f"{p.name}: rows {p.rows} of width {p.in_features} in a weight of shape {(rows, columns)}"
+            )
+    return problems
+
+
+def check_layers(
+    model: nn.Module, projections: Sequence[Projection], train: Sequence[str], dropout: float
+) -> None:
+    """Raises ValueError where these projections and modules cannot be adapted and trained like that."""
+    replaced = {p.module for p in projections if not on_weight(model, p)}
+    for p in projections:
+        module = model.get_submodule(p.module)
+        stored = module._parameters.get(p.param)
+        if stored is None:
+            raise ValueError(
+                f"{p.name}: its weight is no parameter, but a buffer or made from others, as by weight_norm "
+                "and parametrizations: remove these first, or leave it out with exclude="
+            )
+        if isinstance(stored, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{p.name} has no shape yet: call the model on a batch first")
+        if p.module not in replaced and packed(stored):
+            raise ValueError(
+                f"{p.name} is read without a call, so ΔW would be added to the weight itself, but it is "
+                f"stored as {type(stored).__name__} of {stored.dtype}: leave it out with exclude="
+            )
+        parts = p.module.split(".")
+        if "_orig_mod" in parts:
+            compiled = ".".join(parts[: parts.index("_orig_mod")])
+            raise ValueError(f"{compiled} is compiled: wrap first, then call torch.compile")
+        for above in (".".join(parts[:i]) for i in range(1, len(parts))):
+            if above in replaced:
+                raise ValueError(
+                    f"{p.name} lies inside {above}, which would be adapted too: leave one of them out with "
+                    "exclude=, or take out the other adapter that it belongs to"
+                )
+    if dropout:
+        held = [p.name for p in projections if on_weight(model, p)]
+        if held:
+            raise ValueError(
+                f"dropout={dropout} cannot act on {held[0]} ({len(held)} in all), which is adapted on the "
+                "weight: use dropout=0, or leave these out with exclude="
+            )
+    for path in train:
+        module = model.get_submodule(path)
+        for name, stored in module.named_parameters():
+            if not stored.is_floating_point():
+                raise ValueError(
+                    f"train={path!r}: expected floating-point weights, got {name} in {stored.dtype}: "
+                    "keep this module from being quantized, or adapt it instead"
+                )
+        tied = _tied_outside(model, module)
+        if tied:
+            raise ValueError(
+                f"train={path!r}: its weight is tied to {tied}, and a copy trained apart would break the tie"
+            )
+
+
+def _tied_outside(model: nn.Module, module: nn.Module) -> str | None:
+    """The name of a module outside ``module`` that holds one of its parameters."""
+    inside = set(module.modules())
+    own = {id(p) for p in module.parameters()}
+    for path, other in model.named_modules():
+        if other not in inside and any(id(p) in own for p in other.parameters(recurse=False)):
+            return path or type(other).__name__
+    return None

@@ -1,0 +1,143 @@
+"""What an adapter folder claims, held against a model: a line for whatever does not fit. It reads no file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.adapters import base_modules, holder
+from lowrank.files import FLOATS, Entry
+from lowrank.layers.linear import LoRALinear
+from lowrank.models.fingerprint import Sample, difference, differences, of_projection, of_tensor
+from lowrank.models.projections import find_projections
+from lowrank.models.storage import weight_shape
+from lowrank.plan import Plan
+from lowrank.wrapping.checks import projection_problems
+
+TRAINED = "train:"  # before the names of tensors of modules trained in full
+SHOWN = 50  # at most, of the tensors that are neither adapted nor trained
+
+
+def plan_differences(plan: Plan, saved: Any) -> list[str]:
+    """A line for each projection and trained module that only one of two plans has, or has otherwise."""
+    other = Plan.from_json(saved)
+    problems = [
+        f"{p.name}: {other.get(p, 'not adapted')}, expected {plan.get(p, 'not adapted')}"
+        for p in {**dict(plan), **dict(other)}
+        if plan.get(p) != other.get(p)
+    ]
+    if set(plan.train) != set(other.train):
+        problems.append(f"modules trained in full: {sorted(other.train)}, expected {sorted(plan.train)}")
+    return problems
+
+
+def plan_problems(model: nn.Module, plan: Plan) -> list[str]:
+    """A line for each projection and each trained module that this model does not have like that."""
+    known = {(p.module, p.param) for p in find_projections(model)}
+    strange = [p for p in plan.adapted if (p.module, p.param) not in known or p.rows[0] < 0]
+    problems = [f"{p.name}: the model has no such weight" for p in strange]
+    problems += projection_problems(model, [p for p in plan.adapted if p not in strange])
+    rows: dict[tuple[str, str], int] = {}
+    for p in sorted(plan.adapted, key=lambda each: each.rows):
+        if p.rows[0] < rows.get((p.module, p.param), 0):
+            problems.append(f"{p.name}: its rows {p.rows} belong to another one too")
+        rows[p.module, p.param] = p.rows[1]
+    problems += [
+        f"{p.name}: scaling {plan[p].scaling}" for p in plan.adapted if not abs(plan[p].scaling) < 1e30
+    ]
+    if not 0 <= plan.dropout < 1:
+        problems.append(f"dropout {plan.dropout} is not between 0 and 1")
+    paths = {path for path, _ in model.named_modules() if path}
+    for name in plan.train:
+        inside = [
+            each for each in (*plan.train, *(p.module for p in plan.adapted)) if each.startswith(f"{name}.")
+        ]
+        if name not in paths:
+            problems.append(f"{name}: no such module to train")
+        elif inside or plan.train.count(name) > 1 or name in {p.module for p in plan.adapted}:
+            problems.append(f"{name}: trained in full, and what lies inside it is named too")
+    return problems
+
+
+def frozen_names(names: Any) -> list[str]:
+    if names not in ([], ["A"], ["B"]):
+        raise ValueError(f"{names!r} are no frozen factors")
+    return names
+
+
+def tensor_problems(model: nn.Module, plan: Plan, header: Mapping[str, Entry]) -> list[str]:
+    """A line for each tensor that is not what the plan asks for."""
+    wanted: dict[str, tuple[tuple[int, ...], bool]] = {}
+    for p in plan.adapted:
+        rank = plan[p].rank
+        for anchor in ("", "0") if f"{p.name}.A0" in header else ("",):
+            wanted[f"{p.name}.A{anchor}"] = (rank, p.in_features), True
+            wanted[f"{p.name}.B{anchor}"] = (p.out_features, rank), True
+    for name in plan.train:
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            wanted[f"{TRAINED}{name}.{key}"] = tuple(tensor.shape), tensor.is_floating_point()
+    problems = []
+    for name, (shape, floating) in wanted.items():
+        entry = header.get(name)
+        if entry is None:
+            problems.append(f"{name} is missing")
+        elif (entry.shape, entry.dtype in FLOATS) != (shape, floating):
+            problems.append(
+                f"{name} is {entry.shape} {entry.dtype}, not {shape}{' floating point' * floating}"
+            )
+    unknown = sorted(header.keys() - wanted.keys())
+    return problems + ([f"it holds tensors that its plan does not name: {unknown[:5]}"] if unknown else [])
+
+
+def weight_problems(model: nn.Module, plan: Plan, saved: Mapping[str, Any]) -> list[str]:
+    """A line for each projection whose weights are not those of the base that the adapter was made for."""
+    there = {}
+    for p in plan.adapted:
+        values = saved[p.name]["sample"]
+        numbers = None if values is None else torch.tensor([float(value) for value in values])
+        there[p] = Sample(str(saved[p.name]["dtype"]), None, numbers)
+    here = {p: of_projection(holder(model, p), p) for p in plan.adapted}
+    found = differences(here, there)
+    return [f"{p.name}: {text}" for p, text in found.items()]
+
+
+def samples_of_the_rest(root: nn.Module, plan: Plan) -> dict[str, Sample]:
+    """Samples of what of the base is neither adapted nor trained in full, by name; shared tensors once."""
+    rows: Counter[tuple[str, str]] = Counter()
+    for p in plan.adapted:
+        rows[p.module, p.param] += p.out_features
+    found: dict[str, Sample] = {}
+    seen: set[int] = set()
+    for path, hung in base_modules(root).items():
+        if any(f"{path}.".startswith(f"{name}.") for name in plan.train):
+            continue
+        module = hung.base if isinstance(hung, LoRALinear) else hung
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if (path, name) in rows and rows[path, name] == weight_shape(module, name)[0]:
+                continue  # wholly adapted, so it has a sample of its own
+            sample = of_tensor(module, name)
+            if sample is not None:
+                found[f"{path}.{name}".lstrip(".")] = sample
+    return found
+
+
+def rest_problems(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
+    """A line for each tensor that this model does not have as it was; of many, the first ones."""
+    modules = base_modules(model)
+    problems = []
+    for name, said in saved.items():
+        path, _, leaf = name.rpartition(".")
+        there, module = Sample.from_json(said), modules.get(path)
+        if module is None or (module._parameters.get(leaf) is None and module._buffers.get(leaf) is None):
+            problems.append(f"{name}: the model has no such weight")
+        elif (here := of_tensor(module, leaf)) and (text := difference(here, there)):
+            problems.append(f"{name}: {text}")
+    more = len(problems) - SHOWN
+    return problems if more <= 0 else [*problems[:SHOWN], f"and {more} more"]

@@ -1,0 +1,183 @@
+"""What a transformers model keeps beside its weights, and what of it must change with them.
+
+Its quantizer says whether a Trainer accepts it, its configuration says how a saved folder is read, and its
+``save_pretrained`` chooses the names in that folder. All of it is told by attributes: transformers is not
+imported, nor is bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from lowrank.layers.linear import LoRALinear
+from lowrank.layers.trained import TrainedModule
+from lowrank.layers.weight import AdaptedWeight
+from lowrank.models.storage import is_linear, quantized
+
+ADAPTED = (LoRALinear, AdaptedWeight, TrainedModule)
+SAVE = "save_pretrained"
+MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+CONFIG_MARKS = ("quantization_config", "_is_quantized")
+SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")  # bitsandbytes; torchao, fp8 and others
+
+
+class SavePretrainedWarning(UserWarning):
+    """``save_pretrained`` was called on a wrapped model: ``from_pretrained`` cannot read that folder."""
+
+
+def attach(root: nn.Module) -> None:
+    """Tells what is in ``root`` of transformers that adapters are there now. Undone by `detach`.
+
+    A quantized model is accepted by a Trainer, as one with PEFT's adapters is, where its quantizer says that
+    gradients pass through its layers. ``save_pretrained`` warns, and keeps the names that the model has.
+    """
+    for module in root.modules():
+        quantizer = module.__dict__.get("hf_quantizer")
+        if quantizer is not None and not isinstance(quantizer, _WithAdapters):
+            made = _made(type(quantizer))  # beside the original, which may be another model's too
+            made.__dict__.update(vars(quantizer), original=quantizer)
+            module.__dict__["hf_quantizer"] = made
+        saves = callable(getattr(type(module), SAVE, None)) and SAVE not in module.__dict__
+        if saves and any(isinstance(part, ADAPTED) for part in module.modules()):
+            module.__dict__[SAVE] = _SavePretrained(module)
+
+
+def detach(root: nn.Module) -> None:
+    """Undoes `attach`."""
+    for module in root.modules():
+        quantizer = module.__dict__.get("hf_quantizer")
+        if isinstance(quantizer, _WithAdapters):
+            module.__dict__["hf_quantizer"] = quantizer.original
+        if isinstance(module.__dict__.get(SAVE), _SavePretrained):
+            del module.__dict__[SAVE]
+
+
+# -- quantization -----------------------------------------------------------------------------------------
+
+
+class _WithAdapters:
+    """A quantizer whose model is trained by adapters beside its layers.
+
+    ``is_qat_trainable`` is what a Trainer asks first; ``is_trainable`` stays the quantizer's own answer.
+    """
+
+    original: Any
+    is_qat_trainable = True
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _made, (type(self.original),), self.__dict__
+
+
+@cache
+def _with_adapters(kind: type) -> type:
+    return type(kind.__name__, (_WithAdapters, kind), {})
+
+
+def _made(kind: type) -> Any:
+    """One without attributes, for a quantizer of this ``kind``."""
+    cls: Any = _with_adapters(kind)
+    return cls.__new__(cls)
+
+
+def forget_quantization(root: nn.Module) -> None:
+    """Removes what says that ``root`` is quantized, where no quantized weight is left in it.
+
+    Where some are left, the configuration lists the layers that are not quantized, so that a saved folder
+    is read as it was written.
+    """
+    for model in root.modules():
+        if "hf_quantizer" not in model.__dict__:
+            continue
+        if any(quantized(parameter) for parameter in model.parameters()):
+            _list_plain_layers(model)
+            continue
+        for name in MARKS:
+            model.__dict__.pop(name, None)
+        for part in model.modules():
+            for name in CONFIG_MARKS:
+                getattr(getattr(part, "config", None), "__dict__", {}).pop(name, None)
+
+
+def _list_plain_layers(model: Any) -> None:
+    settings = copy.copy(getattr(model.config, "quantization_config", None))
+    name = next((each for each in SKIPPED if hasattr(settings, each)), None)
+    if name is None:
+        return
+    plain = {
+        path for path, module in model.named_modules() if is_linear(module) and not quantized(module.weight)
+    }
+    setattr(settings, name, sorted(plain.union(getattr(settings, name) or ())))
+    quantizer = copy.copy(model.hf_quantizer)  # it and the settings may be another model's too
+    quantizer.quantization_config = model.config.quantization_config = settings
+    model.hf_quantizer = quantizer
+
+
+# -- save_pretrained ----------------------------------------------------------------------------------------
+
+
+class _SavePretrained:
+    """Stands for a wrapped model's ``save_pretrained``, on the instance; copied and pickled with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)  # a strong one would keep the model until a garbage collection
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model that this save_pretrained belongs to does not exist any more")
+        return model
+
+    def __reduce__(self) -> Any:
+        return _SavePretrained, (self.model,)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model
+        warnings.warn(
+            f"{type(model).__name__} holds adapters: save_pretrained writes a folder that from_pretrained "
+            "cannot read, because the adapted layers have other names. Use lowrank.save_adapter for the "
+            "adapter alone, or lowrank.merge before you save the model",
+            SavePretrainedWarning,
+            stacklevel=2,
+        )
+        original: Any = getattr(type(model), SAVE)
+        signature = inspect.signature(original)
+        given = signature.bind(model, *args, **kwargs).arguments
+        if "save_original_format" in signature.parameters and "save_original_format" not in given:
+            # The names of the original format are those of no adapter: a Trainer would not find them again.
+            kwargs["save_original_format"] = False
+        with _further_names_declared(model):
+            return original(model, *args, **kwargs)
+
+
+@contextmanager
+def _further_names_declared(model: Any) -> Iterator[None]:
+    """Inside, transformers knows each further name of a shared parameter, and leaves it out of the file."""
+    first: dict[int, str] = {}
+    further = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        source = first.setdefault(id(parameter), name)
+        if source != name:
+            further[f"^{re.escape(name)}$"] = source
+    before = getattr(model, "_tied_weights_keys", None) or {}
+    own = "_tied_weights_keys" in model.__dict__
+    if not further or not isinstance(before, dict):
+        yield
+        return
+    model.__dict__["_tied_weights_keys"] = {**before, **further}
+    try:
+        yield
+    finally:
+        del model.__dict__["_tied_weights_keys"]
+        if own:
+            model.__dict__["_tied_weights_keys"] = before
