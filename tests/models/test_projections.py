@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lowrank.models.heads import output_heads
-from lowrank.models.projections import Projection, Role, find_projections, role_of, scan
+from lowrank.models.families import role_of
+from lowrank.models.projections import Projection, Role, find_projections, scan
 from tests import zoo
 
 Q, K, V, OUT = Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT
