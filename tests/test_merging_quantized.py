@@ -168,6 +168,22 @@ def test_four_bits_packed_for_inference_are_read(quant_type: str, nested: bool) 
     assert torch.equal(layer.weight.data, bits) and layer.weight.quant_state.packing_format_for_cpu
 
 
+def test_an_adapter_loads_on_its_base_packed_for_inference(tmp_path: Path) -> None:
+    lowrank.save_adapter(
+        perturb(lowrank.wrap_model(four_bits()[0], presets.lora(rank=2, target="0"), progress=False)),
+        tmp_path,
+    )
+    model, layer = four_bits()
+    pack(layer)
+    loaded = lowrank.load_adapter(model, tmp_path)
+    lowrank.save_adapter(loaded, tmp_path)
+    lowrank.load_adapter(four_bits()[0], tmp_path)
+    model, layer = four_bits()
+    layer.weight.data = layer.weight.data.flip(0)
+    with pytest.raises(lowrank.AdapterError, match="0: its weights differ by"):
+        lowrank.load_adapter(model, tmp_path)
+
+
 def test_a_layer_packed_for_inference_is_adapted_and_merged() -> None:
     model, layer = four_bits()
     pack(layer)
