@@ -80,8 +80,7 @@ class Gradients:
         self._multiply(counts[-1] / sum(counts))
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm([_full(p.grad) for p in self.parameters if p.grad is not None])
         *values, size = torch.cat([torch.stack(losses), norm.to(losses[0].device).reshape(1)]).tolist()
 
         for at, value in zip(places, values, strict=True):
@@ -124,7 +123,7 @@ class Gradients:
         if before is not None:
             self._multiply(before / count)
         self.scaler.scale(loss).backward()
-        return loss.detach().to(torch.promote_types(loss.dtype, torch.float32)), count
+        return _full(loss.detach()), count
 
     def _forward(self, batch: Any, *, watch: bool) -> tuple[Tensor, float | None]:
         """The loss, and the terms that were seen in it."""
@@ -149,6 +148,11 @@ class Gradients:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if factor != 1 and gradients:
             torch._foreach_mul_(gradients, factor)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """In fp32 at least: a norm in bf16 has two to three digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _weighed(weight: Callable[[Any], float], batch: Any) -> float:

@@ -127,6 +127,12 @@ def test_float16_on_a_gpu(
     assert found[0].grad_norm == pytest.approx(wanted[0].grad_norm, rel=0.02)
 
 
+def test_the_norm_of_a_bf16_gradient_is_taken_in_fp32() -> None:
+    model = nn.Linear(1, 1003, bias=False).bfloat16()
+    history = quiet(model, [torch.ones(1, 1).bfloat16()], lambda model, batch: model(batch).float().sum())
+    assert history[0].grad_norm == pytest.approx(1003**0.5, rel=1e-6)
+
+
 # -- seeds ------------------------------------------------------------------------------------------------
 
 
