@@ -20,8 +20,10 @@ class ReadsAsOriginal:
     """Marks a module whose parameters read in the dtype of another's. See `keep_masters`."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        names = tuple(name for name, member in vars(type(self)).items() if isinstance(member, _Reader))
-        return _restore, (type(self).__mro__[2], names), self.__dict__
+        bases = type(self).__mro__
+        at = bases.index(ReadsAsOriginal)
+        names = tuple(name for name, member in vars(bases[at - 1]).items() if isinstance(member, _Reader))
+        return _restore, (bases[at + 1], names), self.__dict__
 
 
 def keep_masters(module: nn.Module, original: nn.Module) -> None:

@@ -63,9 +63,8 @@ def fit(
     weight: ``weight(batch)`` is that number. By default it is seen in the loss: the labels that
         ``F.cross_entropy`` averages over, as the loss has shifted or packed them. Where it calls no such
         function, it is the batch's integer labels that are not ignored (-100), without the first of each row
-        for transformers' causal language models, or else its examples. A batch that
-        counts 0 is left out; a step of such batches updates nothing and says so, in its record and once in a
-        warning.
+        for transformers' causal language models, or else its examples. A batch that counts 0 is left out; a
+        step of such batches updates nothing and says so, in its record and in a warning.
     clip: the largest norm of the gradient; None leaves it as it is.
     autocast: torch.bfloat16 or torch.float16 runs forward under autocast. With float16, also in the base
         alone, the loss is scaled as by ``torch.amp.GradScaler``; a step whose scaled gradient overflows

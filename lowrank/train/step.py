@@ -78,21 +78,22 @@ class Gradients:
         if not counts:
             return Outcome(math.nan, 0.0, NO_TERMS)
         self._multiply(counts[-1] / sum(counts))
-        if self.scaler.is_enabled():
+        scaled = self.scaler.is_enabled() and any(p.grad is not None for p in self.parameters)
+        if scaled:
             self.scaler.unscale_(self.optimizer)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm([_full(p.grad) for p in self.parameters if p.grad is not None])
         *values, size = torch.cat([torch.stack(losses), norm.to(losses[0].device).reshape(1)]).tolist()
 
         for at, value in zip(places, values, strict=True):
             if not math.isfinite(value):
                 if self._counted_nothing(batches):
-                    self.scaler.update(self.scaler.get_scale())  # which is not to blame
+                    if scaled:
+                        self.scaler.update(self.scaler.get_scale())  # which is not to blame
                     return Outcome(math.nan, 0.0, NO_TERMS)
                 raise NonFiniteLoss(f"the loss is {value} at step {step}, in batch {at} of its epoch")
         mean = sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
         if not math.isfinite(size):
-            if self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+            if scaled and self.scaler.get_scale() > 1:
                 self.scaler.update()
                 return Outcome(mean, size, OVERFLOW)
             raise NonFiniteGradient(
@@ -100,7 +101,8 @@ class Gradients:
             )
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        self.scaler.update()
+        if scaled:
+            self.scaler.update()
         return Outcome(mean, size)
 
     def _backward(self, batch: Any, *, watch: bool, before: float | None) -> tuple[Tensor | None, float]:
@@ -124,7 +126,7 @@ class Gradients:
         if before is not None:
             self._multiply(before / count)
         self.scaler.scale(loss).backward()
-        return loss.detach().to(torch.promote_types(loss.dtype, torch.float32)), count
+        return _full(loss.detach()), count
 
     def _forward(self, batch: Any, *, watch: bool) -> tuple[Tensor, float | None]:
         """The loss, and the terms that were seen in it."""
@@ -149,6 +151,11 @@ class Gradients:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if factor != 1 and gradients:
             torch._foreach_mul_(gradients, factor)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """In fp32 at least: a norm in bf16 has two to three digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _weighed(weight: Callable[[Any], float], batch: Any) -> float:

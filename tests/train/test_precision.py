@@ -127,6 +127,12 @@ def test_float16_on_a_gpu(
     assert found[0].grad_norm == pytest.approx(wanted[0].grad_norm, rel=0.02)
 
 
+def test_the_norm_of_a_bf16_gradient_is_taken_in_fp32() -> None:
+    model = nn.Linear(1, 1003, bias=False).bfloat16()
+    history = quiet(model, [torch.ones(1, 1).bfloat16()], lambda model, batch: model(batch).float().sum())
+    assert history[0].grad_norm == pytest.approx(1003**0.5, rel=1e-6)
+
+
 # -- seeds ------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +225,8 @@ def test_a_layer_that_is_called_for_nothing_is_told_apart() -> None:
     quiet(model, data(), scaled_by(1.0), allow_unused=True)
 
 
-def test_the_norm_is_zero_where_a_later_step_reaches_nothing() -> None:
+@pytest.mark.parametrize("autocast", [None, torch.float16])
+def test_the_norm_is_zero_where_a_later_step_reaches_nothing(autocast: torch.dtype | None) -> None:
     """The first batch trains the layer; another reaches only what is not in ``parameters``."""
     model = Partly()
 
@@ -227,5 +234,5 @@ def test_the_norm_is_zero_where_a_later_step_reaches_nothing() -> None:
         return (model.used if batch.sum() > 0 else model.idle)(batch).square().mean()
 
     batches = [torch.ones(1, 8), -torch.ones(1, 8)]
-    history = quiet(model, batches, loss, parameters=model.used.parameters())
+    history = quiet(model, batches, loss, parameters=model.used.parameters(), autocast=autocast)
     assert history[0].grad_norm > 0 and history[1].grad_norm == 0.0
