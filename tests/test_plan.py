@@ -85,7 +85,7 @@ def test_an_initializer_of_ones_own_is_not_written_as_json() -> None:
         (lambda d: d.update(projections=[]), "no projection any rank"),
         (
             lambda d: d.update(init={"class": "Factors", "fields": {}, "x": 1}),
-            "unknown to this version|takes",
+            "initializer 'Factors' is unknown to this version",
         ),
     ],
 )
