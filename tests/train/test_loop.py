@@ -135,7 +135,7 @@ def test_accumulated_batches_make_one_large_batch(sizes: list[int]) -> None:
     together = quiet(large, [(x, y)], regression, epochs=3, lr=1e-2)
     apart = quiet(model, small, regression, epochs=3, lr=1e-2, accumulate=4)
     assert len(apart) == 3
-    assert apart.losses == pytest.approx(together.losses, rel=1e-9)
+    assert apart.losses == pytest.approx(together.losses, rel=1e-6)  # recorded in fp32
     assert apart[0].grad_norm == pytest.approx(together[0].grad_norm, rel=1e-9)
     torch.testing.assert_close(state(model), state(large), atol=1e-9, rtol=1e-9)
 
