@@ -53,8 +53,8 @@ FROM_PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "a head": ("bert", {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
     "a head of several": ("roberta", {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
     "a rank above the shape": ("vit", {"target_modules": ["fc1"], "r": 40}),
-    "orthogonal": ("bert", {"target_modules": ["query"], "init_lora_weights": "orthogonal"}),
-    "gaussian": ("bert", {"target_modules": ["query"], "init_lora_weights": "gaussian"}),
+    "orthogonal": ("bert", {"target_modules": ["value", "output.dense"], "init_lora_weights": "orthogonal"}),
+    "gaussian": ("bert", {"target_modules": ["value", "output.dense"], "init_lora_weights": "gaussian"}),
 }  # fmt: skip
 
 
