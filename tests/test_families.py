@@ -71,18 +71,21 @@ def test_wrap_train_save_and_reload(family: str, preset: Any, tmp_path: Path) ->
 
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    losses = []
+    losses, reached = [], set()
+    adapters = lowrank.adapters.adapters_of(model)
     for _ in range(2):  # the first step moves only one factor of a pair
         optimizer.zero_grad()
         loss = model(**batch).loss
         loss.backward()
         losses.append(loss.item())
+        for p, adapter in adapters.items():
+            if any(factor.grad is not None and factor.grad.any() for factor in adapter.parameters()):
+                reached.add(p)
         optimizer.step()
     model.eval()
     trained = logits(model, batch)
     assert losses[1] != losses[0] and not torch.equal(trained, plain)
-    for adapter in lowrank.adapters.adapters_of(model).values():
-        assert adapter.product().isfinite().all()
+    assert {p for p, adapter in adapters.items() if adapter.product().any()} == reached
 
     lowrank.save_adapter(model, tmp_path)
     again = lowrank.load_adapter(zoo.build(family), tmp_path)
@@ -167,6 +170,8 @@ def test_generation_with_a_cache(family: str) -> None:
 
     perturb(model)
     tokens, scores = generated(model, family)
+    best, second = scores.topk(2).values.unbind(-1)
+    assert (best - second).min() > 2e-5, "a near tie: which token wins would depend on the processor"
     assert not torch.allclose(scores, same_scores, atol=1e-3)
     assert torch.equal(generated(model, family, use_cache=False)[0], tokens), "the cache changed it"
     if family == "tied_llama":

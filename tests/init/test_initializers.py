@@ -114,7 +114,7 @@ def test_it_is_data(method: str) -> None:
         assert twin == init and hash(twin) == hash(init) and repr(twin) == repr(init)
     others: list[Any] = [other for name, other in METHODS.items() if name != method]
     assert init not in others and len({init, *others}) == len(METHODS)
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="cannot assign to field 'rank'"):
         init.rank = 3  # type: ignore[attr-defined]
 
 

@@ -93,7 +93,7 @@ def test_values_and_gradients_match_fp64(layout: str, dtype: torch.dtype, device
     dY = torch.randn_like(y)
     got, wanted = torch.autograd.grad(y, leaves, dY), torch.autograd.grad(expected, leaves, dY.double())
     assert y.dtype == dtype
-    tolerance = 4 * torch.finfo(dtype).eps
+    tolerance = 8 * torch.finfo(dtype).eps + 1e-5  # the dtype's own rounding, and that of fp32 sums
     for ours, reference, leaf in zip((y, *got), (expected, *wanted), (y, *leaves), strict=True):
         assert ours.dtype == leaf.dtype and ours.shape == reference.shape and ours.is_contiguous()
         scale = reference.abs().max().item() if reference.numel() else 1.0

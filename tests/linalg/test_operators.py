@@ -43,13 +43,17 @@ def test_inverses_apply_the_inverse_of_the_gram_matrix() -> None:
 
 def test_a_singular_matrix_has_no_inverse_but_a_root() -> None:
     W = (gaussian(30, 5) @ gaussian(5, 30, seed=4)).double()
-    with pytest.raises(Singular):
+    with pytest.raises(Singular, match="a pivot is zero"):
         Inverse(W.float().double() * 0)
-    with pytest.raises(Singular):
+    with pytest.raises(Singular, match="a pivot is zero"):
         Inverse(torch.block_diag(torch.eye(20), torch.zeros(10, 10)).double())
     root = InverseRoot(W)
-    assert root.blind > 0 and bool(root.forward(torch.eye(30, dtype=torch.float64)).isfinite().all())
-    with pytest.raises(Singular):
+    eye = torch.eye(30, dtype=torch.float64)
+    shift = 4 * torch.finfo(torch.float64).eps * float(W.square().sum())
+    assert root.blind == pytest.approx(2 * shift**0.5)
+    lower = root.forward(eye).inverse()
+    assert torch.allclose(lower @ lower.mT, W.mT @ W + shift * eye, atol=1e-9 * float(W.square().sum()))
+    with pytest.raises(Singular, match="not positive"):
         InverseRoot(torch.zeros(30, 30, dtype=torch.float64))
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank.models.heads import output_heads
 from lowrank.models.families import role_of
+from lowrank.models.heads import output_heads
 from lowrank.models.projections import Projection, Role, find_projections, scan
 from tests import zoo
 

@@ -127,16 +127,17 @@ def test_evaluate_returns_a_mapping() -> None:
 @pytest.mark.parametrize("sizes", [[8, 8, 8, 8], [10, 3, 14, 5]])
 def test_accumulated_batches_make_one_large_batch(sizes: list[int]) -> None:
     model, data = problem(32)
+    model.double()  # AdamW divides gradients by their size, and so makes rounding in small ones large
     model[2].p = 0.0
-    x, y = data.tensors
+    x, y = (tensor.double() for tensor in data.tensors)
     small = list(zip(x.split(sizes), y.split(sizes), strict=True))
     large = copy.deepcopy(model)
     together = quiet(large, [(x, y)], regression, epochs=3, lr=1e-2)
     apart = quiet(model, small, regression, epochs=3, lr=1e-2, accumulate=4)
     assert len(apart) == 3
-    torch.testing.assert_close(apart.losses, together.losses)
-    torch.testing.assert_close(apart[0].grad_norm, together[0].grad_norm)
-    torch.testing.assert_close(state(model), state(large), atol=1e-5, rtol=1e-5)
+    assert apart.losses == pytest.approx(together.losses, rel=1e-6)  # recorded in fp32
+    assert apart[0].grad_norm == pytest.approx(together[0].grad_norm, rel=1e-9)
+    torch.testing.assert_close(state(model), state(large), atol=1e-9, rtol=1e-9)
 
 
 def test_accumulated_batches_count_by_their_label_tokens() -> None:
@@ -148,7 +149,8 @@ def test_accumulated_batches_count_by_their_label_tokens() -> None:
     model = nn.Embedding(6, 4)
     small = [{"input_ids": ids[i : i + 1], "labels": labels[i : i + 1]} for i in (0, 1)]
     large = quiet(copy.deepcopy(model), [{"input_ids": ids, "labels": labels}], loss)
-    torch.testing.assert_close(quiet(copy.deepcopy(model), small, loss, accumulate=2).losses, large.losses)
+    apart = quiet(copy.deepcopy(model), small, loss, accumulate=2)
+    assert apart.losses == pytest.approx(large.losses, rel=1e-5)
     equal = quiet(copy.deepcopy(model), small, loss, accumulate=2, weight=lambda batch: 1.0)
     singles = [quiet(copy.deepcopy(model), [batch], loss).losses[0] for batch in small]
     assert equal.losses[0] == pytest.approx(sum(singles) / 2)
@@ -371,11 +373,15 @@ def test_the_bar_shows_the_run_and_can_be_switched_off(capfd: pytest.CaptureFixt
 
 def test_records_are_plausible() -> None:
     model, data = problem()
+    model[2].p = 0.0
+    x, y = data[:16]
+    regression(model, (x, y)).backward()
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     history = quiet(model, DataLoader(data, 16), regression)
     times = [record.seconds for record in history]
     assert times == sorted(times) and times[0] > 0
     assert history[0].tokens_per_second == pytest.approx(16 / times[0])
-    assert all(record.grad_norm > 0 for record in history)
+    assert history[0].grad_norm == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.gpu
