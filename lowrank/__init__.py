@@ -14,6 +14,7 @@ from lowrank.peft_format import PeftExport, export_peft, import_peft
 from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.wrap import measure, plan_model, wrap_model
+from lowrank.wrapping.new_heads import FrozenHeadWarning
 from lowrank.wrapping.pretrained import SavePretrainedWarning
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "AdapterError",
     "Allocation",
     "Factors",
+    "FrozenHeadWarning",
     "LoRALinear",
     "PeftExport",
     "Plan",

@@ -25,6 +25,7 @@ from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.wrapping.checks import check_layers
 from lowrank.wrapping.install import install, make_adapter
+from lowrank.wrapping.new_heads import warn_of_new_heads
 from lowrank.wrapping.planning import fitted_plan, make_plan, named_errors
 
 # -- planning -----------------------------------------------------------------------------------------
@@ -123,6 +124,7 @@ def wrap_model(
                 bar.update()
                 if energy is not None:
                     plan.energies[p] = energy
+    warn_of_new_heads(model, plan)
     install(model, plan, {p: adapters[p] for p in plan.adapted})
     return model
 

@@ -172,7 +172,7 @@ def test_a_good_import_passes(module: str, source: str) -> None:
 
 def test_public_names_do_not_shadow_modules() -> None:
     """A name that is both would be the module or the object, by the order of imports."""
-    parts = {path.stem for path in PACKAGE.glob("*.py")} | {
+    parts = {path.stem for path in PACKAGE.glob("[a-z]*.py")} | {
         path.parent.name for path in PACKAGE.glob("*/*.py")
     }
     shadowed = [

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lowrank.batches import model_device
 from lowrank.calibration.reduce import Processes
 from lowrank.linalg.precision import fast_precision, full_precision, is_half, wide
 from lowrank.models.projections import Projection
@@ -107,10 +108,11 @@ class Gradients:
             if "gradient" in needs:
                 self.gradient[p] = processes.added(self.gradient.get(p, self.zeros(p)))
 
-    def zeros(self, p: Projection) -> Tensor:
-        """What a projection shows that no gradient reached."""
+    def zeros(self, p: Projection, shape: tuple[int, int] | None = None) -> Tensor:
+        """What a projection shows that no gradient, or no input, reached; by default as its weight is."""
         weight = p.weight(self.model)
-        return torch.zeros(p.shape, dtype=wide(weight), device=self.device or weight.device)
+        home = self.device or (model_device(self.model) if weight.is_meta else weight.device)
+        return torch.zeros(shape or p.shape, dtype=wide(weight), device=home)
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -69,9 +69,18 @@ class Inputs:
             )
 
     def reduce(self, processes: Processes, zeros: Callable[[Projection], Tensor]) -> None:
-        """Adds the sums of all processes. An expert may have seen no token in some of them."""
+        """Adds the sums of all processes. An expert may have seen no token in some of them.
+
+        Raises ValueError, in all, where projections read the same tensor in one process and not in another.
+        """
         everyone = processes.gathered(self.reads)
-        self.reads = {p: name for reads in reversed(everyone) for p, name in reads.items()}
+        self.reads = {p: name for reads in everyone for p, name in reads.items()}
+        for p, name in ((p, name) for reads in everyone for p, name in reads.items()):
+            if name != (other := self.reads[p]):
+                raise ValueError(
+                    f"{p.name} reads the input of {name} in one process and that of {other} in another: "
+                    "they cannot be measured together; measure them apart, with exclude="
+                )
         for name in sorted(set(self.reads.values())):
             reader = next(p for p, read in self.reads.items() if read == name)
             sum_ = self.sums.setdefault(name, self.make())

@@ -159,6 +159,4 @@ class Meter:
         return self._zeros(p)
 
     def _zeros(self, p: Projection) -> Tensor:
-        weight = p.weight(self.model)
-        home = self.device or weight.device
-        return torch.zeros(p.in_features, p.in_features, dtype=wide(weight), device=home)
+        return self.gradients.zeros(p, (p.in_features, p.in_features))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -57,14 +58,14 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.dropout = dropout
         self.enabled = True
-        self.used = False  # was it ever called while enabled, or its weight read? See `seen_by_compiler`
+        self.called = self.read = False  # while enabled, ever; not by compiled code: see `seen_by_compiler`
         self.train(base.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base makes of its arguments, of which the first is x, plus the updates."""
         if not self.enabled:
             return self.base(*args, **kwargs)
-        self._note_use()
+        self._note("called")
         x = args[0] if args else next(iter(kwargs.values()))
         blocks = [adapter.block for adapter in self._held()]
         dropout = self.dropout if self.training else 0.0
@@ -96,13 +97,18 @@ class LoRALinear(nn.Module):
         transposed = getattr(self.base, "nf", None) == weight.shape[1]
         if (weight.t() if transposed else weight).shape != (self.out_features, self.in_features):
             return weight
-        return read_weight(weight, self._held(), transposed=transposed, used=self._note_use)
+        return read_weight(weight, self._held(), transposed=transposed, used=partial(self._note, "read"))
 
-    def _note_use(self) -> None:
+    @property
+    def used(self) -> bool:
+        """Was it ever called, or its weight used in an operation, while its adapters were enabled?"""
+        return self.called or self.read
+
+    def _note(self, what: str) -> None:
         if torch.compiler.is_compiling():
             _note_compiler()
         else:
-            self.__dict__["used"] = True  # __setattr__ of a module takes ten times as long
+            self.__dict__[what] = True  # __setattr__ of a module takes ten times as long
 
     @property
     def bias(self) -> Tensor | None:
@@ -136,15 +142,18 @@ class LoRALinear(nn.Module):
 _compiled = False
 
 
-@torch.compiler.assume_constant_result
 def _note_compiler() -> None:
     """Runs while the compiler traces a layer, and is no part of what it compiles."""
     global _compiled
     _compiled = True
 
 
+# What torch.compiler.assume_constant_result sets; calling that would import the whole compiler here.
+_note_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def seen_by_compiler() -> bool:
-    """Has the compiler traced a layer in this process? Compiled code keeps no record in `LoRALinear.used`."""
+    """Has the compiler traced a layer in this process? Compiled code keeps no record in a layer."""
     return _compiled
 
 

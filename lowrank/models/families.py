@@ -96,6 +96,7 @@ HEADS = frozenset(
     "lm_head classifier pre_classifier score head heads head_dist fc qa_outputs embed_out cls logits "
     "output_layer output_projection proj_out".split()
 )
+HEADS_ANYWHERE = frozenset("lm_head output_projection".split())  # outside attention
 HEAD_LAYERS = 4  # a head has no more linear layers than this, and no attention
 
 # Beside `experts`: what chooses among them. Below an indexer: what chooses tokens, without a gradient.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lowrank.models.families import HEAD_LAYERS, HEADS, in_attention
+from lowrank.models.families import HEAD_LAYERS, HEADS, HEADS_ANYWHERE, in_attention
 from lowrank.models.storage import is_embedding, is_linear
 
 
@@ -20,7 +20,11 @@ def output_heads(model: nn.Module) -> dict[str, str]:
         for path, module in model.named_modules()
         if not is_embedding(module) and any(id(p) in tied for p in module.parameters(recurse=False))
     }
-    named: dict[str, str] = {}
+    named = {
+        path: f"called {path.rpartition('.')[2]!r}"
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] in HEADS_ANYWHERE and is_linear(module) and not in_attention(path)
+    }
     for around, part in model.named_modules():  # a transformers model may sit in another module
         get_output = getattr(part, "get_output_embeddings", None)
         if part is not model and not callable(get_output):

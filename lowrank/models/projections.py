@@ -6,7 +6,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from lowrank.models.families import (
     Role,
 )
 from lowrank.models.fused import Doubt, Fused, blocks_of
-from lowrank.models.storage import as_rows, declared_shape, is_linear
+from lowrank.models.storage import as_rows, declared_shape, is_embedding, is_linear
 from lowrank.models.trials import try_layer
 
 
@@ -57,7 +57,8 @@ class Projection:
 
 # -- names ------------------------------------------------------------------------------------------
 
-# These read `child.weight` in some path of theirs instead of calling the child.
+# These read `child.weight` in some path of theirs and call the child in others. The child is adapted on the
+# weight then. Whatever else reads a weight needs no entry: `LoRALinear.weight` is W + ΔW.
 READ_BY_WEIGHT = {
     "MultiheadAttention": ("out_proj",),
     "TransformerEncoderLayer": ("linear1", "linear2"),
@@ -179,3 +180,24 @@ def _experts(path: str, module: nn.Module) -> Iterator[Found]:
     for e in range(experts):
         rows_of_one = (e * columns, (e + 1) * columns)
         yield Projection(path, "down_proj", rows_of_one, Role.DOWN, half, columns, f"{e}.down"), None
+
+
+def unheld(model: nn.Module, projections: Iterable[Projection]) -> dict[str, str]:
+    """Matrices that none of ``projections`` covers, such as an LSTM's: names, each with its module's path.
+
+    Embeddings, convolutions and what is called a bias, a position or a token do not count.
+    """
+    covered = {(p.module, p.param) for p in projections}
+    found = {}
+    for path, module in model.named_modules():
+        if is_embedding(module) or isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if (path, name) in covered or any(
+                word in name for word in ("bias", "pos", "token", "embed", "A_log")
+            ):
+                continue
+            lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+            if not lazy and sum(size > 1 for size in parameter.shape) > 1:
+                found[f"{path}.{name}".lstrip(".")] = path
+    return found

@@ -11,7 +11,7 @@ from torch import nn
 
 from lowrank.models.fused import Doubt, Fused, matches
 from lowrank.models.heads import output_heads
-from lowrank.models.projections import Projection, Role, scan
+from lowrank.models.projections import Projection, Role, scan, unheld
 
 _ROLES = frozenset(role.value for role in Role)
 
@@ -49,13 +49,15 @@ def select(
     doubts = scan(model, fused)
     if not doubts:
         raise ValueError(f"{type(model).__name__} has no linear projection to adapt")
-    inside_trained = _under(trained_modules(model, train))
+    excludes = _as_names(exclude, "exclude")
+    trained = trained_modules(model, train)
+    aside = _under([*trained, *(path for path in paths if any(matches(path, name) for name in excludes))])
+    unheld_ = [name for name, path in unheld(model, doubts).items() if not aside(path)]
+    inside_trained = _under(trained)
     doubts = {p: doubt for p, doubt in doubts.items() if not inside_trained(p.module)}
-    known = _Known(model, doubts, output_heads(model))
+    known = _Known(model, doubts, output_heads(model), unheld_)
 
-    excluded: set[Projection] = set()
-    for name in _as_names(exclude, "exclude"):
-        excluded |= known.named(name, excluding=True)
+    excluded = {p for name in excludes for p in known.named(name, excluding=True)}
     if callable(target):
         chosen = {p for p in doubts if target(p)}
         if not chosen:
@@ -66,29 +68,31 @@ def select(
             raise ValueError('no target: name projections, a role such as "query", or "all-linear"')
         roles = [name for name in names if name in _ROLES]
         chosen = {p for name in names if name not in roles for p in known.named(name)}
-        whole = frozenset(chosen)
+        among = doubts.keys() - chosen - excluded
         for name in roles:
-            known.check_role(f"target={name!r}", name, doubts.keys() - whole - excluded)
+            known.check_role(f"target={name!r}", name, among)
             chosen |= known.named(name)
     chosen -= excluded
-    for name in _as_names(exclude, "exclude"):
+    for name in excludes:
         known.check_role(f"exclude={name!r}", name, chosen)
+    notes = known.notes(target, chosen, excluded)
     if not chosen:
-        raise ValueError(_nothing_left(target, exclude, train, known.notes(target, chosen, excluded)))
+        raise ValueError(_nothing_left(target, excludes, train, notes))
     broken = [doubt.reason for p in chosen if (doubt := doubts[p]) and not doubt.adaptable]
     if broken:
         more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
         raise ValueError(f"{broken[0]}; it cannot be adapted: leave it out with exclude={more}")
-    return Selection([p for p in doubts if p in chosen], known.notes(target, chosen, excluded))
+    return Selection([p for p in doubts if p in chosen], notes)
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What a model offers to a policy: its projections, each with what speaks against it, and its heads."""
+    """What a model offers to a policy: projections with their doubts, heads, and matrices in no layer."""
 
     model: nn.Module
     doubts: Mapping[Projection, Doubt | None]
     heads: Mapping[str, str]
+    unheld: Sequence[str]
 
     def named(self, name: str, *, excluding: bool = False) -> set[Projection]:
         """The projections that ``name`` means; raises ValueError where it means nothing."""
@@ -114,15 +118,17 @@ class _Known:
 
     def check_role(self, said: str, name: str, among: Collection[Projection]) -> None:
         """Raises ValueError where the role ``name`` may lie in a weight of ``among`` that is not divided."""
-        may_be = [p for p in among if (doubt := self.doubts[p]) and name in doubt.roles]
+        may_be = [
+            (p, doubt) for p, doubt in self.doubts.items() if doubt and name in doubt.roles and p in among
+        ]
         if may_be:
-            first = min(may_be, key=list(self.doubts).index)
+            first, doubt = may_be[0]
             leaf = (first.module if first.param == "weight" else first.param).rpartition(".")[2]
             more = f" (and {len(may_be) - 1} more like it)" if len(may_be) > 1 else ""
-            reason = self.doubts[first].reason  # type: ignore[union-attr]
+            whole = ", or name it in target= to adapt it as a whole" if doubt.adaptable else ""
             raise ValueError(
-                f"{said} may mean rows of a weight that is not divided: {reason}{more}; "
-                f"or leave it out with exclude=({leaf!r},), or name it in target= to adapt it as a whole"
+                f"{said} may mean rows of a weight that is not divided: {doubt.reason}{more}; "
+                f"otherwise leave it out with exclude=({leaf!r},){whole}"
             )
 
     def _left_out(self, p: Projection, doubt: Doubt | None) -> bool:
@@ -149,6 +155,8 @@ class _Known:
                 found.setdefault(f"left out, and {_why(p, doubt)}", []).append(p.module)
             elif by_role and p.role == Role.OTHER and p.module not in self.heads and not doubt:
                 found.setdefault("left out, since its role is not known", []).append(p.module)
+        if everything and self.unheld:
+            found["left out: no linear layer holds it"] = list(self.unheld)
         return [f"{_listed(modules)}: {what}" for what, modules in found.items()]
 
 

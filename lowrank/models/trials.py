@@ -118,7 +118,7 @@ def _divides(parent: nn.Module, leaf: str, columns: int, blocks: Sequence[tuple[
     def refilled(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.clone()
-        if not tensor.requires_grad and not isinstance(tensor, nn.Parameter):  # a buffer, such as a mask
+        if not isinstance(tensor, nn.Parameter):  # a buffer, such as a mask
             return tensor.double()
         return (random(tensor.shape) / max(1, tensor.shape[-1] if tensor.dim() else 1) ** 0.5).to(device)
 

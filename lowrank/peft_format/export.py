@@ -35,6 +35,7 @@ from lowrank.peft_format.folder import (
 from lowrank.peft_format.pairs import Pair, plain, recompressed, stacked, uniform
 from lowrank.peft_format.proof import adapted_paths, check_written
 from lowrank.plan import peft_patterns
+from lowrank.wrapping.unused import layers_only_read
 
 # By the end of a model's class name: PEFT's task, and the heads that PEFT then trains in full unasked.
 TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -150,9 +151,10 @@ def export_peft(
 
 def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter]) -> None:
     problems, hung = [], places(root)
+    only_read = layers_only_read(root)
     for p in adapters:
         module: Any = root.get_submodule(p.module)
-        if on_weight(root, p):
+        if on_weight(root, p) or p.module in only_read:
             problems.append(
                 f"{p.name}: its weight is read without a call, where PEFT's layers have no effect"
             )

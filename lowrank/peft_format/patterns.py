@@ -15,8 +15,8 @@ from lowrank.files import AdapterError
 
 MOST_KEYS = 100_000  # a large model has some thousand modules
 MOST_EXPRESSIONS = 1_000  # keys that are more than a path
-MOST_STEPS = 10**10  # of matching, some 10⁹ a second
-LOOK_UP = 2_000  # steps that looking up one shape of key is worth
+MOST_STEPS = 4 * 10**9  # of matching; ten seconds of it, or less
+LOOK_UP = 1_000  # steps that looking up one shape of key is worth, and starting one match
 
 # Length of a key's text → places of its dots → the rest of it → number of the first such key.
 Table = dict[int, dict[tuple[int, ...], dict[str, int]]]
@@ -49,9 +49,8 @@ class Patterns:
             rest = "".join(char for char in text if char is not None)
             table.setdefault(len(text), {}).setdefault(dots, {}).setdefault(rest, number)
         if len(self._expressions) > MOST_EXPRESSIONS:
-            raise AdapterError(
-                f"{len(self._expressions):,} regular expressions are more than any model needs"
-            )
+            count = f"{len(self._expressions):,}"
+            raise AdapterError(f"{count} patterns with choices are too many: name the modules plainly")
 
     def value(self, path: str, otherwise: Any) -> Any:
         """The value of the first key that matches ``path``, or ``otherwise``."""
@@ -64,9 +63,9 @@ class Patterns:
     def check_cost(self, paths: Collection[str], name: str) -> None:
         """Raises AdapterError where matching all of ``paths`` could take more than `MOST_STEPS`."""
         costs = [_cost(key.pattern) for _, key in self._expressions]
-        steps = 0.0
+        steps = 0
         for path in paths:
-            steps += sum(factor * len(path) ** power for factor, power in costs)
+            steps += sum(LOOK_UP + factor * math.comb(len(path) + stars, stars) for factor, stars in costs)
             steps += LOOK_UP * len(self._whole.get(len(path), ()))
             steps += LOOK_UP * sum(len(self._ends.get(len(end), ())) for end in _dotted_ends(path))
         if steps > MOST_STEPS:
@@ -92,10 +91,10 @@ def _dotted_ends(path: str) -> Iterator[str]:
         start = path.find(".", start) + 1 or -1
 
 
-def _cost(pattern: str) -> tuple[float, int]:
-    """Factor and power: a bound on the steps of matching a path of length n is factor · n^power."""
-    stars, bars = len(re.findall(r"[*+{]", pattern)), pattern.count("|")
-    return (1 + bars) ** max(1, pattern.count("(") - 1) / math.factorial(stars), stars
+def _cost(pattern: str) -> tuple[int, int]:
+    """The number of alternatives of a pattern, at most, and that of its parts of any length."""
+    groups = pattern.count("(") - 2  # without the two that `expression` adds
+    return (1 + pattern.count("|")) ** max(1, groups), len(re.findall(r"[*+{]", pattern))
 
 
 def _looked_up(table: Table, text: str) -> list[int]:

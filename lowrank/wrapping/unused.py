@@ -25,6 +25,14 @@ def unused_layers(model: nn.Module) -> list[str]:
     return [path for path, layer in layers.items() if not layer.used]
 
 
+def layers_only_read(model: nn.Module) -> set[str]:
+    """Paths of the adapted layers whose weight was read and which were not called, while others were."""
+    layers = replaced_layers(model)
+    if seen_by_compiler() or not any(layer.called for layer in layers.values()):
+        return set()
+    return {path for path, layer in layers.items() if layer.read and not layer.called}
+
+
 def replaced_layers(model: nn.Module) -> dict[str, LoRALinear]:
     layers = adapted_layers(wrapped_root(model))
     return {path: layer for path, layer in layers.items() if isinstance(layer, LoRALinear)}

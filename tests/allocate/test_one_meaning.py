@@ -228,7 +228,7 @@ def test_the_authors_rules_take_a_rank_and_no_budget(allocate: Any) -> None:
 
 POLICIES = {
     "default": Policy(),
-    "tlora": presets.tlora(budget=0.01, init=TaskAligned(sketch=4), allocate=Sensitivity(floor=2)),
+    "tlora": presets.tlora(budget=0.01, init=TaskAligned(), allocate=Sensitivity(floor=2)),
     "ailora": presets.ailora(scaling="alpha/sqrt(r)", dropout=0.1, exclude=["lm_head"]),
     "nested": Policy(
         target=["q_proj", Role.VALUE],

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lowrank.calibration import calibrate
+from lowrank.models.projections import find_projections
 from lowrank.models.targets import select
 from tests import zoo
 
@@ -33,3 +34,12 @@ def test_a_sensitivity_needs_the_weight() -> None:
     projections = select(model, "query").projections
     with pytest.raises(ValueError, match=r"q_proj: its weight is offloaded, and its sensitivity needs it"):
         calibrate(model, projections, ["sensitivity"], [zoo.batch("llama")], progress=False)
+
+
+def test_what_no_gradient_reaches_is_zero_and_not_offloaded() -> None:
+    model = zoo.build("llama")
+    model.unused = nn.Linear(4, 4)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    unused = [p for p in find_projections(model) if p.module == "unused"]
+    got = calibrate(model, unused, ["gradient"], [zoo.batch("llama")], progress=False)
+    assert torch.equal(got[unused[0]].gradient, torch.zeros(4, 4))

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.calibration import calibrate
+from lowrank.calibration.accumulators import Covariance, Rows
+from lowrank.calibration.inputs import Inputs
+from lowrank.calibration.reduce import Processes
 from lowrank.models.projections import Projection
 from lowrank.models.targets import select
 from tests import zoo
@@ -113,3 +116,20 @@ def test_an_error_of_one_process_ends_all(both: list[dict[str, Any]], fault: str
     assert FAULTS[fault] in own_message and "rank" not in own_message
     assert f"calibration failed in rank 1: {own_kind}: {own_message}" == message
     assert seconds < WANTED_WITHIN
+
+
+def test_projections_that_share_an_input_in_one_process_only() -> None:
+    query, key = select(zoo.build("bert"), ["query", "key"]).projections[:2]
+
+    class Two(Processes):
+        def gathered(self, value: Any) -> list[Any]:
+            return [value, {query: query.module, key: key.module}]
+
+    inputs = Inputs(Covariance, [query, key])
+    x = torch.randn(3, 32)
+    for p in (query, key):
+        inputs.see(p.module, [p], x, lambda: Rows(x, half=False, home=x.device), 0)
+    with pytest.raises(
+        ValueError, match=r"key reads the input of .*query in one process and that of .*key in another"
+    ):
+        inputs.reduce(Two(torch.device("cpu")), lambda p: torch.zeros(32, 32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -330,3 +331,15 @@ def test_dropout_does_not_act_in_a_weight_that_is_read() -> None:
 def test_the_base_keeps_its_plain_product() -> None:
     layer = layer_over(nn.Linear(8, 6))
     assert plain_weight(layer.base) is layer.base.weight
+
+
+def test_peft_would_not_act_where_a_weight_is_only_read(tmp_path: Path) -> None:
+    model, x = nn.Sequential(Beit()), torch.randn(2, 5, 16)
+    lowrank.wrap_model(model, presets.lora(rank=2, target=("qkv", "proj")), progress=False)
+    for layer in lowrank.adapted_layers(model).values():
+        layer.weight.norm()  # looking at a weight proves nothing
+    lowrank.export_peft(perturb(model), tmp_path / "unknown")
+    model(x)
+    with pytest.raises(ValueError, match=r"0\.qkv.*: its weight is read without a call") as raised:
+        lowrank.export_peft(model, tmp_path / "known")
+    assert "0.proj" not in str(raised.value)

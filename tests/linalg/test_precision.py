@@ -126,6 +126,6 @@ assert not failed, failed
 def test_switches_set_before_are_as_they_were() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, *SWITCHES.values()],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 import lowrank
@@ -43,17 +44,17 @@ def rescale_buffer(model: nn.Module) -> None:
 
 
 OTHERS: dict[str, tuple[str, Callable[[nn.Module], None], str]] = {
-    "head": ("bert", change("classifier.weight", ...), "classifier.weight: its values differ"),
+    "head": ("bert", change("classifier.weight", ...), "classifier.weight: its weights differ"),
     "bias of an adapted layer": (
         "bert",
         change("bert.encoder.layer.0.attention.self.query.bias", ...),
         "query.bias",
     ),
-    "norm": ("llama", change("model.norm.weight", ...), "model.norm.weight: its values differ"),
+    "norm": ("llama", change("model.norm.weight", ...), "model.norm.weight: its weights differ"),
     "last row of the embedding": (
         "gpt2",
         change("transformer.wte.weight", -1),
-        "wte.weight: its values differ",
+        "wte.weight: its weights differ",
     ),
     "vocabulary": ("llama", resize, r"embed_tokens.weight: expected the shape \(64, 32\), got \(72, 32\)"),
 }
@@ -83,7 +84,7 @@ def test_a_buffer_is_compared_too(tmp_path: Path) -> None:
     lowrank.save_adapter(model, tmp_path)
     other = build()
     rescale_buffer(other)
-    with pytest.raises(lowrank.AdapterError, match="1.running_mean: its values differ"):
+    with pytest.raises(lowrank.AdapterError, match="1.running_mean: its weights differ"):
         lowrank.load_adapter(other, tmp_path)
 
 
@@ -109,7 +110,7 @@ def test_a_redrawn_row_of_a_resized_embedding(tmp_path: Path) -> None:
 
     model = lowrank.wrap_model(resized(1), presets.lora(rank=2), progress=False)
     lowrank.save_adapter(model, tmp_path)
-    with pytest.raises(lowrank.AdapterError, match="embed_tokens.weight: its values differ"):
+    with pytest.raises(lowrank.AdapterError, match="embed_tokens.weight: its weights differ"):
         lowrank.load_adapter(resized(2), tmp_path)
     assert lowrank.load_adapter(resized(1), tmp_path)
 
@@ -184,6 +185,35 @@ def test_the_samples_are_small(tmp_path: Path) -> None:
     assert all(len(json.dumps(said)) < 300 for said in rest.values())
 
 
+# -- heads that nothing trains ------------------------------------------------------------------------
+
+
+def saved_encoder(folder: Path) -> Path:
+    hf.BertModel(hf.BertConfig(**zoo.ENCODER)).save_pretrained(folder)
+    return folder
+
+
+def test_a_new_head_that_stays_frozen_is_named(tmp_path: Path) -> None:
+    model = hf.BertForSequenceClassification.from_pretrained(saved_encoder(tmp_path))
+    with pytest.warns(lowrank.FrozenHeadWarning, match=r"^classifier: not in the .*train=\['classifier'\]"):
+        lowrank.wrap_model(model, presets.lora(rank=2), progress=False)
+
+
+def test_heads_that_are_trained_adapted_or_read_are_not(tmp_path: Path) -> None:
+    """Warnings are errors here."""
+    folder = saved_encoder(tmp_path / "encoder")
+    for policy in (
+        presets.lora(rank=2, train=("classifier",)),
+        presets.lora(rank=2, target=("query", "classifier")),
+    ):
+        model = hf.BertForSequenceClassification.from_pretrained(folder)
+        lowrank.wrap_model(model, policy, progress=False)
+    model = hf.BertForSequenceClassification.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "whole")
+    model = hf.BertForSequenceClassification.from_pretrained(tmp_path / "whole")
+    lowrank.wrap_model(model, presets.lora(rank=2), progress=False)
+
+
 # -- one tensor ---------------------------------------------------------------------------------------
 
 
@@ -236,7 +266,7 @@ def measured() -> Statistics:
 def test_statistics_of_another_model_are_refused(measured: Statistics, tmp_path: Path) -> None:
     measured.save(tmp_path / "statistics")
     for statistics in (measured, Statistics.load(tmp_path / "statistics"), Statistics({}).merged(measured)):
-        with pytest.raises(ValueError, match=r"measured on another model.*\n.*q_proj: its values differ"):
+        with pytest.raises(ValueError, match=r"measured on another model.*\n.*q_proj: its weights differ"):
             lowrank.wrap_model(
                 zoo.build("llama", seed=1), presets.tlora(rank=2), statistics=statistics, progress=False
             )
@@ -256,8 +286,8 @@ def test_spectra_and_calibration_have_fingerprints() -> None:
     statistics = lowrank.calibrate(
         model, projections, {"covariance"}, [zoo.batch("perceptron")], progress=False
     )
-    spectra = Source(progress=False).measure(model, projections, frozenset({"spectrum"}))
+    spectra = Source(progress=False).measure(model, dict.fromkeys(projections, frozenset({"spectrum"})))
     for each in (statistics, spectra):
         each.check(model, projections)
-        with pytest.raises(ValueError, match="layers.0: its values differ"):
+        with pytest.raises(ValueError, match="layers.0: its weights differ"):
             each.check(zoo.build("perceptron", seed=1), projections)

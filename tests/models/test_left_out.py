@@ -57,6 +57,13 @@ def test_a_head_told_by_its_name_is_said_in_the_plan() -> None:
     assert notes(model, ["all-linear", "fc"]) == ""
 
 
+def test_a_decoders_output_projection_is_a_head_wherever_it_is() -> None:
+    model = chain(
+        decoder=chain(body=linear(), output_projection=linear(), attn=chain(output_projection=linear()))
+    )
+    assert output_heads(model) == {"decoder.output_projection": "called 'output_projection'"}
+
+
 def test_output_embeddings_and_tied_weights_are_said_in_the_plan() -> None:
     assert "lm_head: left out: an output head (the model's output embeddings)" in notes(
         build("llama"), "all-linear"
@@ -315,6 +322,22 @@ def test_experts_of_another_layout_are_left_out_and_said() -> None:
         select(model, "experts")
     with pytest.raises(ValueError, match=r"target='up' may mean .*exclude=\('gate_up_proj',\)"):
         select(model, "up")
+
+
+def test_matrices_that_no_linear_layer_holds_are_said() -> None:
+    class Ungated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_proj, self.down_proj = (nn.Parameter(torch.zeros(2, 4, 4)) for _ in range(2))
+            self.pos_embed, self.scale = nn.Parameter(torch.zeros(1, 4, 4)), nn.Parameter(torch.zeros(1, 4))
+
+    model = chain(body=linear(), lstm=nn.LSTM(4, 4), conv=nn.Conv1d(4, 4, 3), embed=nn.Embedding(4, 4))
+    model.experts = Ungated()
+    held = "lstm.weight_ih_l0, lstm.weight_hh_l0, experts.up_proj, experts.down_proj"
+    assert select(model, "all-linear").notes == [f"{held}: left out: no linear layer holds it"]
+    assert "lstm" not in notes(model, "all-linear", exclude="lstm")
+    assert notes(model, "body") == ""
+    assert notes(build("torch_encoder"), "all-linear").count("no linear layer") == 0, "attention is covered"
 
 
 # -- roles by name -------------------------------------------------------------------------------------------
