@@ -120,7 +120,7 @@ class Policy:
         for each in fields(self):
             value = getattr(self, each.name)
             try:
-                data[each.name] = encode(value)
+                data[each.name] = encode(value, strict=True)
             except ValueError as error:
                 raise ValueError(
                     f"{each.name}={value!r} cannot be written as JSON: names, numbers, and what lowrank.init "

@@ -6,6 +6,7 @@ worst is an adapter that says what the folder says.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from lowrank.formats.folder import CONFIG, checksum
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ROUNDS = 250  # mutations of each kind and seed; 14 of them
 SEEDS = [0, 1]
+THIRDS = {"qkv": {"query": 6, "key": 6, "value": 6}}
 
 
 class Tiny(nn.Module):
@@ -78,7 +80,7 @@ def survives(victim: Victim, load: Callable[[nn.Module, Path], nn.Module], folde
 
 
 def make() -> nn.Module:
-    model = lowrank.wrap_model(Tiny(), presets.pissa(rank=2, train=("head",)), progress=False)
+    model = lowrank.wrap_model(Tiny(), presets.pissa(rank=2, train=("head",), fused=THIRDS), progress=False)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -192,7 +194,7 @@ def forged(config: dict[str, Any], chance: random.Random) -> dict[str, Any]:
             case 3 if isinstance(container, list):
                 container.insert(key, json.loads(json.dumps(container[key])))
             case _:
-                container[key] = chance.choice(NASTY)
+                container[key] = copy.deepcopy(chance.choice(NASTY))
         if not places(config):
             break
     return config

@@ -48,8 +48,12 @@ class Recorded:
         return self.needs
 
 
-def encode(value: Any) -> Any:
-    """Plain data for any value: what `decode` cannot make again is recorded by class and ``repr``."""
+def encode(value: Any, *, strict: bool = False) -> Any:
+    """Plain data for any value: what `decode` cannot make again is recorded by class and ``repr``.
+
+    Raises:
+        ValueError: ``strict``, and there is such a value.
+    """
     if isinstance(value, Recorded):
         return json.loads(value.record)
     if isinstance(value, Role):
@@ -57,15 +61,19 @@ def encode(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value)):
         return value
     if isinstance(value, (tuple, list)):
-        return [encode(item) for item in value]
+        return [encode(item, strict=strict) for item in value]
     if isinstance(value, Mapping):
-        return {"mapping": [[encode(k), encode(v)] for k, v in value.items()]}
+        return {"mapping": [[encode(k, strict=strict), encode(v, strict=strict)] for k, v in value.items()]}
     kind = type(value)
     if is_dataclass(value) and belongs(value, "lowrank.init.", "lowrank.allocate."):
         return {
             "class": kind.__name__,
-            "fields": {f.name: encode(getattr(value, f.name)) for f in fields(value) if f.init},
+            "fields": {
+                f.name: encode(getattr(value, f.name), strict=strict) for f in fields(value) if f.init
+            },
         }
+    if strict:
+        raise ValueError(f"{kind.__qualname__} is nothing that JSON can hold")
     try:
         text = repr(value)
     except Exception:  # somebody else's code, which is not to stop a save

@@ -208,7 +208,8 @@ def _is_plain(tensor: object) -> bool:
 def _copy(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Any:
     """``module`` without its hooks, in evaluation mode, with tensors of its own."""
     copy = module.__class__.__new__(module.__class__)
-    copy.__dict__.update(module.__dict__)
+    for name, value in module.__dict__.items():  # what a forward may write into becomes the copy's own
+        copy.__dict__[name] = value.copy() if type(value) in (dict, list, set) else value
     copy.__dict__.pop("forward", None)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         copy.__dict__[name] = OrderedDict()

@@ -56,11 +56,6 @@ class Model(nn.Module):
         return self.head(self.block(x, **options))
 
 
-@pytest.fixture(autouse=True)
-def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_compiled", False)
-
-
 def wrapped(block: nn.Module | None = None, preset: Any = presets.lora) -> tuple[nn.Module, Tensor]:
     model = Model(block or Block())
     lowrank.wrap_model(model, preset(rank=2), progress=False)
@@ -104,7 +99,7 @@ def test_fit_names_their_parameters() -> None:
     model, x = wrapped()
     with (
         pytest.warns(UserWarning, match=NAMED),
-        pytest.raises(ValueError, match=r"block\.down\.adapters\.0\.A"),
+        pytest.raises(ValueError, match=r"no gradient to 1 of what is to train: block\.down;"),
     ):
         lowrank.train.fit(model, [x], lambda model, x: model(x).sum(), progress=False)
 
