@@ -59,18 +59,53 @@ class Allocator(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Request:
+    """What an allocator is called with: the arguments of `Allocator.__call__`."""
+
+    projections: Sequence[Projection]
+    rank: int
+    budget: int | None
+    alpha: float
+    cost: Mapping[Projection, int]
+    statistics: Mapping[Projection, ProjectionStatistics] | None
+
+
+class Rule:
+    """The call of this library's own allocators, said once: each says in `allocated` what it makes of it.
+
+    Another library's allocator need not derive from it.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def __call__(
+        self,
+        projections: Sequence[Projection],
+        *,
+        rank: int,
+        budget: int | None,
+        alpha: float,
+        cost: Mapping[Projection, int],
+        statistics: Mapping[Projection, ProjectionStatistics] | None = None,
+    ) -> dict[Projection, Allocation]:
+        """See `Allocator`."""
+        return self.allocated(Request(projections, rank, budget, alpha, cost, statistics))
+
+    def allocated(self, asked: Request) -> dict[Projection, Allocation]:
+        """Allocations for ``asked.projections``."""
+        raise NotImplementedError
+
+
 def allocations(
-    projections: Sequence[Projection],
-    ranks: Sequence[int],
-    *,
-    rank: int,
-    alpha: float,
-    factors: Sequence[float] | None = None,
+    asked: Request, ranks: Sequence[int], factors: Sequence[float] | None = None
 ) -> dict[Projection, Allocation]:
     """``ranks`` with the reference scaling ``alpha / rank``, times ``factors`` where they are given."""
-    reference = alpha / rank
+    reference = asked.alpha / asked.rank
     factors = factors or [1.0] * len(ranks)
     return {
         p: Allocation(each, reference * factor)
-        for p, each, factor in zip(projections, ranks, factors, strict=True)
+        for p, each, factor in zip(asked.projections, ranks, factors, strict=True)
     }

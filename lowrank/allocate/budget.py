@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from lowrank.allocate.apportion import apportion
-from lowrank.allocate.base import Allocation
+from lowrank.allocate.base import Allocation, Request
 from lowrank.models.projections import Projection
 
 
@@ -32,11 +32,11 @@ def uniform_cost(projections: Sequence[Projection], cost: Mapping[Projection, in
     return sum(min(rank, most) * cost[p] for p, most in zip(projections, largest, strict=True))
 
 
-def spendable(
-    projections: Sequence[Projection], cost: Mapping[Projection, int], rank: int, budget: int | None
-) -> int:
-    """``budget``, or what ``rank`` costs everywhere where there is none."""
-    return uniform_cost(projections, cost, rank) if budget is None else budget
+def spendable(asked: Request) -> int:
+    """The budget, or what the rank costs everywhere where there is none."""
+    if asked.budget is not None:
+        return asked.budget
+    return uniform_cost(asked.projections, asked.cost, asked.rank)
 
 
 def reference_rank(projections: Sequence[Projection], cost: Mapping[Projection, int], budget: int) -> int:
@@ -59,23 +59,15 @@ def check_affordable(budget: int, costs: Iterable[int]) -> None:
         )
 
 
-def in_proportion(
-    projections: Sequence[Projection],
-    shares: Sequence[float],
-    *,
-    rank: int,
-    budget: int | None,
-    cost: Mapping[Projection, int],
-    floor: int = 0,
-) -> list[int]:
+def in_proportion(asked: Request, shares: Sequence[float], *, floor: int = 0) -> list[int]:
     """Ranks in proportion to ``shares``, as `apportion` guarantees it; a share gets ``floor`` or more.
 
     Raises:
         ValueError: the budget is too small for one rank anywhere or for the floors, or nothing can have rank.
     """
-    budget = spendable(projections, cost, rank, budget)
-    costs = [cost[p] for p in projections]
-    caps = largest_ranks(projections, cost)
+    budget = spendable(asked)
+    costs = [asked.cost[p] for p in asked.projections]
+    caps = largest_ranks(asked.projections, asked.cost)
     payable = [each for each, cap, share in zip(costs, caps, shares, strict=True) if cap and share]
     if not payable:
         raise ValueError("the projections that should get rank can have none")

@@ -8,14 +8,14 @@ from typing import Literal
 
 import torch
 
-from lowrank.allocate.base import Allocation, allocations
+from lowrank.allocate.base import Allocation, Request, Rule, allocations
 from lowrank.allocate.budget import check_affordable, largest_ranks, spendable
 from lowrank.calibration.statistics import ProjectionStatistics
 from lowrank.models.projections import Projection
 
 
 @dataclass(frozen=True)
-class ExplainedVariance:
+class ExplainedVariance(Rule):
     """Each next rank goes where its principal direction explains the largest share of an input's variance.
 
     With ``unit="parameters"`` ranks are bought until the budget of trainable parameters affords no other;
@@ -39,26 +39,18 @@ class ExplainedVariance:
         if self.unit not in ("parameters", "ranks"):
             raise ValueError(f'unit is "parameters" or "ranks", not {self.unit!r}')
 
-    def __call__(
-        self,
-        projections: Sequence[Projection],
-        *,
-        rank: int,
-        budget: int | None,
-        alpha: float,
-        cost: Mapping[Projection, int],
-        statistics: Mapping[Projection, ProjectionStatistics] | None,
-    ) -> dict[Projection, Allocation]:
+    def allocated(self, asked: Request) -> dict[Projection, Allocation]:
         """Raises ValueError without moments, where no input varies, or for a budget below one rank."""
-        if statistics is None:
+        if asked.statistics is None:
             raise ValueError("ExplainedVariance needs measured statistics: pass batches=")
+        projections = asked.projections
         if self.unit == "ranks":
             price: Mapping[Projection, int] = dict.fromkeys(projections, 1)
-            left = len(projections) * rank
+            left = len(projections) * asked.rank
         else:
-            price, left = cost, spendable(projections, cost, rank, budget)
-        limits = [min(int(self.rho * rank), most) for most in largest_ranks(projections, cost)]
-        shares = _explained(projections, statistics, limits)
+            price, left = asked.cost, spendable(asked)
+        limits = [min(int(self.rho * asked.rank), most) for most in largest_ranks(projections, asked.cost)]
+        shares = _explained(projections, asked.statistics, limits)
         if not any(shares.values()):
             raise ValueError("the inputs of none of the projections vary: nothing tells their ranks")
         check_affordable(left, [price[p] for p in projections if shares[p]])
@@ -69,7 +61,7 @@ class ExplainedVariance:
             if price[p] <= left:
                 ranks[p] += 1
                 left -= price[p]
-        return allocations(projections, list(ranks.values()), rank=rank, alpha=alpha)
+        return allocations(asked, list(ranks.values()))
 
 
 def _explained(

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
-from lowrank.allocate.base import Allocation, allocations
+from lowrank.allocate.base import Allocation, Request, Rule, allocations
 from lowrank.allocate.budget import in_proportion, largest_ranks
 from lowrank.calibration.statistics import ProjectionStatistics
 from lowrank.models.projections import Projection
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Rule):
     """Ranks in proportion to I = mean |W ⊙ ∇W|; a projection that the loss does not reach gets none.
 
     With ``unit="parameters"`` the budget is one of trainable parameters. Each rank differs from its exact
@@ -43,31 +43,19 @@ class Sensitivity:
         if self.floor < 0:
             raise ValueError(f"floor must not be negative: {self.floor}")
 
-    def __call__(
-        self,
-        projections: Sequence[Projection],
-        *,
-        rank: int,
-        budget: int | None,
-        alpha: float,
-        cost: Mapping[Projection, int],
-        statistics: Mapping[Projection, ProjectionStatistics] | None,
-    ) -> dict[Projection, Allocation]:
+    def allocated(self, asked: Request) -> dict[Projection, Allocation]:
         """Raises ValueError without sensitivities, or where the budget is too small for one rank."""
-        if statistics is None:
+        if asked.statistics is None:
             raise ValueError("Sensitivity needs measured statistics: pass batches=")
-        sensitivities = [_sensitivity(p, statistics) for p in projections]
+        sensitivities = [_sensitivity(p, asked.statistics) for p in asked.projections]
         whole = sum(sensitivities)
         if not whole:
             raise ValueError("the loss is sensitive to none of the projections: it does not reach them")
         if self.unit == "ranks":
-            ranks = _by_ranks(sensitivities, largest_ranks(projections, cost), rank)
+            ranks = _by_ranks(sensitivities, largest_ranks(asked.projections, asked.cost), asked.rank)
         else:
-            ranks = in_proportion(
-                projections, sensitivities, rank=rank, budget=budget, cost=cost, floor=self.floor
-            )
-        factors = [max(1.0, len(sensitivities) * s / whole) for s in sensitivities]
-        return allocations(projections, ranks, rank=rank, alpha=alpha, factors=factors)
+            ranks = in_proportion(asked, sensitivities, floor=self.floor)
+        return allocations(asked, ranks, [max(1.0, len(sensitivities) * s / whole) for s in sensitivities])
 
 
 def _sensitivity(projection: Projection, statistics: Mapping[Projection, ProjectionStatistics]) -> float:
