@@ -29,7 +29,7 @@ def output_loss(model: nn.Module, batch: Any) -> Tensor:
     """
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"the default loss calls model(**batch) and so wants mappings, not {type(batch).__name__}; "
+            f"the default loss calls model(**batch): expected a mapping, got {type(batch).__name__}; "
             "pass loss=, a function (model, batch) -> scalar"
         )
     output = model(**batch)
@@ -48,7 +48,7 @@ def scalar_loss(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
         tensor = isinstance(value, Tensor)
         got = f"{value.dtype} of shape {tuple(value.shape)}" if tensor else type(value).__name__
-        raise ValueError(f"the loss is to be a scalar floating-point tensor, such as a mean, and is {got}")
+        raise ValueError(f"expected a scalar floating-point loss, such as a mean, got {got}")
     return value
 
 
@@ -64,7 +64,7 @@ def attention_mask(batch: Any) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask is {shape} where (batch, tokens) is wanted to tell padding; "
+            f"attention_mask is {shape} but expected (batch, tokens), to tell padding; "
             "pass mask=, a function batch -> (batch, tokens) bool"
         )
     return mask > 0

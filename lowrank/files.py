@@ -55,7 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises OSError where the folder cannot be written, or ``path`` is a folder or a device.
     """
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is no file that could be replaced")
+        raise OSError(f"{path} is not a regular file")
     temporary = unused_name(path)
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
@@ -128,7 +128,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, LARGEST_JSON):
                 raise AdapterError(
-                    f"{path} is no whole safetensors file: {size} bytes, {length} of them header"
+                    f"{path} is not a complete safetensors file: {size} bytes, {length} of them header"
                 )
             content = file.read(length)
     except OSError as error:
@@ -138,9 +138,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         if name != "__metadata__":
             entries[name] = _entry(described, f"{path}, {name}")
     if 8 + length + sum(entry.bytes for entry in entries.values()) != size:
-        raise AdapterError(
-            f"{path} has {size} bytes, which is not what its header describes: it is truncated"
-        )
+        raise AdapterError(f"{path} has {size} bytes, but its header describes another size: it is truncated")
     return entries
 
 
@@ -152,14 +150,14 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     try:
         return load_tensors(content)
     except Exception as error:  # whatever the reader dislikes, nothing has been touched
-        raise AdapterError(f"{path} is no safetensors file: {error}") from error
+        raise AdapterError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _read(path: Path, most: int | None) -> bytes:
     try:
         size = _size(path)
         if most is not None and size > most:
-            raise AdapterError(f"{path} cannot be read: {size:,} bytes are more than any adapter needs")
+            raise AdapterError(f"{path} cannot be read: {size:,} bytes are more than the limit for adapters")
         return path.read_bytes()
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
@@ -190,7 +188,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
+            raise ValueError(f"the key {key!r} appears twice")
         found[key] = value
     return found
 
@@ -204,10 +202,10 @@ def _finite(text: str) -> float:
 
 def _entry(described: Any, what: str) -> Entry:
     if not isinstance(described, dict):
-        raise AdapterError(f"{what}: its header is no description of a tensor")
+        raise AdapterError(f"{what}: its header does not describe a tensor")
     dtype, shape = described.get("dtype"), described.get("shape")
     if not isinstance(dtype, str) or dtype not in SIZES:
-        raise AdapterError(f"{what}: the dtype {dtype!r} is none that an adapter has")
+        raise AdapterError(f"{what}: the dtype {dtype!r} is not supported in adapters")
     if not isinstance(shape, list) or len(shape) > 8 or any(type(n) is not int or n < 0 for n in shape):
-        raise AdapterError(f"{what}: its shape is none: {shape!r:.100}")
+        raise AdapterError(f"{what}: its shape is invalid: {shape!r:.100}")
     return Entry(dtype, tuple(shape))

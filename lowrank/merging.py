@@ -89,7 +89,9 @@ def _check_effects(root: nn.Module, adapters: Mapping[Projection, Adapter]) -> N
     containers = (nn.ModuleList, nn.ModuleDict)
     for p, adapter in adapters.items():
         if not all(factor.isfinite().all() for factor in adapter.parameters()):
-            raise ValueError(f"the adapter of {p.name} holds NaN or Inf, and merging would spoil the weight")
+            raise ValueError(
+                f"the adapter of {p.name} holds NaN or Inf, and merging would write them into the weight"
+            )
         parent = p.module.rpartition(".")[0]
         passed_by = p.module in unused and parent in ran
         if passed_by and not isinstance(root.get_submodule(parent), containers) and adapter.product().any():

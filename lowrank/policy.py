@@ -150,7 +150,7 @@ class Policy:
                     raise ValueError(f"{name} must be one that lowrank.{name} offers: {said[name]!r:.80}")
             return cls(**said)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"this is no policy: {type(error).__name__}: {error}") from error
+            raise ValueError(f"this is not a policy: {type(error).__name__}: {error}") from error
 
 
 def _whole(value: object) -> bool:

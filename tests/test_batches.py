@@ -67,7 +67,7 @@ def test_default_loss_asks_for_labels(output: Any) -> None:
 
 
 def test_default_loss_wants_a_mapping() -> None:
-    with pytest.raises(ValueError, match=r"wants mappings, not tuple; pass loss="):
+    with pytest.raises(ValueError, match=r"expected a mapping, got tuple; pass loss="):
         output_loss(Returns(LOSS), (LOSS, LOSS))
 
 
@@ -76,7 +76,7 @@ def test_default_loss_wants_a_mapping() -> None:
     [
         (torch.ones(3), r"torch.float32 of shape \(3,\)"),
         (torch.tensor(1), r"torch.int64 of shape \(\)"),
-        (0.5, "is float"),
+        (0.5, "got float"),
     ],
 )
 def test_a_loss_is_a_scalar(value: Any, got: str) -> None:
@@ -94,7 +94,7 @@ def test_mask_is_boolean() -> None:
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 1, 3, 3), [[1, 1, 0]]])
 def test_a_mask_of_another_shape_is_refused(mask: Any) -> None:
-    with pytest.raises(ValueError, match=r"\(batch, tokens\) is wanted .*; pass mask="):
+    with pytest.raises(ValueError, match=r"expected \(batch, tokens\), .*; pass mask="):
         attention_mask({"attention_mask": mask})
 
 

@@ -132,7 +132,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a flipped bit": (flip, "is damaged: its content does not match the hash"),
     "truncated JSON": (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text()[:-9]), "cannot be read"),
     "JSON of absurd depth": (lambda f: (f / CONFIG).write_text("[" * 100_000), "cannot be read"),
-    "another format": (lambda f: edit(f, lambda c: c.update(format="x")), "describes no lowrank adapter"),
+    "another format": (
+        lambda f: edit(f, lambda c: c.update(format="x")),
+        "does not describe a lowrank adapter",
+    ),
     "another version": (lambda f: edit(f, lambda c: c.update(version=99)), "has format version 99"),
     "a file elsewhere": (
         lambda f: edit(f, lambda c: c.update(tensors="../x.safetensors")),
@@ -147,7 +150,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f, lambda c: c["plan"]["projections"].pop()),
         "tensors that its plan does not name",
     ),
-    "an initializer of no kind": (lambda f: edit(f, lambda c: c["plan"].update(init=3)), "is no initializer"),
+    "an initializer of no kind": (lambda f: edit(f, lambda c: c["plan"].update(init=3)), "is not an initializer"),
     "other weights": (
         lambda f: edit(f, lambda c: next(iter(c["fingerprint"].values()))["sample"].__setitem__(0, 9.0)),
         "made for a base with other weights",

@@ -348,10 +348,10 @@ def resident() -> int:
 
 
 HUGE = {
-    "header length": "is no whole safetensors file: 274877906944 bytes, 274877906944 of them header",
-    "json": "cannot be read: 274,877,906,944 bytes are more than any adapter needs",
+    "header length": "is not a complete safetensors file: 274877906944 bytes, 274877906944 of them header",
+    "json": "cannot be read: 274,877,906,944 bytes are more than the limit for adapters",
     "tensor": r"att.o_proj.*\(34359738368, 2\)",  # told by its shape, from the header
-    "no tensors": "has 274877906944 bytes, which is not what its header describes",
+    "no tensors": "has 274877906944 bytes, but its header describes another size",
 }
 
 
@@ -398,7 +398,7 @@ def test_depth_repetition_and_numbers_that_are_none(
     for text, message in {
         "[" * 10**6: "cannot be read",
         '{"a":' * 10**5: "cannot be read",
-        '{"format": 1, "format": 1}': "the key 'format' is there twice",
+        '{"format": 1, "format": 1}': "the key 'format' appears twice",
         '{"a": NaN}': "NaN is not a finite number",
         '{"a": -Infinity}': "-Infinity is not a finite number",
         '{"a": 1e999}': "1e999 is not a finite number",

@@ -75,7 +75,7 @@ def test_plans_survive_json(policy: lowrank.Policy, tmp_path: Path) -> None:
         (lambda d: d["projections"][0].update(role="cook"), "cook"),
         (lambda d: d["projections"].append(d["projections"][0]), "a is listed twice"),
         (lambda d: d.update(projections=[]), "no projection any rank"),
-        (lambda d: d.update(init=3), "3 is no initializer"),
+        (lambda d: d.update(init=3), "3 is not an initializer"),
     ],
 )
 def test_what_is_no_plan(change, message: str, tmp_path: Path) -> None:

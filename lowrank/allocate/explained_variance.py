@@ -37,7 +37,7 @@ class ExplainedVariance(Rule):
         if not self.rho >= 1:
             raise ValueError(f"rho must be at least 1: {self.rho}")
         if self.unit not in ("parameters", "ranks"):
-            raise ValueError(f'unit is "parameters" or "ranks", not {self.unit!r}')
+            raise ValueError(f'unit: expected "parameters" or "ranks", got {self.unit!r}')
 
     def allocated(self, asked: Request) -> dict[Projection, Allocation]:
         """Raises ValueError without moments, where no input varies, or for a budget below one rank."""
@@ -52,7 +52,7 @@ class ExplainedVariance(Rule):
         limits = [min(int(self.rho * asked.rank), most) for most in largest_ranks(projections, asked.cost)]
         shares = _explained(projections, asked.statistics, limits)
         if not any(shares.values()):
-            raise ValueError("the inputs of none of the projections vary: nothing tells their ranks")
+            raise ValueError("the inputs of all projections are constant, so no ranks follow from them")
         check_affordable(left, [price[p] for p in projections if shares[p]])
         offers = [(share, -i, k) for i, p in enumerate(projections) for k, share in enumerate(shares[p])]
         ranks = dict.fromkeys(projections, 0)

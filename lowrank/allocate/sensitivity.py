@@ -39,7 +39,7 @@ class Sensitivity(Rule):
 
     def __post_init__(self) -> None:
         if self.unit not in ("parameters", "ranks"):
-            raise ValueError(f'unit is "parameters" or "ranks", not {self.unit!r}')
+            raise ValueError(f'unit: expected "parameters" or "ranks", got {self.unit!r}')
         if self.floor < 0:
             raise ValueError(f"floor must not be negative: {self.floor}")
 
@@ -50,7 +50,7 @@ class Sensitivity(Rule):
         sensitivities = [_sensitivity(p, asked.statistics) for p in asked.projections]
         whole = sum(sensitivities)
         if not whole:
-            raise ValueError("the loss is sensitive to none of the projections: it does not reach them")
+            raise ValueError("all sensitivities are zero: the loss does not depend on any of the projections")
         if self.unit == "ranks":
             ranks = _by_ranks(sensitivities, largest_ranks(asked.projections, asked.cost), asked.rank)
         else:

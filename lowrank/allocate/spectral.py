@@ -62,7 +62,7 @@ def _spectra(asked: Request) -> list[Tensor]:
         measured = asked.statistics[p] if asked.statistics is not None and p in asked.statistics else None
         if measured is None or measured.spectrum is None:
             raise ValueError(
-                f"{p.name}: the spectrum of its weight was not measured: give statistics that hold it"
+                f"{p.name}: the spectrum of its weight was not measured: pass statistics= that contain it"
             )
         found.append(measured.spectrum)
     return found
@@ -70,5 +70,5 @@ def _spectra(asked: Request) -> list[Tensor]:
 
 def _spent(asked: Request, shares: Sequence[float]) -> dict[Projection, Allocation]:
     if not any(shares):
-        raise ValueError("all the weights are zero: nothing tells their ranks")
+        raise ValueError("all weights are zero, so no ranks follow from them")
     return allocations(asked, in_proportion(asked, shares))

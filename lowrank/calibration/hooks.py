@@ -76,7 +76,7 @@ def _tapped(
     def see(dy: Tensor) -> None:
         if x._version != version:
             raise ValueError(
-                f"the input of {name} was written over after it was read: its gradient is lost; "
+                f"the input of {name} was overwritten after it was read, so its gradient is lost; "
                 "let that operation make a new tensor, or leave the projection out with exclude="
             )
         meter.gradients.see(name, held, x, dy.detach(), first)

@@ -22,7 +22,7 @@ def token_mask(batch: Any, mask: Mask | None, number: int) -> Tensor | None:
     """
     tokens = attention_mask(batch) if mask is None else _checked(mask(batch))
     if tokens is not None and not tokens.any():
-        raise ValueError(f"the mask of calibration batch {number} says that none of its tokens counts")
+        raise ValueError(f"the mask of calibration batch {number} selects no token")
     return tokens
 
 
@@ -79,7 +79,7 @@ def _checked(said: Any) -> Tensor | None:
         return None
     if not isinstance(said, Tensor) or said.dim() != 2:
         got = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
-        raise ValueError(f"mask= is to give (batch, tokens) bool, True where a token counts, and gives {got}")
+        raise ValueError(f"mask=: expected (batch, tokens) bool, True where a token counts, got {got}")
     return said > 0
 
 

@@ -83,7 +83,9 @@ def calibrate(
     if unknown:
         raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(KINDS)}")
     if isinstance(batches, Mapping | Tensor | str):
-        raise ValueError(f"batches= is one {type(batches).__name__}: pass a list of batches, or a DataLoader")
+        raise ValueError(
+            f"batches=: expected a list of batches or a DataLoader, got one {type(batches).__name__}"
+        )
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1: {steps}")
     if not wanted:
@@ -116,7 +118,7 @@ def _each(remaining: Iterator[Any], measure: Callable[[int, Any], None], process
             batch = next(remaining, END)
             if batch is END and not number:
                 raise ValueError(
-                    "calibration needs batches, and got none: the loader is empty or was consumed before"
+                    "calibration needs batches, and got none: the loader is empty or was used up before"
                 )
             if batch is END:
                 done = True

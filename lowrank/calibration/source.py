@@ -116,6 +116,6 @@ def _singular_values(model: nn.Module, p: Projection) -> Tensor:
     """(min(out, in),) fp64, descending; small ones as accurate as the square root of fp64's."""
     weight = p.weight(model)
     if not weight.isfinite().all():
-        raise ValueError(f"{p.name}: NaN or Inf in its weight, which has no singular values then")
+        raise ValueError(f"{p.name}: its weight contains NaN or Inf")
     tall = weight.double() if weight.shape[0] >= weight.shape[1] else weight.double().T
     return torch.linalg.eigvalsh(tall.T @ tall).clamp_min(0).sqrt().flip(0)

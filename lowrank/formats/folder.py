@@ -33,7 +33,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} holds no {CONFIG}{hint}")
     config = read_json(folder / CONFIG)
     if config.get("format") != FORMAT:
-        raise AdapterError(f"{folder / CONFIG} describes no lowrank adapter")
+        raise AdapterError(f"{folder / CONFIG} does not describe a lowrank adapter")
     if config.get("version") != VERSION:
         raise AdapterError(
             f"{folder} has format version {config.get('version')}; this library reads {VERSION}"

@@ -58,7 +58,7 @@ def plan_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
                 energies[p] = _number(row["energy"])
         init = decode(data["init"])
         if not (init is None or isinstance(init, Recorded) or belongs(init, "lowrank.init.")):
-            raise ValueError(f"{init!r:.80} is no initializer")
+            raise ValueError(f"{init!r:.80} is not an initializer")
         return {
             "allocations": allocations,
             "costs": costs,
@@ -72,7 +72,7 @@ def plan_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
             "reference_rank": _whole(data.get("reference_rank")),
         }
     except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise ValueError(f"this is no plan: {type(error).__name__}: {error}") from error
+        raise ValueError(f"this is not a plan: {type(error).__name__}: {error}") from error
 
 
 def _projection(row: Mapping[str, Any]) -> Projection:

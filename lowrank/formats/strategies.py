@@ -73,7 +73,7 @@ def encode(value: Any, *, strict: bool = False) -> Any:
             },
         }
     if strict:
-        raise ValueError(f"{kind.__qualname__} is nothing that JSON can hold")
+        raise ValueError(f"{kind.__qualname__} cannot be written as JSON")
     try:
         text = repr(value)
     except Exception:  # somebody else's code, which is not to stop a save

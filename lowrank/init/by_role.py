@@ -39,7 +39,7 @@ class ByRole(Start):
         named = {Role(key): choice for key, choice in self.choices.items()}
         for choice in [*named.values(), *([] if self.otherwise is None else [self.otherwise])]:
             if isinstance(choice, type) or not isinstance(choice, Initializer):
-                raise ValueError(f"an initializer is needed, such as Kaiming(), not {choice!r}")
+                raise ValueError(f"expected an initializer, such as Kaiming(), got {choice!r}")
         object.__setattr__(self, "choices", named)
 
     def __hash__(self) -> int:

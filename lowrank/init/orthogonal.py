@@ -30,9 +30,7 @@ class Orthogonal(Start):
             raise ValueError(f"rank {given.rank} is out of range for a weight {tuple(given.weight.shape)}")
         norm = frobenius(given.weight.detach())
         if not isfinite(norm):
-            raise ValueError(
-                f"NaN or Inf in a weight {tuple(given.weight.shape)}: it has no QR decomposition"
-            )
+            raise ValueError(f"the weight {tuple(given.weight.shape)} contains NaN or Inf")
         with full_precision(given.weight.device):
             W = given.weight.detach().to(torch.promote_types(given.weight.dtype, torch.float32))
             B = torch.linalg.qr(W[:, : given.rank]).Q

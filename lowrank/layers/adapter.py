@@ -50,9 +50,7 @@ class Adapter(nn.Module):
         super().__init__()
         rank = A.shape[0]
         if A.dim() != 2 or B.shape != (rows[1] - rows[0], rank):
-            raise ValueError(
-                f"A {tuple(A.shape)} and B {tuple(B.shape)} do not make an update of rows {rows}"
-            )
+            raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit rows {rows}")
         if set(frozen) - {"A", "B"} or {"A", "B"} <= set(frozen):
             raise ValueError(f'of "A" and "B" at most one can be frozen, not {sorted(frozen)}')
         if not (A.isfinite().all() and B.isfinite().all()):
@@ -60,7 +58,7 @@ class Adapter(nn.Module):
         A, B = (factor.detach().to(dtype).contiguous().clone() for factor in (A, B))
         anchored = bool(B.any())
         if "B" in frozen and not anchored:
-            raise ValueError("a frozen B of zeros never adds anything")
+            raise ValueError("a frozen B must not be zero")
         if anchored and "A" in frozen:
             # B·A − B0·A is (B − B0)·A: with A fixed the offset alone is an ordinary adapter.
             B, anchored = torch.zeros_like(B), False

@@ -147,7 +147,7 @@ def _mask(x: Tensor, dropout: float) -> Tensor:
 def check_blocks(out_features: int, in_features: int, blocks: Sequence[Block]) -> None:
     """Raises ValueError unless the blocks fit a weight ``(out_features, in_features)``."""
     if not blocks:
-        raise ValueError("without blocks there is nothing to add: call the base alone")
+        raise ValueError("expected at least one block")
     for (start, stop), A, B, _, A0, B0 in blocks:
         if not 0 <= start < stop <= out_features:
             raise ValueError(f"rows ({start}, {stop}) must lie within the weight's {out_features} rows")

@@ -26,7 +26,7 @@ def frobenius(matrix: Tensor) -> float:
         ValueError: M is on the meta device, where it has no values.
     """
     if matrix.is_meta:
-        raise ValueError("a weight on the meta device has no values to start from: load it first")
+        raise ValueError("the weight is on the meta device: load it first")
     rows = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.promote_types(matrix.dtype, torch.float32))
     norm = float(torch.linalg.vector_norm(rows.double()))
     if 1e-12 < norm < 1e12:
@@ -68,7 +68,7 @@ class Dense:
 
     def __post_init__(self) -> None:
         if self.matrix.ndim != 2:
-            raise ValueError(f"a matrix (out, in) is needed, not a tensor {tuple(self.matrix.shape)}")
+            raise ValueError(f"expected a matrix (out, in), got a tensor {tuple(self.matrix.shape)}")
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -57,7 +57,7 @@ class Question:
             raise ValueError(f"rank {rank} is out of range for a matrix {shape}: 1 to {min(shape)}")
         norms = [frobenius(part.detach()) for part in operator.parts]
         if not all(map(isfinite, norms)):
-            raise ValueError(f"NaN or Inf in a matrix {shape}: it has no singular values")
+            raise ValueError(f"the matrix {shape} contains NaN or Inf")
         scales = [1.0 if 1e-6 < norm < 1e6 or not norm else 2.0 ** -round(log2(norm)) for norm in norms]
         with full_precision(operator.like.device):
             operator = operator.to(torch.float64 if torch.float64 in dtypes else torch.float32, scales)

@@ -163,7 +163,7 @@ def _listed(value: Any, name: str) -> frozenset[str]:
 
 def _rank(value: Any, name: str) -> int:
     if type(value) is not int or not 1 <= value < 1 << 31:
-        raise AdapterError(f"the rank of {name} is {shortened(value)}, not a whole number from 1 on")
+        raise AdapterError(f"the rank of {name} is {shortened(value)}, expected an integer of at least 1")
     return value
 
 

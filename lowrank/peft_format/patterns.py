@@ -33,7 +33,7 @@ class Patterns:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         if len(values) > MOST_KEYS:
-            raise AdapterError(f"{len(values):,} patterns are more than any model needs")
+            raise AdapterError(f"{len(values):,} patterns are more than the limit")
         self._values = list(values.values())
         self._ends: Table = {}
         self._whole: Table = {}
@@ -50,7 +50,9 @@ class Patterns:
             table.setdefault(len(text), {}).setdefault(dots, {}).setdefault(rest, number)
         if len(self._expressions) > MOST_EXPRESSIONS:
             count = f"{len(self._expressions):,}"
-            raise AdapterError(f"{count} patterns with choices are too many: name the modules plainly")
+            raise AdapterError(
+                f"{count} patterns with alternatives are too many: write out the modules' names"
+            )
 
     def value(self, path: str, otherwise: Any) -> Any:
         """The value of the first key that matches ``path``, or ``otherwise``."""
@@ -69,7 +71,7 @@ class Patterns:
             steps += LOOK_UP * len(self._whole.get(len(path), ()))
             steps += LOOK_UP * sum(len(self._ends.get(len(end), ())) for end in _dotted_ends(path))
         if steps > MOST_STEPS:
-            raise AdapterError(f"{name} would take too long to match: name the modules plainly")
+            raise AdapterError(f"{name} would take too long to match: write out the modules' names")
 
     def _first(self, path: str) -> int | None:
         found = _looked_up(self._whole, path)
@@ -137,15 +139,13 @@ def expression(key: str) -> re.Pattern[str]:
     choices = len(re.findall(r"[*+?{]", plain))
     nested = re.search(r"\)[*+?{]|\(\?", plain) or re.search(r"\\[1-9]", key)
     if nested or choices > 4 or plain.count("(") > 3 or len(key) > 500:
-        raise AdapterError(
-            f"the pattern {shortened(key)} is too involved to be run: name the modules plainly"
-        )
+        raise AdapterError(f"the pattern {shortened(key)} is too complex: write out the modules' names")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return re.compile(rf"(.*\.)?({key})$")
     except (re.error, RecursionError, OverflowError) as error:
-        raise AdapterError(f"the pattern {shortened(key)} is no regular expression: {error}") from error
+        raise AdapterError(f"the pattern {shortened(key)} is not a regular expression: {error}") from error
 
 
 def shortened(value: Any) -> str:

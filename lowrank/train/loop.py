@@ -188,7 +188,7 @@ def _scores(evaluate: Callable[[nn.Module], Mapping[str, float]], model: nn.Modu
         measured = evaluate(model)
     if not isinstance(measured, Mapping):
         raise ValueError(
-            f"evaluate is to return a mapping such as {{'accuracy': 0.9}}, not {type(measured).__name__}"
+            f"evaluate must return a mapping such as {{'accuracy': 0.9}}, not {type(measured).__name__}"
         )
     return {name: float(value) for name, value in measured.items()}
 

@@ -117,7 +117,7 @@ def _groups(parameters: list[Any]) -> list[dict[str, Any]]:
     if all(isinstance(item, nn.Parameter) for item in parameters):
         return [{"params": parameters}]
     kinds = sorted({type(item).__name__ for item in parameters})
-    raise ValueError(f"parameters are nn.Parameters, or dicts with 'params', and not a mixture; got {kinds}")
+    raise ValueError(f"parameters are nn.Parameters, or dicts with 'params', not both; got {kinds}")
 
 
 def _check_options(lr: float, weight_decay: float, betas: tuple[float, float]) -> None:

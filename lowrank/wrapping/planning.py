@@ -137,7 +137,7 @@ def _allocate(
         missing = [p.name for p in projections if p not in given]
         if missing:
             raise ValueError(
-                f"it gives nothing for {missing[0]} ({len(missing)} in all); leave alone is rank 0"
+                f"it gives nothing for {missing[0]} ({len(missing)} in all); rank 0 leaves a projection alone"
             )
         allocations = {p: replace(given[p], rank=min(given[p].rank, cost.largest[p])) for p in projections}
         spent = sum(allocation.rank * cost[p] for p, allocation in allocations.items())

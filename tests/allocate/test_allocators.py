@@ -101,7 +101,7 @@ def test_scaling_is_the_effective_one_of_the_authors_code() -> None:
     ("allocator", "kwargs", "message"),
     [
         (Sensitivity(), {"statistics": None}, "pass batches="),
-        (Sensitivity(), {"statistics": measured(0, 0, 0, 0)}, "sensitive to none"),
+        (Sensitivity(), {"statistics": measured(0, 0, 0, 0)}, "all sensitivities are zero"),
         (Sensitivity(), {"statistics": measured(1, 1, float("nan"), 1)}, "m2 has no measured sensitivity"),
         (Sensitivity(), {"statistics": {}}, "m0 has no measured sensitivity"),
         (
@@ -117,7 +117,7 @@ def test_what_cannot_be_allocated(allocator: Allocator, kwargs: dict, message: s
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(ValueError, match='unit is "parameters" or "ranks"'):
+    with pytest.raises(ValueError, match='unit: expected "parameters" or "ranks"'):
         Sensitivity(unit="bytes")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="floor must not be negative"):
         Sensitivity(floor=-1)

@@ -58,7 +58,7 @@ FAULTS = {
     "NaN": "the loss of calibration batch 0 is not finite",
     "exception": "the loss gave up",
     "empty": "calibration needs batches, and got none",
-    "input": "says that none of its tokens counts",
+    "input": "selects no token",
 }
 
 

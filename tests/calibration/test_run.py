@@ -475,7 +475,7 @@ def test_an_input_that_is_written_over_is_noticed() -> None:
             x += self.layers[0](x)
             return x.square().mean()
 
-    with pytest.raises(ValueError, match="input of layers.0 was written over"):
+    with pytest.raises(ValueError, match="input of layers.0 was overwritten"):
         measured(Residual(nn.Linear(4, 4)), [torch.randn(3, 5, 4)])
 
 
@@ -519,9 +519,9 @@ def test_a_mask_of_numbers_is_one_of_truth_values() -> None:
     ("mask", "message"),
     [
         (lambda b: b["attention_mask"][:, 1:], r"mask= gives \(3, 6\) .* not the \(batch, tokens\)"),
-        (lambda b: b["attention_mask"].flatten(), r"mask= is to give \(batch, tokens\) bool"),
-        (lambda b: b["attention_mask"].tolist(), "mask= is to give .* gives list"),
-        (lambda b: b["attention_mask"] < 0, "none of its tokens counts"),
+        (lambda b: b["attention_mask"].flatten(), r"mask=: expected \(batch, tokens\) bool"),
+        (lambda b: b["attention_mask"].tolist(), "mask=: expected .* got list"),
+        (lambda b: b["attention_mask"] < 0, "selects no token"),
     ],
 )
 def test_a_mask_that_says_nothing_is_an_error(mask: Any, message: str) -> None:
@@ -578,7 +578,7 @@ def test_a_text_mask_is_not_one_of_pixels() -> None:
 
 def test_one_batch_is_not_a_list_of_them() -> None:
     model = zoo.build("bert")
-    with pytest.raises(ValueError, match="batches= is one dict: pass a list"):
+    with pytest.raises(ValueError, match="batches=: expected a list of batches or a DataLoader, got one dict"):
         calibrate(model, select(model, "query").projections, ALL, zoo.batch("bert"), progress=False)
 
 

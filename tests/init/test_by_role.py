@@ -68,7 +68,7 @@ def test_an_unmapped_role_lists_what_is_and_is_not_named() -> None:
 def test_what_is_no_role_or_no_initializer_is_refused() -> None:
     with pytest.raises(ValueError, match="no such role: keys; there are query, key"):
         ByRole({"keys": Kaiming()})  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="an initializer is needed"):
+    with pytest.raises(ValueError, match="expected an initializer"):
         ByRole({Role.KEY: Kaiming})  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="an initializer is needed"):
+    with pytest.raises(ValueError, match="expected an initializer"):
         ByRole({Role.KEY: Kaiming()}, otherwise="kaiming")  # type: ignore[arg-type]

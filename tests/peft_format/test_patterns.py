@@ -115,7 +115,7 @@ STARS = {f"{'.*' * 4}{i}x": 1 for i in range(900)}
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "many expressions": (
         {"rank_pattern": {f".*{i}": 1 for i in range(2_000)}},
-        "2,000 patterns with choices",
+        "2,000 patterns with alternatives",
     ),
     "expressions that take long": ({"rank_pattern": STARS}, "rank_pattern would take too long to match"),
     "alphas that take long": ({"alpha_pattern": STARS}, "alpha_pattern would take too long to match"),

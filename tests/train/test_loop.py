@@ -120,7 +120,7 @@ def test_evaluation_is_once_an_epoch_or_at_the_end(options: dict[str, int], expe
 
 def test_evaluate_returns_a_mapping() -> None:
     model, data = problem()
-    with pytest.raises(ValueError, match=r"to return a mapping .*, not float"):
+    with pytest.raises(ValueError, match=r"must return a mapping .*, not float"):
         quiet(model, DataLoader(data, 16), regression, evaluate=lambda model: 0.5)
 
 

@@ -119,7 +119,7 @@ def test_bad_parameters_are_refused() -> None:
     ):
         adamw(net, net[0].parameters(), lr=0.1)
     net = model()
-    with pytest.raises(ValueError, match="not a mixture; got"):
+    with pytest.raises(ValueError, match="not both; got"):
         adamw(net, [net[1].weight, {"params": net[1].bias}], lr=0.1)
     with pytest.raises(ValueError, match="named twice"):
         adamw(net, [net[1].weight, net[1].weight], lr=0.1)
