@@ -150,7 +150,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f, lambda c: c["plan"]["projections"].pop()),
         "tensors that its plan does not name",
     ),
-    "an initializer of no kind": (lambda f: edit(f, lambda c: c["plan"].update(init=3)), "is not an initializer"),
+    "an initializer of no kind": (
+        lambda f: edit(f, lambda c: c["plan"].update(init=3)),
+        "is not an initializer",
+    ),
     "other weights": (
         lambda f: edit(f, lambda c: next(iter(c["fingerprint"].values()))["sample"].__setitem__(0, 9.0)),
         "made for a base with other weights",

@@ -578,7 +578,9 @@ def test_a_text_mask_is_not_one_of_pixels() -> None:
 
 def test_one_batch_is_not_a_list_of_them() -> None:
     model = zoo.build("bert")
-    with pytest.raises(ValueError, match="batches=: expected a list of batches or a DataLoader, got one dict"):
+    with pytest.raises(
+        ValueError, match="batches=: expected a list of batches or a DataLoader, got one dict"
+    ):
         calibrate(model, select(model, "query").projections, ALL, zoo.batch("bert"), progress=False)
 
 
