@@ -38,7 +38,8 @@ test: $(READY)-test ## the whole test suite (gpu tests too where there is a GPU)
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 # Which kernels PyTorch, oneDNN and MKL pick, and so the last bits, depends on the processor: what these pick on
-# older ones, and on this one. To add a level, add its name and its line.
+# older ones, and on this one. To add a level, add its name and its line. The compiler's cache does not tell
+# levels apart: each has its own.
 LEVELS := default avx2 native
 LEVEL_default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 LEVEL_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
@@ -48,7 +49,7 @@ test-levels: $(addprefix test-level-,$(or $(LEVEL),$(LEVELS))) ## the suite with
 
 test-level-%: $(READY)-test
 	$(if $(LEVEL_$*),,$(error there is no level $*: LEVEL is one of $(LEVELS)))
-	$(LEVEL_$*) $(PY) -m pytest -n $(JOBS) $(ARGS)
+	$(LEVEL_$*) TORCHINDUCTOR_CACHE_DIR=$(abspath .cache)/inductor-$* $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 check: test lint types ## everything that must pass before a commit
 
