@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.layers.functional import Block, add_lora, check_blocks, fused_lora, lora_linear
+from tests.helpers import numbers
 
 IN, OUT, RANK = 24, 20, 3
 SHAPES = [(IN,), (0, IN), (1, IN), (7, IN), (2, 0, IN), (3, 5, IN), (2, 3, 4, IN)]
@@ -23,18 +24,15 @@ LAYOUTS = {
     "middle rows": (((4, 11), RANK, 1.5, False),),
     "three blocks": (((0, 6), 2, 2.0, False), ((6, 13), 5, 1.0, True), ((15, OUT), 1, 3.0, True)),
     "pieces": (((2, 18, 4, 6), RANK, 1.5, False),),
-    "interleaved": (((1, 17, 2, 7), 2, 2.0, False), ((4, 20, 2, 7), 5, 1.0, True), ((6, 15, 1, 4), 1, 3.0, True)),
+    "interleaved": (
+        ((1, 17, 2, 7), 2, 2.0, False),
+        ((4, 20, 2, 7), 5, 1.0, True),
+        ((6, 15, 1, 4), 1, 3.0, True),
+    ),
 }
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-
-
-def numbers(rows: tuple[int, ...]) -> list[int]:
-    """The rows one by one: of ``(start, stop, size, stride)`` the first ``size`` of every ``stride``."""
-    start, stop, *repeated = rows
-    size, stride = repeated or (stop - start, stop - start)
-    return [row for row in range(start, stop) if (row - start) % stride < size]
 
 
 def make_blocks(
