@@ -78,7 +78,8 @@ def survives(victim: Victim, load: Callable[[nn.Module, Path], nn.Module], folde
 
 
 def make() -> nn.Module:
-    model = lowrank.wrap_model(Tiny(), presets.pissa(rank=2, train=("head",)), progress=False)
+    policy = presets.pissa(rank=2, train=("head",), fused={"qkv": {"query": 6, "key": 6, "value": 6}})
+    model = lowrank.wrap_model(Tiny(), policy, progress=False)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -428,6 +429,18 @@ CLAIMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "rows of two": (
         lambda c: c["plan"]["projections"][1].update(rows=[3, 9]),
         "belong to another one too",
+    ),
+    "interleaved rows of two": (
+        lambda c: c["plan"]["projections"][1].update(rows=[4, 15, 1, 2]),
+        "belong to another one too",
+    ),
+    "rows at no distance": (
+        lambda c: c["plan"]["projections"][1].update(rows=[6, 12, 1, 0]),
+        "in a weight of shape",
+    ),
+    "as many rows as numbers": (
+        lambda c: c["plan"]["projections"][1].update(rows=[6, 10**15, 1, 2]),
+        "in a weight of shape",
     ),
     "a tensor that is no projection": (
         lambda c: c["plan"]["projections"][3].update(param="bias", rows=[0, 1], out_features=1, rank=1),
