@@ -17,6 +17,7 @@ from lowrank.models.layouts import (
     Blocks,
     gate_up,
     in_order,
+    interleaved,
     layout_of,
     likely_blocks,
 )
@@ -24,6 +25,7 @@ from lowrank.models.storage import declared_shape, is_linear
 from lowrank.models.trials import divides
 
 Fused = Mapping[str, Mapping[str, int]]
+GROUPS = "groups"  # among the roles: how many times their rows follow each other
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
         if told:
             raise ValueError(f"{why}: fused= cannot divide it, {leave}")
         return Doubt(why, frozenset({Role.KEY, Role.VALUE}))
-    if told and known and any(len(pieces(own)) > 1 for _, own in known):
+    if told and known and set(told) != set(known) and any(len(pieces(own)) > 1 for _, own in known):
         order = "interleaves query, key and value head by head"
         raise ValueError(f"{path}: {kind} {order}, and is divided so without fused=: {leave}")
     if told:
@@ -95,13 +97,14 @@ def _told(path: str, rows: int, fused: Fused) -> Blocks | None:
     if not patterns:
         return None
     pattern = max(patterns, key=lambda each: (each.count("."), len(each)))
-    sizes = fused[pattern]
-    if sum(sizes.values()) != rows or min(sizes.values(), default=0) < 1:
-        said = f"fused[{pattern!r}] = {dict(sizes)}"
+    sizes = dict(fused[pattern])
+    groups = sizes.pop(GROUPS, 1)
+    if groups * sum(sizes.values()) != rows or min(groups, *sizes.values(), rows) < 1:
+        said, times = f"fused[{pattern!r}] = {dict(fused[pattern])}", f", {GROUPS} times," * (groups != 1)
         raise ValueError(
-            f"{said} must add up to the {rows} rows of {path}; a longer pattern can name it alone"
+            f"{said} must add up{times} to the {rows} rows of {path}; a longer pattern can name it alone"
         )
-    return in_order([(Role(role), size) for role, size in sizes.items()])
+    return interleaved(groups, [(Role(role), size) for role, size in sizes.items()])
 
 
 def _ask_for_rows(model: nn.Module, path: str, rows: int, roles: tuple[Role, ...]) -> str:
@@ -117,5 +120,6 @@ def _ask_for_rows(model: nn.Module, path: str, rows: int, roles: tuple[Role, ...
     said = ", ".join(f'"{role}": rows' for role in roles)
     return (
         f"{path}: nothing tells where {' and '.join(roles)} lie in its {rows} rows; say it with "
-        f'fused={{"{pattern}": {{{said}}}}}, as they are stored'
+        f'fused={{"{pattern}": {{{said}}}}}, as they are stored, and where they are interleaved with '
+        f'"{GROUPS}": how many times, and the rows of one group'
     )

@@ -80,8 +80,9 @@ def find_projections(model: nn.Module, fused: Fused | None = None) -> list[Proje
 
     Args:
         fused: rows by role of fused weights that nothing else tells, by dotted-suffix pattern:
-            ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Of several patterns that name a
-            weight, the longest counts.
+            ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
+            rows of one group, and ``"groups"``: how many there are. Of several patterns that name a weight,
+            the longest counts.
     """
     return list(scan(model, fused))
 
@@ -90,7 +91,8 @@ def scan(model: nn.Module, fused: Fused | None = None) -> dict[Projection, Doubt
     """The projections of `find_projections`, each with what speaks against adapting it.
 
     Raises:
-        ValueError: ``fused`` does not add up to the rows of a weight, or names one that interleaves heads.
+        ValueError: ``fused`` does not add up to the rows of a weight, or is not how a family that is known to
+            interleave heads does so.
     """
     return dict(_scan(model, fused or {}))
 

@@ -442,6 +442,20 @@ def test_an_unknown_attention_is_divided_as_it_computes(
     assert all((doubt is not None) == (wanted is WHOLE) for doubt in found.values())
 
 
+def test_interleaved_rows_can_be_told() -> None:
+    model = nn.Sequential(Homemade(by_key_head))
+    with pytest.raises(ValueError, match='"value": rows}}, .* interleaved with "groups": how many times'):
+        select(model, "query")
+    told = {"qkv": {"groups": 2, "query": 32, "key": 8, "value": 8}}
+    assert [(p.role, p.rows) for p in select(model, QKV, fused=told).projections] == BY_KEY_HEAD
+    assert Policy.from_json(Policy(fused=told).to_json()).fused == told
+    for groups in (0, -2, 3):
+        with pytest.raises(ValueError, match="must add up, groups times, to the 96 rows"):
+            select(model, QKV, fused={"qkv": {**told["qkv"], "groups": groups}})
+    with pytest.raises(ValueError, match="must add up, groups times, to the 96 rows"):
+        select(model, QKV, fused={"qkv": {"groups": 2}})
+
+
 def test_trying_changes_nothing() -> None:
     class Counting(Homemade):
         def __init__(self, *args: Any, **kwargs: Any) -> None:

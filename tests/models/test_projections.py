@@ -300,6 +300,8 @@ def test_interleaved_rows_are_not_told_as_blocks() -> None:
     told = {"query_key_value": {"query": 32, "key": 32, "value": 32}}
     with pytest.raises(ValueError, match="head by head, and is divided so without fused=: leave it out"):
         scan(zoo.build("neox"), told)
+    right = {"query_key_value": {"groups": 4, "query": 8, "key": 8, "value": 8}}
+    assert find_projections(zoo.build("neox"), right) == find_projections(zoo.build("neox"))
 
 
 def test_separate_attention_widths() -> None:
