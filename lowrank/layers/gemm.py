@@ -42,14 +42,13 @@ def accumulate(C: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
     """
     if torch.compiler.is_compiling():
         _addmm_(C, a, b, alpha)
-    else:
-        _accumulate(C, a, b, alpha)
-
-
-def _accumulate(C: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    if C.dim() == 2:
+    elif C.dim() == 2:
         C.addmm_(a, b, alpha=alpha)
-        return
+    else:
+        _addmm_pieces_(C, a, b, alpha)
+
+
+def _addmm_pieces_(C: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
     parts = C.transpose(0, 1)
     pieces = rearrange(b, "r (pieces size) -> pieces r size", pieces=len(parts))
     if C.is_cuda:
@@ -62,7 +61,10 @@ def _accumulate(C: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
 # The compiler makes addmm_ functional, and then copies all of C; an operation of ours it leaves in place.
 @torch.library.custom_op("lowrank::addmm_", mutates_args={"C"})
 def _addmm_(C: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    _accumulate(C, a, b, alpha)
+    if C.dim() == 2:
+        C.addmm_(a, b, alpha=alpha)
+    else:
+        _addmm_pieces_(C, a, b, alpha)
 
 
 def down(A: Tensor, A0: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 Rows = tuple[int, ...]
-"""``(start, stop)``, or ``(start, stop, size, stride)``: the first size of every stride rows."""
+"""``(start, stop)``, or ``(start, stop, size, stride)``: of the rows from start to stop, the first
+``size`` of every ``stride``."""
 
 
 def repeating(start: int, size: int, stride: int, count: int) -> Rows:
