@@ -13,6 +13,7 @@ from lowrank.adapters import adapters_of, added_parameters, holder, wrapped_root
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.linear import LoRALinear, multiplies
 from lowrank.layers.trained import TrainedModule
+from lowrank.linalg.rows import copy_, take
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import as_rows, quantized
 from lowrank.wrapping.install import remove
@@ -72,8 +73,8 @@ def _merge_weight(root: nn.Module, held: Mapping[Projection, Adapter], usual: to
     if weight.dim() == 3:  # of experts: rows are a view of it only where it lies in order
         weight.data = weight.data.contiguous()
     for p, adapter in held.items():
-        part = as_rows(holder(root, p), p.param)[slice(*p.rows)]
-        part.copy_(adapter.product().add_(part))
+        whole = as_rows(holder(root, p), p.param)
+        copy_(whole, p.rows, adapter.product().add_(take(whole, p.rows)))
     if unpacked:
         weight.data = weight.data.to(dtype)
         _match_bias(holder(root, first), dtype)

@@ -10,6 +10,7 @@ from typing import Any
 from lowrank.allocate import Allocator, Uniform
 from lowrank.formats.strategies import decode, encode
 from lowrank.init import Initializer, Kaiming
+from lowrank.models.fused import GROUPS
 from lowrank.models.projections import Role
 from lowrank.models.targets import Target
 
@@ -39,7 +40,9 @@ class Policy:
         dropout: on the adapters' inputs, in training.
         train: modules trained in full and saved with the adapter, such as a new classifier head.
         fused: rows by role of a fused weight that its shape alone cannot tell, by name:
-            ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``.
+            ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
+            rows of one group, and how many there are: ``{"wqkv": {"groups": 8, "query": 512, "key": 128,
+            "value": 128}}``.
         seed: of every random draw in wrapping.
 
     Raises:
@@ -162,4 +165,6 @@ def _number(value: object) -> bool:
 
 
 def _is_rows(said: object) -> bool:
-    return isinstance(said, Mapping) and all(role in set(Role) and _whole(n) for role, n in said.items())
+    return isinstance(said, Mapping) and all(
+        role in {*Role, GROUPS} and _whole(n) for role, n in said.items()
+    )

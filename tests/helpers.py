@@ -1,4 +1,4 @@
-"""What several test files need: small wrapped models, outputs, the frozen base, a change."""
+"""What several test files need: small wrapped models, outputs, the frozen base, a change, row numbers."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def frozen_logits(model: nn.Module, batch: Any) -> Tensor:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+def numbers(rows: tuple[int, ...]) -> list[int]:
+    """The rows one by one: of ``(start, stop, size, stride)`` the first ``size`` of every ``stride``."""
+    start, stop, *repeated = rows
+    size, stride = repeated or (stop - start, stop - start)
+    return [row for row in range(start, stop) if (row - start) % stride < size]
 
 
 def perturb(model: nn.Module, size: float = 0.1) -> nn.Module:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank import presets
+from lowrank import Allocation, Plan, presets
 from lowrank.formats.folder import CONFIG, checksum
+from lowrank.models.projections import Projection, Role
 from tests import zoo
 from tests.helpers import logits, perturb
 
@@ -190,6 +191,28 @@ def test_another_precision_is_the_same_base(folder: Path) -> None:
     model = lowrank.load_adapter(zoo.build("bert", torch.bfloat16), folder)
     wanted = torch.load(folder.parent / "logits.pt")
     torch.testing.assert_close(logits(model, zoo.batch("bert")).float(), wanted, rtol=0.1, atol=0.05)
+
+
+def test_a_fused_weight_that_was_adapted_whole_still_loads(tmp_path: Path) -> None:
+    """As folders have it that were written when interleaved heads were not told apart."""
+    paths = [f"gpt_neox.layers.{i}.attention.query_key_value" for i in (0, 1)]
+    wholes = [Projection(path, "weight", (0, 96), Role.OTHER, 32, 96) for path in paths]
+    plan = Plan({p: Allocation(2, 1.0) for p in wholes}, init=presets.pissa().init)
+    model = perturb(lowrank.wrap_model(zoo.build("neox"), plan, progress=False))
+    lowrank.save_adapter(model, tmp_path)
+    again = lowrank.load_adapter(zoo.build("neox"), tmp_path)
+    assert torch.equal(logits(again, zoo.batch("neox")), logits(model, zoo.batch("neox")))
+
+
+def test_interleaved_rows_of_another_base_are_named(tmp_path: Path) -> None:
+    model = lowrank.wrap_model(zoo.build("neox"), presets.lora(rank=2, target="key"), progress=False)
+    lowrank.save_adapter(model, tmp_path)
+    other = zoo.build("neox")
+    with torch.no_grad():
+        other.gpt_neox.layers[1].attention.query_key_value.weight.view(4, 3, 8, 32)[:, 1].add_(0.5)
+    with pytest.raises(lowrank.AdapterError, match=r"layers\.1.*\[key\]: its weights differ") as raised:
+        lowrank.load_adapter(other, tmp_path)
+    assert "layers.0" not in str(raised.value)
 
 
 def test_a_peft_folder_is_recognized(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 import lowrank
@@ -40,7 +41,6 @@ CASES: dict[str, Case] = {
     **dict.fromkeys(zoo.FAMILIES, Case()),
     **dict.fromkeys(["bert", "minilm", "roberta", "distilbert", "deberta", "vit"], HEAD),
     "phi3": Case(fused=PHI3),
-    "neox": Case(exclude=("query_key_value",)),
     "mixtral": Case(not_for_peft=("experts",), why=BY_WEIGHT),
     "mamba": Case(not_for_peft=("x_proj", "dt_proj", "out_proj"), why=BY_WEIGHT),
     "torch_encoder": Case(train=("head",), not_for_peft=("encoder",), why=BY_WEIGHT),
@@ -115,26 +115,37 @@ def test_export_and_import(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again, batch), logits(model, batch), rtol=1e-5, atol=1e-5)
 
 
-def test_interleaved_heads_are_adapted_whole_and_refused_by_role() -> None:
-    with pytest.raises(ValueError, match=r"interleaves query, key and value head by head.*exclude="):
-        lowrank.wrap_model(zoo.build("neox"), presets.lora(rank=2, target="query"))
-    batch = zoo.batch("neox")
-    for preset in (presets.lora, presets.pissa, presets.olora):
-        model = lowrank.wrap_model(zoo.build("neox"), preset(rank=2), progress=False)
-        whole = {p: p.shape for p in lowrank.plan_of(model) if "query_key_value" in p.module}
-        assert set(whole.values()) == {(96, 32)}
-        before = logits(model, batch)
-        perturb(model)
-        merged = logits(model, batch)
-        assert not torch.allclose(merged, before, atol=1e-3)
-        torch.testing.assert_close(logits(lowrank.merge(model), batch), merged, rtol=1e-4, atol=1e-4)
+# How rows of the role lie among all rows, in einops' words.
+INTERLEAVED = {
+    "neox": ("(heads three d) i -> three (heads d) i", {"heads": 4, "three": 3}, "query key value"),
+    "bloom": ("(heads three d) i -> three (heads d) i", {"heads": 4, "three": 3}, "query key value"),
+    "codegen": ("(cores three d) i -> three (cores d) i", {"cores": 4, "three": 3}, "query value key"),
+}
+
+
+@pytest.mark.parametrize("family", INTERLEAVED)
+def test_merging_one_role_changes_its_rows_alone(family: str) -> None:
+    layout, sizes, order = INTERLEAVED[family]
+    for place, role in enumerate(order.split()):
+        model, before = zoo.build(family), zoo.build(family).state_dict()
+        lowrank.wrap_model(model, presets.pissa(rank=2, target=role), progress=False)
+        layers = {
+            path: layer.delta_weight() for path, layer in lowrank.adapted_layers(perturb(model)).items()
+        }
+        lowrank.merge(model)
+        assert len(layers) == 2
+        for path, delta in layers.items():
+            after, was = model.state_dict()[f"{path}.weight"], before[f"{path}.weight"]
+            torch.testing.assert_close(after, was + delta)
+            changed = rearrange((after != was).any(1, keepdim=True), layout, **sizes).flatten(1)
+            assert changed.all(1).tolist() == changed.any(1).tolist() == [i == place for i in range(3)]
 
 
 # -- generation ---------------------------------------------------------------------------------------
 
 GENERATING = [
     "llama", "tied_llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi", "phi3", "opt", "gpt2",
-    "neox", "falcon", "mixtral", "mamba", "t5",
+    "neox", "bloom", "codegen", "falcon40b", "falcon", "mixtral", "mamba", "t5",
 ]  # fmt: skip
 LENGTH = 10
 

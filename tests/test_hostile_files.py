@@ -431,6 +431,18 @@ CLAIMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: c["plan"]["projections"][1].update(rows=[3, 9]),
         "belong to another one too",
     ),
+    "interleaved rows of two": (
+        lambda c: c["plan"]["projections"][1].update(rows=[4, 15, 1, 2]),
+        "belong to another one too",
+    ),
+    "rows at no distance": (
+        lambda c: c["plan"]["projections"][1].update(rows=[6, 12, 1, 0]),
+        "in a weight of shape",
+    ),
+    "as many rows as numbers": (
+        lambda c: c["plan"]["projections"][1].update(rows=[6, 10**15, 1, 2]),
+        "in a weight of shape",
+    ),
     "a tensor that is no projection": (
         lambda c: c["plan"]["projections"][3].update(param="bias", rows=[0, 1], out_features=1, rank=1),
         "the model has no such weight",

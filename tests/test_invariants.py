@@ -27,7 +27,7 @@ PRESETS: dict[str, Callable[..., lowrank.Policy]] = {
     "corda": presets.corda,
     "lora_ga": presets.lora_ga,
 }
-LAYOUTS = ["minilm", "llama", "gpt2", "t5", "vit", "torch_encoder"]
+LAYOUTS = ["minilm", "llama", "gpt2", "t5", "vit", "torch_encoder", "neox", "bloom", "codegen", "falcon40b"]
 HEADS = {"minilm": "classifier", "vit": "classifier", "torch_encoder": "head"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -36,7 +36,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # Narrower than their place in the table: the only other parts that these may name.
 ONLY = {
-    "layers": set(),  # plain tensors, no model
+    "layers": {"linalg"},  # plain tensors, no model
     "train": {"batches", "files"},  # knows requires_grad, never LoRA
 }
 

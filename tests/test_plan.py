@@ -76,6 +76,9 @@ def test_plans_survive_json(policy: lowrank.Policy, tmp_path: Path) -> None:
         (lambda d: d["projections"].append(d["projections"][0]), "a is listed twice"),
         (lambda d: d.update(projections=[]), "no projection any rank"),
         (lambda d: d.update(init=3), "3 is not an initializer"),
+        (lambda d: d["projections"][0].update(rows=[0]), r"rows are \(start, stop\) or .*got \[0\]"),
+        (lambda d: d["projections"][0].update(rows=[0, 8, 2]), r"got \[0, 8, 2\]"),
+        (lambda d: d["projections"][0].update(rows=[0, 8.0]), "TypeError"),
     ],
 )
 def test_what_is_no_plan(change, message: str, tmp_path: Path) -> None:
@@ -84,6 +87,17 @@ def test_what_is_no_plan(change, message: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=message):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_rows_are_saved_as_two_or_four_numbers(tmp_path: Path) -> None:
+    rows = {"plain": (0, 8), "interleaved": (2, 28, 2, 8)}
+    plan = Plan(
+        {Projection(name, "weight", own, Role.KEY, 6, 8): Allocation(2, 1.0) for name, own in rows.items()}
+    )
+    plan.save(tmp_path / "plan.json")
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    assert saved["version"] == 1 and [row["rows"] for row in saved["projections"]] == [[0, 8], [2, 28, 2, 8]]
+    assert {p.module: p.rows for p in Plan.load(tmp_path / "plan.json")} == rows
 
 
 def test_text_that_is_not_json(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ KINDS: dict[str, tuple[Callable[[nn.Module], nn.Module], float]] = {  # and the 
     "bitsandbytes 4 bits": (replaced(four_bits), 0.12),
     "bitsandbytes 8 bits": (replaced(eight_bits), 0.01),
 }
-FAMILIES = ["llama", "bert"]
+FAMILIES = ["llama", "bert", "neox"]
 PRESETS = {"lora": presets.lora, "pissa": presets.pissa, "ailora": presets.ailora, "tlora": presets.tlora}
 
 
@@ -94,6 +94,8 @@ def plain_base(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
         sizes = {"hidden_size": 64, "intermediate_size": 128}
         if family == "llama":
             return hf.LlamaForCausalLM(hf.LlamaConfig(**{**zoo.DECODER, **sizes})).to(dtype).eval()
+        if family == "neox":
+            return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**{**zoo.ENCODER, **sizes})).to(dtype).eval()
         config = hf.BertConfig(**{**zoo.ENCODER, **sizes}, num_labels=2)
         return hf.BertForSequenceClassification(config).to(dtype).eval()
 

@@ -244,6 +244,31 @@ def neox() -> nn.Module:
     return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**ENCODER))
 
 
+def bloom() -> nn.Module:
+    config = hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, use_cache=False)
+    return hf.BloomForCausalLM(config)
+
+
+def codegen() -> nn.Module:
+    config = hf.CodeGenConfig(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=8, n_positions=64, rotary_dim=4, n_inner=48
+    )
+    return hf.CodeGenForCausalLM(config)
+
+
+def falcon40b() -> nn.Module:
+    """Two key heads, each with two heads of the query."""
+    config = hf.FalconConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+    )
+    return hf.FalconForCausalLM(config)
+
+
 def falcon() -> nn.Module:
     config = hf.FalconConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, multi_query=True
@@ -281,6 +306,9 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tenso
     "opt": (opt, _language),
     "gpt2": (gpt2, _language),
     "neox": (neox, _language),
+    "bloom": (bloom, _language),
+    "codegen": (codegen, _language),
+    "falcon40b": (falcon40b, _language),
     "falcon": (falcon, _language),
     "mixtral": (mixtral, _language),
     "mamba": (mamba, _language),

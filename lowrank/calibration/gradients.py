@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank.batches import model_device
 from lowrank.calibration.reduce import Processes
 from lowrank.linalg.precision import fast_precision, full_precision, is_half, wide
+from lowrank.linalg.rows import shifted, take
 from lowrank.models.projections import Projection
 
 
@@ -63,7 +64,7 @@ class Gradients:
     def see_weight(self, held: Sequence[Projection], rows: Tensor) -> None:
         """``rows`` (rows, in) is the example's gradient of the whole tensor that holds ``held``."""
         for p in held:
-            own = rows[p.rows[0] : p.rows[1]]
+            own = take(rows, p.rows)
             self._add(p, own.to(wide(own), copy=True))
 
     def _finish(self, name: str) -> None:
@@ -76,7 +77,7 @@ class Gradients:
         inputs = x.to(wide(x))
         for p in held:
             if self.wants([p]):
-                outputs = dy[:, p.rows[0] - first : p.rows[1] - first].to(inputs.dtype)
+                outputs = take(dy, shifted(p.rows, -first), dim=1).to(inputs.dtype)
                 self._add(p, _weight_gradient(inputs, outputs, half, exact="gradient" in self.needs[p]))
 
     def _add(self, p: Projection, gradient: Tensor) -> None:

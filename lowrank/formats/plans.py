@@ -8,6 +8,7 @@ from typing import Any
 
 from lowrank.allocate.base import Allocation
 from lowrank.formats.strategies import Recorded, belongs, decode, encode, typed
+from lowrank.linalg.rows import Rows
 from lowrank.models.projections import Projection, Role
 
 FORMAT, VERSION = "lowrank-plan", 1
@@ -79,12 +80,19 @@ def _projection(row: Mapping[str, Any]) -> Projection:
     return Projection(
         module=typed(row["module"], str),
         param=typed(row["param"], str),
-        rows=(typed(row["rows"][0], int), typed(row["rows"][1], int)),
+        rows=_rows(row["rows"]),
         role=Role(row["role"]),
         in_features=typed(row["in_features"], int),
         out_features=typed(row["out_features"], int),
         block=typed(row["block"], str),
     )
+
+
+def _rows(said: Any) -> Rows:
+    rows = tuple(typed(number, int) for number in said)
+    if len(rows) not in (2, 4):
+        raise ValueError(f"rows are (start, stop) or (start, stop, size, stride), got {said!r:.80}")
+    return rows
 
 
 def _number(value: Any) -> float:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.functional import Block
+from lowrank.linalg.rows import Rows, add_, height
 
 
 class Adapter(nn.Module):
-    """``ΔW = scaling · B·A`` on the output rows ``[start, stop)`` of a weight ``(out, in)``.
+    """``ΔW = scaling · B·A`` on some output rows of a weight ``(out, in)``.
 
     A start with B ≠ 0 is an anchor: the start ``(A0, B0)`` is kept beside the parameters ``A`` and
     ``B``, which then hold the offsets from it, zero at first:
@@ -25,7 +26,7 @@ class Adapter(nn.Module):
         A: (rank, in), the start.
         B: (rows, rank), the start.
         scaling: the factor of B·A.
-        rows: the output rows that it updates.
+        rows: the output rows that it updates, ``(start, stop)`` or pieces of that: see `linalg.rows`.
         frozen: of {"A", "B"}: what is not trained. It is kept: `requires_grad` may say otherwise for a while,
             as in a model that is frozen for inference.
         dtype: of the parameters; fp32 also on a half-precision base.
@@ -43,13 +44,13 @@ class Adapter(nn.Module):
         B: Tensor,
         scaling: float,
         *,
-        rows: tuple[int, int],
+        rows: Rows,
         frozen: Collection[str] = (),
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         rank = A.shape[0]
-        if A.dim() != 2 or B.shape != (rows[1] - rows[0], rank):
+        if A.dim() != 2 or B.shape != (height(rows), rank):
             raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit rows {rows}")
         if set(frozen) - {"A", "B"} or {"A", "B"} <= set(frozen):
             raise ValueError(f'of "A" and "B" at most one can be frozen, not {sorted(frozen)}')
@@ -74,7 +75,7 @@ class Adapter(nn.Module):
         state: Mapping[str, Tensor],
         scaling: float,
         *,
-        rows: tuple[int, int],
+        rows: Rows,
         frozen: Collection[str] = (),
     ) -> Adapter:
         """The adapter whose ``state_dict()`` was ``state``, bit for bit."""
@@ -136,5 +137,5 @@ def full_delta(adapters: Sequence[Adapter], rows: int) -> Tensor:
     products = [adapter.product() for adapter in adapters]
     delta = products[0].new_zeros(rows, products[0].shape[1])
     for adapter, product in zip(adapters, products, strict=True):
-        delta[slice(*adapter.rows)] += product
+        add_(delta, adapter.rows, product)
     return delta

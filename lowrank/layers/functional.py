@@ -16,17 +16,19 @@ from torch.autograd import forward_ad
 from lowrank.layers.gemm import down, up
 from lowrank.layers.row_blocks import RowBlockProduct
 from lowrank.layers.single import SingleProduct
+from lowrank.linalg.rows import Rows, height, lie_within, spread
 
 
 class Block(NamedTuple):
-    """One adapter on the output rows ``[start, stop)`` of a weight: ``ΔW[rows] = scaling · B·A``.
+    """One adapter on some output rows of a weight: ``ΔW[rows] = scaling · B·A``.
 
-    A is ``(r, in)``, B is ``(stop - start, r)``; any floating dtype. With an anchor, A0 ``(r, in)`` and
-    B0 ``(stop - start, r)`` are the start and A, B are the offsets from it (zero at first):
+    The rows are ``(start, stop)``, or pieces of that: see `linalg.rows`. A is ``(r, in)``, B is
+    ``(rows, r)``; any floating dtype. With an anchor, A0 ``(r, in)`` and B0 ``(rows, r)`` are the start and
+    A, B are the offsets from it (zero at first):
     ``ΔW[rows] = scaling · (B·(A0 + A) + B0·A)``. Anchors are constants: they get no gradient.
     """
 
-    rows: tuple[int, int]
+    rows: Rows
     A: Tensor
     B: Tensor
     scaling: float
@@ -121,16 +123,16 @@ def transformed() -> bool:
 def _composed(y: Tensor, x: Tensor, blocks: Sequence[Block], dropout: float) -> Tensor:
     """``y`` plus the update of every block, from operations that PyTorch itself knows how to transform."""
     x = F.dropout(x, dropout)
-    for (start, stop), A, B, scaling, A0, B0 in blocks:
+    for rows, A, B, scaling, A0, B0 in blocks:
         update = F.linear(F.linear(x, down(A, A0, x.dtype)), up(B, B0, x.dtype))
-        y = y + F.pad(scaling * update, (start, y.shape[-1] - stop))
+        y = y + spread(scaling * update, rows, y.shape[-1])
     return y
 
 
 def _laid_out(x: Tensor, blocks: Sequence[Block], dropout: float) -> tuple:
     """The mask, the spans and the factors, one by one: autograd sees only tensors that are arguments."""
     mask = _mask(x, dropout) if dropout > 0 else None
-    spans = [(*block.rows, block.scaling / (1 - dropout)) for block in blocks]
+    spans = [(block.rows, block.scaling / (1 - dropout)) for block in blocks]
     return mask, spans, *(factor for _, A, B, _, A0, B0 in blocks for factor in (A, B, A0, B0))
 
 
@@ -148,14 +150,14 @@ def check_blocks(out_features: int, in_features: int, blocks: Sequence[Block]) -
     """Raises ValueError unless the blocks fit a weight ``(out_features, in_features)``."""
     if not blocks:
         raise ValueError("expected at least one block")
-    for (start, stop), A, B, _, A0, B0 in blocks:
-        if not 0 <= start < stop <= out_features:
-            raise ValueError(f"rows ({start}, {stop}) must lie within the weight's {out_features} rows")
+    for rows, A, B, _, A0, B0 in blocks:
+        if not lie_within(rows, out_features):
+            raise ValueError(f"rows {rows} must lie within the weight's {out_features} rows")
         rank = A.shape[0]
-        if A.shape != (rank, in_features) or B.shape != (stop - start, rank):
+        if A.shape != (rank, in_features) or B.shape != (height(rows), rank):
             raise ValueError(
                 f"A {tuple(A.shape)} and B {tuple(B.shape)} must be ({rank}, {in_features}) and "
-                f"({stop - start}, {rank}) to update rows ({start}, {stop})"
+                f"({height(rows)}, {rank}) to update rows {rows}"
             )
         if (A0 is None) != (B0 is None):
             raise ValueError("an anchor needs both A0 and B0")

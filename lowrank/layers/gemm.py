@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -35,17 +36,35 @@ def scaled(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 
 def accumulate(C: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """``C += alpha·a·b`` in place, compiled or not."""
+    """``C += alpha·a·b`` in place, compiled or not.
+
+    a ``(N, r)``, b ``(r, columns)``; C ``(N, columns)``, or ``(N, pieces, size)`` where these lie apart.
+    """
     if torch.compiler.is_compiling():
         _addmm_(C, a, b, alpha)
-    else:
+    elif C.dim() == 2:
         C.addmm_(a, b, alpha=alpha)
+    else:
+        _addmm_pieces_(C, a, b, alpha)
+
+
+def _addmm_pieces_(C: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    parts = C.transpose(0, 1)
+    pieces = rearrange(b, "r (pieces size) -> pieces r size", pieces=len(parts))
+    if C.is_cuda:
+        parts.baddbmm_(a.expand(len(parts), *a.shape), pieces, alpha=alpha)
+    else:  # one by one: oneDNN knows no such strides
+        for part, piece in zip(parts, pieces, strict=True):
+            part.addmm_(a, piece, alpha=alpha)
 
 
 # The compiler makes addmm_ functional, and then copies all of C; an operation of ours it leaves in place.
 @torch.library.custom_op("lowrank::addmm_", mutates_args={"C"})
 def _addmm_(C: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    C.addmm_(a, b, alpha=alpha)
+    if C.dim() == 2:
+        C.addmm_(a, b, alpha=alpha)
+    else:
+        _addmm_pieces_(C, a, b, alpha)
 
 
 def down(A: Tensor, A0: Tensor | None, dtype: torch.dtype) -> Tensor:

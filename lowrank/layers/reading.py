@@ -17,6 +17,7 @@ from lowrank.layers.adapter import Adapter
 from lowrank.layers.functional import transformed
 from lowrank.layers.gemm import differentiable_once
 from lowrank.layers.weight import effective_weight
+from lowrank.linalg.rows import Rows, take
 
 
 def read_weight(
@@ -40,7 +41,7 @@ def read_weight(
     if torch.compiler.is_compiling() or transformed() or _fake(weight):
         return compute()
     blocks = [adapter.block for adapter in adapters]
-    spans = [(*block.rows, block.scaling) for block in blocks]
+    spans = [(block.rows, block.scaling) for block in blocks]
     factors = (factor for _, A, B, _, A0, B0 in blocks for factor in (A, B, A0, B0))
     return _Read.apply(compute, spans, transposed, weight, *factors)
 
@@ -134,11 +135,11 @@ def _gradients(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
     """Of ΔW = s·(B·(A0 + A) + B0·A), in fp32: dA = s·(B + B0)ᵀ·dW, dB = s·dW·(A0 + A)ᵀ."""
     factors = ctx.saved_tensors
     needs_weight, *needs = ctx.needs_input_grad[3:]
-    rows = dW.t() if ctx.transposed else dW
+    whole = dW.t() if ctx.transposed else dW
     grads: list[Tensor | None] = [None] * len(factors)
-    for i, (start, stop, scaling) in enumerate(ctx.spans):
+    for i, (rows, scaling) in enumerate(ctx.spans):
         A, B, A0, B0 = factors[4 * i : 4 * i + 4]
-        part = rows[start:stop].to(torch.promote_types(torch.float32, A.dtype))
+        part = take(whole, rows).to(torch.promote_types(torch.float32, A.dtype))
         left, right = (B, A) if A0 is None else (B + B0, A0 + A)
         if needs[4 * i]:
             grads[4 * i] = (scaling * left.to(part.dtype).t() @ part).to(A.dtype)
@@ -156,7 +157,7 @@ class _Read(torch.autograd.Function):
     def forward(
         ctx: Any,
         compute: Callable[[], Tensor],
-        spans: list[tuple[int, int, float]],
+        spans: list[tuple[Rows, float]],
         transposed: bool,
         weight: Tensor,
         *factors: Any,

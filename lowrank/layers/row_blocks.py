@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.layers.gemm import accumulate, differentiable_once, down, flat, owned, through_up, up
+from lowrank.linalg.rows import Rows, take, view
 
 _FIRST = 6  # of the factors among the arguments: A, B, A0, B0 of each block
 
@@ -30,10 +31,11 @@ def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
     dy = flat(dY).contiguous()
 
     column = 0
-    for i, (start, stop, scaling) in enumerate(ctx.spans):
+    for i, (rows, scaling) in enumerate(ctx.spans):
         right = up(B[i], B0[i], dy.dtype)
         part = S[:, column : column + right.shape[1]] if needs_B[i] else None
-        dSi, dB[i] = through_up(dy[:, start:stop], right, part, scaling, B[i], needs_x or any(needs_A))
+        dyi = take(dy, rows, dim=1)
+        dSi, dB[i] = through_up(dyi, right, part, scaling, B[i], needs_x or any(needs_A))
         dS.append(dSi)
         if any(needs_A):
             dT.append(dSi if A0[i] is None else dSi[:, : len(A[i])] + dSi[:, len(A[i]) :])
@@ -67,7 +69,7 @@ class RowBlockProduct(torch.autograd.Function):
     """``y = base + Σ scaling · x·Aᵀ·Bᵀ``, each term on its own rows.
 
     The base is ``F.linear(x, weight, bias)``, or `base` where that is given. `mask` is True where dropout
-    keeps x. A span is ``(start, stop, scaling)`` of one block, and its factors are ``A, B, A0, B0``.
+    keeps x. A span is ``(rows, scaling)`` of one block, and its factors are ``A, B, A0, B0``.
     """
 
     backward = staticmethod(differentiable_once(_gradients))
@@ -80,7 +82,7 @@ class RowBlockProduct(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         mask: Tensor | None,
-        spans: list[tuple[int, int, float]],
+        spans: list[tuple[Rows, float]],
         *factors: Any,
     ) -> Tensor:
         A, B, A0, B0 = factors[::4], factors[1::4], factors[2::4], factors[3::4]
@@ -88,9 +90,9 @@ class RowBlockProduct(torch.autograd.Function):
         y = y.contiguous()
         x2, y2, column = flat(x), flat(y), 0
         S = (x2 if mask is None else x2 * mask) @ _downs(A, A0, x.dtype).t()
-        for i, (start, stop, scaling) in enumerate(spans):
+        for i, (rows, scaling) in enumerate(spans):
             right = up(B[i], B0[i], x.dtype)
-            accumulate(y2[:, start:stop], S[:, column : column + right.shape[1]], right.t(), scaling)
+            accumulate(view(y2, rows, dim=1), S[:, column : column + right.shape[1]], right.t(), scaling)
             column += right.shape[1]
         ctx.spans = spans
         needs_x, _, needs_weight = ctx.needs_input_grad[:3]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.adapter import Adapter, full_delta
+from lowrank.linalg.rows import pieces
 
 ADAPTERS = "lora"  # the child module that holds them, in state dicts too
 
@@ -70,12 +71,14 @@ def release_weights(module: Any) -> None:
 def effective_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     """W + ΔW, added in fp32, in W's dtype and shape, differentiable; a zero ΔW gives W's own values."""
     rows = weight.reshape(-1, weight.shape[-1])
+    updates: list[tuple[tuple[int, int], Tensor]] = []
+    for adapter in adapters:
+        blocks = pieces(adapter.rows)
+        updates += zip(blocks, adapter.product().chunk(len(blocks)), strict=True)
     parts, done = [], 0
-    for adapter in sorted(adapters, key=lambda each: each.rows):
-        start, stop = adapter.rows
+    for (start, stop), update in sorted(updates, key=lambda each: each[0]):
         if start > done:
             parts.append(rows[done:start])
-        update = adapter.product()
         parts.append((rows[start:stop].to(update.dtype) + update).to(weight.dtype))
         done = stop
     if done < len(rows):

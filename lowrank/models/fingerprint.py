@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.linalg.rows import view
 from lowrank.models.projections import Projection
 from lowrank.models.storage import as_rows, packed
 
@@ -59,7 +60,7 @@ def of_projection(module: nn.Module, p: Projection) -> Sample:
     dtype, weight = _dtype(stored), _read(module, p.param)
     if weight is None:
         return Sample(dtype, None, None)
-    weight = weight[slice(*p.rows)]
+    weight = view(weight, p.rows)
     return Sample(dtype, None, _values(weight, _spread(weight.numel(), OF_PROJECTION)))
 
 

@@ -8,21 +8,24 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lowrank.models.families import (
+from lowrank.linalg.rows import height, pieces
+from lowrank.models.families import Role, in_attention, role_of
+from lowrank.models.layouts import (
     FUSED_NAMES,
     GATED_NAMES,
     LATENT,
     Blocks,
-    Role,
-    in_attention,
+    gate_up,
+    in_order,
+    interleaved,
     layout_of,
     likely_blocks,
-    role_of,
 )
 from lowrank.models.storage import declared_shape, is_linear
 from lowrank.models.trials import divides
 
 Fused = Mapping[str, Mapping[str, int]]
+GROUPS = "groups"  # among the roles: how many times their rows follow each other
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def matches(path: str, pattern: str) -> bool:
 
 
 def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused) -> Blocks | Doubt:
-    """Roles and row counts of the blocks of one weight, or why they cannot be told."""
+    """Roles and rows of the blocks of one weight, or why they cannot be told."""
     parent_path, _, name = path.rpartition(".")
     parent, leaf = model.get_submodule(parent_path), name.lower()
     layout, told = layout_of(parent, leaf), _told(path, rows, fused)
@@ -57,22 +60,23 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
         known = layout(parent, rows) if layout else None
     except AttributeError:  # another version of the class
         layout = known = None
-    kind, why = type(parent).__name__, ""
-    if layout and known is None:
-        order = "interleaves query, key and value head by head"
-        why = f"{path}: {kind} {order}, so no block of rows is the query's"
-    elif leaf in LATENT:
+    if known and sum(height(own) for _, own in known) != rows:
+        known = None
+    kind, leave = type(parent).__name__, "leave it out of fused"
+    if leaf in LATENT:
         why = f"{path}: {kind} has key and value of one latent, so no block of rows is the value's"
-    if why and told:
-        raise ValueError(f"{why}: fused= cannot divide it, leave it out of fused")
-    if why:
-        return Doubt(why, frozenset(FUSED_NAMES.get(leaf, (Role.KEY, Role.VALUE))))
+        if told:
+            raise ValueError(f"{why}: fused= cannot divide it, {leave}")
+        return Doubt(why, frozenset({Role.KEY, Role.VALUE}))
+    if told and known and set(told) != set(known) and any(len(pieces(own)) > 1 for _, own in known):
+        order = "interleaves query, key and value head by head"
+        raise ValueError(f"{path}: {kind} {order}, and is divided so without fused=: {leave}")
     if told:
         return told
-    if known and sum(size for _, size in known) == rows:
+    if known:
         return known
     if leaf == "in_proj" and not in_attention(parent_path):
-        return [(Role.OTHER, rows)]  # a state-space block's
+        return in_order([(Role.OTHER, rows)])  # a state-space block's
     if leaf in FUSED_NAMES:
         holds = FUSED_NAMES[leaf]
         for likely in likely_blocks(parent, leaf, rows):
@@ -80,12 +84,12 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
                 return likely
         return Doubt(_ask_for_rows(model, path, rows, holds), frozenset(holds))
     if leaf in GATED_NAMES and rows % 2 == 0:
-        return [(Role.GATE, rows // 2), (Role.UP, rows // 2)]
+        return gate_up(parent, rows)
     if leaf == "wi":
         output = getattr(parent, "Wo", None)
         if getattr(output, "in_features", None) == rows // 2:
-            return [(Role.GATE, rows // 2), (Role.UP, rows // 2)]
-    return [(role_of(path), rows)]
+            return gate_up(parent, rows)
+    return in_order([(role_of(path), rows)])
 
 
 def _told(path: str, rows: int, fused: Fused) -> Blocks | None:
@@ -93,13 +97,14 @@ def _told(path: str, rows: int, fused: Fused) -> Blocks | None:
     if not patterns:
         return None
     pattern = max(patterns, key=lambda each: (each.count("."), len(each)))
-    sizes = fused[pattern]
-    if sum(sizes.values()) != rows or min(sizes.values(), default=0) < 1:
-        said = f"fused[{pattern!r}] = {dict(sizes)}"
+    sizes = dict(fused[pattern])
+    groups = sizes.pop(GROUPS, 1)
+    if groups * sum(sizes.values()) != rows or min(groups, *sizes.values(), rows) < 1:
+        said, times = f"fused[{pattern!r}] = {dict(fused[pattern])}", f", {GROUPS} times," * (groups != 1)
         raise ValueError(
-            f"{said} must add up to the {rows} rows of {path}; a longer pattern can name it alone"
+            f"{said} must add up{times} to the {rows} rows of {path}; a longer pattern can name it alone"
         )
-    return [(Role(role), size) for role, size in sizes.items()]
+    return interleaved(groups, [(Role(role), size) for role, size in sizes.items()])
 
 
 def _ask_for_rows(model: nn.Module, path: str, rows: int, roles: tuple[Role, ...]) -> str:
@@ -115,5 +120,6 @@ def _ask_for_rows(model: nn.Module, path: str, rows: int, roles: tuple[Role, ...
     said = ", ".join(f'"{role}": rows' for role in roles)
     return (
         f"{path}: nothing tells where {' and '.join(roles)} lie in its {rows} rows; say it with "
-        f'fused={{"{pattern}": {{{said}}}}}, as they are stored'
+        f'fused={{"{pattern}": {{{said}}}}}, as they are stored, and where they are interleaved with '
+        f'"{GROUPS}": how many times, and the rows of one group'
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lowrank.linalg.rows import Rows, height, take
 from lowrank.models.families import (
     INDEXERS,
     ROUTERS,
@@ -28,12 +29,13 @@ class Projection:
 
     ``rows`` are the output rows that it owns in the tensor ``param`` of ``module``, counted over the
     tensor laid out as ``(rows, in_features)``: a stack of experts ``(experts, out, in)`` is read as
-    ``(experts · out, in)``. ``block`` only labels it among its siblings.
+    ``(experts · out, in)``. They are ``(start, stop)``, or, where heads are interleaved,
+    ``(start, stop, size, stride)``: see `linalg.rows`. ``block`` only labels it among its siblings.
     """
 
     module: str
     param: str
-    rows: tuple[int, int]
+    rows: Rows
     role: Role
     in_features: int
     out_features: int
@@ -50,9 +52,8 @@ class Projection:
         return self.out_features, self.in_features
 
     def weight(self, model: nn.Module) -> Tensor:
-        """The matrix as ``(out, in)``: a view where the model stores it plainly, else dequantized."""
-        rows = as_rows(model.get_submodule(self.module), self.param)
-        return rows[self.rows[0] : self.rows[1]]
+        """The matrix as ``(out, in)``: a view of the model's, a copy where it is interleaved or quantized."""
+        return take(as_rows(model.get_submodule(self.module), self.param), self.rows)
 
 
 # -- names ------------------------------------------------------------------------------------------
@@ -79,8 +80,9 @@ def find_projections(model: nn.Module, fused: Fused | None = None) -> list[Proje
 
     Args:
         fused: rows by role of fused weights that nothing else tells, by dotted-suffix pattern:
-            ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Of several patterns that name a
-            weight, the longest counts.
+            ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
+            rows of one group, and ``"groups"``: how many there are. Of several patterns that name a weight,
+            the longest counts.
     """
     return list(scan(model, fused))
 
@@ -89,7 +91,8 @@ def scan(model: nn.Module, fused: Fused | None = None) -> dict[Projection, Doubt
     """The projections of `find_projections`, each with what speaks against adapting it.
 
     Raises:
-        ValueError: ``fused`` does not add up to the rows of a weight, or divides one that interleaves heads.
+        ValueError: ``fused`` does not add up to the rows of a weight, or is not how a family that is known to
+            interleave heads does so.
     """
     return dict(_scan(model, fused or {}))
 
@@ -129,13 +132,11 @@ def _linear(model: nn.Module, path: str, module: nn.Module, fused: Fused) -> Ite
     if isinstance(blocks, Doubt):
         yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), blocks
         return
-    start = 0
     routes = _routes(model, path)
-    for role, size in blocks:
+    for role, own in blocks:
         block = role.value if len(blocks) > 1 else ""
         role = Role.OTHER if routes else role
-        yield Projection(path, "weight", (start, start + size), role, columns, size, block), routes
-        start += size
+        yield Projection(path, "weight", own, role, columns, height(own), block), routes
 
 
 def _routes(model: nn.Module, path: str) -> Doubt | None:

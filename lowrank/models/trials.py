@@ -18,7 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lowrank.linalg.rows import Rows, copy_, height
 from lowrank.models.families import Role
+from lowrank.models.layouts import Blocks
 
 TOKENS = 6
 SAME, LINEAR, MOVED = 1e-6, 1e-4, 1e-3  # relative, in fp64
@@ -50,7 +52,7 @@ def try_layer(module: nn.Module, rows: int, columns: int) -> LayerTrial:
     return _once(module, ("layer", rows, columns), lambda: _try_layer(module, weight, rows, columns))
 
 
-def divides(parent: nn.Module, leaf: str, columns: int, blocks: Sequence[tuple[Role, int]]) -> bool:
+def divides(parent: nn.Module, leaf: str, columns: int, blocks: Blocks) -> bool:
     """Does ``parent`` use the rows of its fused layer ``leaf`` as ``blocks`` say?
 
     ``parent`` is called with one tensor ``(1, tokens, columns)``, its weights random. A query acts on its own
@@ -108,7 +110,7 @@ def _reads_transposed(copy: nn.Module, x: Tensor, y: Tensor) -> bool:
 # -- fused attention ----------------------------------------------------------------------------------
 
 
-def _divides(parent: nn.Module, leaf: str, columns: int, blocks: Sequence[tuple[Role, int]]) -> bool:
+def _divides(parent: nn.Module, leaf: str, columns: int, blocks: Blocks) -> bool:
     device = next(parent.parameters()).device
     draw = torch.Generator().manual_seed(0)
 
@@ -137,13 +139,12 @@ def _divides(parent: nn.Module, leaf: str, columns: int, blocks: Sequence[tuple[
             return y.detach()
 
         try:
-            still, start = output(), 0
-            for role, size in blocks:
-                for first, last in ((0, size), (0, 1), (size - 1, size)):
-                    rows = slice(start + first, start + last)
-                    if not _acts_as(role, rows, sum(n for _, n in blocks), output, still, random):
+            still, width = output(), sum(height(own) for _, own in blocks)
+            for role, own in blocks:
+                start, stop = own[:2]
+                for rows in (own, (start, start + 1), (stop - 1, stop)):
+                    if not _acts_as(role, rows, width, output, still, random):
                         return False
-                start += size
         except Exception:  # whatever a stranger's code raises: nothing was proven
             return False
     return True
@@ -151,7 +152,7 @@ def _divides(parent: nn.Module, leaf: str, columns: int, blocks: Sequence[tuple[
 
 def _acts_as(
     role: Role,
-    rows: slice,
+    rows: Rows,
     width: int,
     output: Callable[[Any], Tensor],
     still: Tensor,
@@ -160,7 +161,7 @@ def _acts_as(
     """Do these rows, moved at one token, change the output as ``role`` would?"""
     token = TOKENS - 1 if role == Role.QUERY else 0  # a causal mask shows the first to all, and the last all
     by = torch.zeros(1, TOKENS, width, dtype=still.dtype, device=still.device)
-    by[0, token, rows] = 3 * random((rows.stop - rows.start,)).sign().to(still.device)
+    copy_(by[0, token], rows, 3 * random((height(rows),)).sign())
     size = still.abs().max()
     change = output(by) - still
     others = torch.arange(TOKENS, device=still.device) != token

@@ -20,6 +20,7 @@ from lowrank.files import packed, write
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
+from lowrank.linalg.rows import Rows
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import stored_transposed
 from lowrank.peft_format.config import PeftConfig
@@ -118,7 +119,7 @@ def export_peft(
             written[p] = recompressed(exact[p], adapter.rank, adapter.A.dtype)
         else:
             written[p] = plain(adapter, adapter.A.dtype)
-    blocks: dict[str, list[tuple[tuple[int, int], Pair]]] = {}
+    blocks: dict[str, list[tuple[Rows, Pair]]] = {}
     for p, pair in written.items():
         blocks.setdefault(p.module, []).append((p.rows, pair))
     pairs = {module: stacked(each, _layer(root, module).out_features) for module, each in blocks.items()}

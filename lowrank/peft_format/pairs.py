@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.adapter import Adapter
+from lowrank.linalg.rows import Rows, copy_
 
 
 class Pair(NamedTuple):
@@ -44,18 +45,18 @@ def recompressed(pair: Pair, rank: int, dtype: torch.dtype) -> Pair:
     return Pair(A.to(dtype), B.to(dtype), pair.scaling)
 
 
-def stacked(blocks: Sequence[tuple[tuple[int, int], Pair]], rows: int) -> Pair:
-    """One pair for a weight of ``rows`` rows: the A's of its blocks stacked, each B in its rows and columns.
+def stacked(blocks: Sequence[tuple[Rows, Pair]], out: int) -> Pair:
+    """One pair for a weight of ``out`` rows: the A's of its blocks stacked, each B in its rows and columns.
 
     The scaling is the blocks' mean by rank; what differs from it goes into B.
     """
     rank = sum(pair.rank for _, pair in blocks)
     scaling = sum(pair.rank * pair.scaling for _, pair in blocks) / rank or 1.0
     A = torch.cat([pair.A for _, pair in blocks])
-    B = A.new_zeros(rows, rank)
+    B = A.new_zeros(out, rank)
     column = 0
-    for (start, stop), pair in blocks:
-        B[start:stop, column : column + pair.rank] = pair.B * (pair.scaling / scaling)
+    for rows, pair in blocks:
+        copy_(B[:, column : column + pair.rank], rows, pair.B * (pair.scaling / scaling))
         column += pair.rank
     return Pair(A, B, scaling)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lowrank.linalg.rows import take
 from lowrank.models.projections import Projection
 from lowrank.peft_format.config import PeftConfig
 from lowrank.peft_format.folder import Contents, base_paths
@@ -38,13 +39,12 @@ def check_written(
         )
     errors = {}
     for p, true in exact.items():
-        rows = slice(*p.rows)
         whole = tensors.pair(p.module)
-        read = whole._replace(B=whole.B[rows])
+        read = whole._replace(B=take(whole.B, p.rows))
         errors[p.name] = error = relative_distance(read, true)
         if lossy is not None:
             meant = lossy[p.module]
-            error = relative_distance(read, meant._replace(B=meant.B[rows]))
+            error = relative_distance(read, meant._replace(B=take(meant.B, p.rows)))
         if not error <= TOLERANCE:
             raise ValueError(
                 f"{p.name}: the written files give another ΔW ({error:.1e} off): nothing was exported"

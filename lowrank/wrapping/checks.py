@@ -9,6 +9,7 @@ from torch import nn
 from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight
+from lowrank.linalg.rows import height, lie_within
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import is_linear, packed, weight_shape
 
@@ -58,7 +59,8 @@ def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> 
             problems.append(f"{p.name}: the model has no such weight")
             continue
         rows, columns = weight_shape(module, p.param)
-        if columns != p.in_features or p.rows[1] > rows or p.rows[1] - p.rows[0] != p.out_features:
+        fit = lie_within(p.rows, rows) and height(p.rows) == p.out_features
+        if columns != p.in_features or not fit:
             problems.append(
                 f"{p.name}: rows {p.rows} of width {p.in_features} in a weight of shape {(rows, columns)}"
             )

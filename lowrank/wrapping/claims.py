@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 from lowrank.adapters import base_modules, holder
 from lowrank.files import FLOATS, Entry
 from lowrank.layers.linear import LoRALinear
+from lowrank.linalg.rows import pieces
 from lowrank.models.fingerprint import Sample, difference, differences, of_projection, of_tensor
-from lowrank.models.projections import find_projections
+from lowrank.models.projections import Projection, find_projections
 from lowrank.models.storage import weight_shape
 from lowrank.plan import Plan
 from lowrank.wrapping.checks import projection_problems
@@ -41,11 +43,8 @@ def plan_problems(model: nn.Module, plan: Plan) -> list[str]:
     strange = [p for p in plan.adapted if (p.module, p.param) not in known or p.rows[0] < 0]
     problems = [f"{p.name}: the model has no such weight" for p in strange]
     problems += projection_problems(model, [p for p in plan.adapted if p not in strange])
-    rows: dict[tuple[str, str], int] = {}
-    for p in sorted(plan.adapted, key=lambda each: each.rows):
-        if p.rows[0] < rows.get((p.module, p.param), 0):
-            problems.append(f"{p.name}: its rows {p.rows} belong to another one too")
-        rows[p.module, p.param] = p.rows[1]
+    if not problems:  # all rows are there
+        problems += _overlaps(plan)
     problems += [
         f"{p.name}: scaling {plan[p].scaling}" for p in plan.adapted if not abs(plan[p].scaling) < 1e30
     ]
@@ -61,6 +60,18 @@ def plan_problems(model: nn.Module, plan: Plan) -> list[str]:
         elif inside or plan.train.count(name) > 1 or name in {p.module for p in plan.adapted}:
             problems.append(f"{name}: trained in full, and what lies inside it is named too")
     return problems
+
+
+def _overlaps(plan: Plan) -> list[str]:
+    """A line for each projection that has rows of another one."""
+    held: dict[tuple[str, str], list[tuple[int, int, Projection]]] = {}
+    for p in plan.adapted:
+        held.setdefault((p.module, p.param), []).extend((*block, p) for block in pieces(p.rows))
+    shared: dict[Projection, None] = {}
+    for blocks in held.values():
+        blocks.sort(key=lambda each: each[:2])
+        shared |= {p: None for (_, stop, _), (start, _, p) in pairwise(blocks) if start < stop}
+    return [f"{p.name}: its rows {p.rows} belong to another one too" for p in shared]
 
 
 def frozen_names(names: Any) -> list[str]:

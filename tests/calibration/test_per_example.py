@@ -15,6 +15,7 @@ from lowrank.models.projections import Projection, Role, find_projections
 from lowrank.models.storage import stored_transposed
 from lowrank.models.targets import select
 from tests import zoo
+from tests.helpers import numbers
 
 GRADIENTS = ("sensitivity", "gradient")
 ALL = ("covariance", "moment", *GRADIENTS)
@@ -105,7 +106,7 @@ def by_autograd(
             gradient = module._parameters[p.param].grad
             gradient = torch.zeros_like(module._parameters[p.param]) if gradient is None else gradient
             gradient = gradient.T if stored_transposed(module) else gradient.reshape(-1, p.in_features)
-            own = gradient[slice(*p.rows)] / len(examples)
+            own = gradient[numbers(p.rows)] / len(examples)
             sensitivity, total = found.get(p, (0.0, torch.zeros_like(own)))
             found[p] = sensitivity + float((p.weight(model) * own).abs().mean()), total + own
     model.zero_grad()
@@ -127,7 +128,7 @@ def built(family: str) -> tuple[nn.Module, list[Projection]]:
     return model, select(model, "all-linear").projections
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bert", "t5"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bert", "t5", "neox", "codegen"])
 def test_ragged_batches_measure_what_each_example_gives_alone(family: str) -> None:
     model, projections = built(family)
     alone = examples(family)

@@ -21,6 +21,7 @@ from lowrank.models.projections import Projection, find_projections
 from lowrank.models.storage import stored_transposed
 from lowrank.models.targets import select
 from tests import zoo
+from tests.helpers import numbers
 
 ALL = ("covariance", "sensitivity", "gradient")
 
@@ -78,7 +79,7 @@ def by_definition(
             centred = x - x.mean(0)
             module = model.get_submodule(p.module)
             stored = module.weight.grad.T if stored_transposed(module) else module.weight.grad
-            gradient = stored[slice(*p.rows)]
+            gradient = stored[numbers(p.rows)]
             found[p]["covariance"] += centred.T @ centred / len(examples)
             found[p]["sensitivity"] += (p.weight(model) * gradient).abs().mean() / len(examples)
             found[p]["gradient"] += gradient / len(examples)
@@ -92,7 +93,7 @@ def by_definition(
     return found
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "vit"])
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "vit", "neox", "falcon40b"])
 def test_batches_of_one_follow_the_definitions(family: str) -> None:
     model = zoo.build(family)
     projections = select(model, "all-linear").projections

@@ -13,15 +13,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.layers.functional import Block, add_lora, check_blocks, fused_lora, lora_linear
+from tests.helpers import numbers
 
 IN, OUT, RANK = 24, 20, 3
 SHAPES = [(IN,), (0, IN), (1, IN), (7, IN), (2, 0, IN), (3, 5, IN), (2, 3, 4, IN)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = {
-    "one": ((0, OUT, RANK, 2.0, False),),
-    "anchored": ((0, OUT, RANK, 0.5, True),),
-    "middle rows": ((4, 11, RANK, 1.5, False),),
-    "three blocks": ((0, 6, 2, 2.0, False), (6, 13, 5, 1.0, True), (15, OUT, 1, 3.0, True)),
+    "one": (((0, OUT), RANK, 2.0, False),),
+    "anchored": (((0, OUT), RANK, 0.5, True),),
+    "middle rows": (((4, 11), RANK, 1.5, False),),
+    "three blocks": (((0, 6), 2, 2.0, False), ((6, 13), 5, 1.0, True), ((15, OUT), 1, 3.0, True)),
+    "pieces": (((2, 18, 4, 6), RANK, 1.5, False),),
+    "interleaved": (
+        ((1, 17, 2, 7), 2, 2.0, False),
+        ((4, 20, 2, 7), 5, 1.0, True),
+        ((6, 15, 1, 4), 1, 3.0, True),
+    ),
 }
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -33,13 +40,13 @@ def make_blocks(
 ) -> list[Block]:
     """Blocks with random factors; with `start`, as training finds them: B zero, or both offsets zero."""
     blocks = []
-    for first, last, rank, scaling, anchored in LAYOUTS[layout]:
+    for rows, rank, scaling, anchored in LAYOUTS[layout]:
         A, A0 = (torch.randn(rank, IN, dtype=dtype, **kw) / IN**0.5 for _ in range(2))
-        B, B0 = (torch.randn(last - first, rank, dtype=dtype, **kw) for _ in range(2))
+        B, B0 = (torch.randn(len(numbers(rows)), rank, dtype=dtype, **kw) for _ in range(2))
         if start:
             A, B = (A * 0 if anchored else A), B * 0
         anchor = (A0, B0) if anchored else (None, None)
-        blocks.append(Block((first, last), A.requires_grad_(), B.requires_grad_(), scaling, *anchor))
+        blocks.append(Block(rows, A.requires_grad_(), B.requires_grad_(), scaling, *anchor))
     return blocks
 
 
@@ -50,10 +57,10 @@ def factors(blocks: list[Block]) -> list[Tensor]:
 def naive(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: list[Block]) -> Tensor:
     """The definition, in fp64, through autograd."""
     delta = torch.zeros_like(weight, dtype=torch.float64)
-    for (first, last), A, B, scaling, A0, B0 in blocks:
+    for rows, A, B, scaling, A0, B0 in blocks:
         A, B = A.double(), B.double()
         update = B @ A if A0 is None else (B + B0.double()) @ (A + A0.double()) - B0.double() @ A0.double()
-        delta = delta + F.pad(scaling * update, (0, 0, first, OUT - last))
+        delta = delta.index_add(0, torch.tensor(numbers(rows), device=delta.device), scaling * update)
     return F.linear(x.double(), weight.double() + delta, None if bias is None else bias.double())
 
 
@@ -334,6 +341,10 @@ class TestDropout:
     [
         ({"rows": (0, OUT + 1)}, "within the weight's 20 rows"),
         ({"rows": (3, 3)}, "within the weight's 20 rows"),
+        ({"rows": (0, OUT + 1, 1, 5)}, "within the weight's 20 rows"),
+        ({"rows": (0, 14, 3, 8)}, "within the weight's 20 rows"),
+        ({"rows": (0, 14, 0, 7)}, "within the weight's 20 rows"),
+        ({"rows": (0, 16, 2, 7)}, r"must be \(3, 24\) and \(6, 3\)"),
         ({"rows": (0, OUT - 1)}, r"must be \(3, 24\) and \(19, 3\)"),
         ({"A": torch.ones(RANK, IN - 1)}, r"A \(3, 23\)"),
         ({"B": torch.ones(OUT, RANK + 1)}, r"B \(20, 4\)"),

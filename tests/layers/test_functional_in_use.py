@@ -20,20 +20,32 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lowrank.layers.functional import Block, add_lora, fused_lora
+from tests.helpers import numbers
 
 WIDTH, RANK = 32, 4
 
 # The compiler itself makes an instance of autograd's Function and uses torch.jit, and is warned of both.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 
+ROWS = {
+    "blocks": [(0, WIDTH // 2), (WIDTH // 2, WIDTH)],
+    "interleaved": [(0, WIDTH - 2, 2, 4), (2, WIDTH, 2, 4)],
+}
+
 
 class Layer(nn.Module):
     """A frozen square projection, with two row blocks of which the second is anchored."""
 
     def __init__(
-        self, *, dropout: float = 0.0, called: bool = False, dtype: torch.dtype = torch.float32
+        self,
+        *,
+        rows: str = "blocks",
+        dropout: float = 0.0,
+        called: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.rows = ROWS[rows]
         self.base = nn.Linear(WIDTH, WIDTH, dtype=dtype).requires_grad_(False)
         self.A, self.A1 = (nn.Parameter(torch.randn(RANK, WIDTH) / WIDTH**0.5) for _ in range(2))
         self.B, self.B1 = (nn.Parameter(torch.randn(WIDTH // 2, RANK)) for _ in range(2))
@@ -42,10 +54,9 @@ class Layer(nn.Module):
         self.dropout, self.called = dropout, called
 
     def forward(self, x: Tensor) -> Tensor:
-        half = WIDTH // 2
         blocks = [
-            Block((0, half), self.A, self.B, 0.5),
-            Block((half, WIDTH), self.A1, self.B1, 2.0, self.A0, self.B0),
+            Block(self.rows[0], self.A, self.B, 0.5),
+            Block(self.rows[1], self.A1, self.B1, 2.0, self.A0, self.B0),
         ]
         dropout = self.dropout if self.training else 0.0
         if self.called:
@@ -58,7 +69,8 @@ class Layer(nn.Module):
         delta1 = (self.B0 + self.B1).double() @ (
             self.A0 + self.A1
         ).double() - self.B0.double() @ self.A0.double()
-        weight = self.base.weight.double() + torch.cat((delta, 2.0 * delta1))
+        order = torch.tensor([*numbers(self.rows[0]), *numbers(self.rows[1])])
+        weight = self.base.weight.double().index_add(0, order, torch.cat((delta, 2.0 * delta1)))
         return F.linear(x.double(), weight, self.base.bias.double())
 
 
@@ -127,10 +139,11 @@ def test_checkpointing_recomputes_the_same(reentrant: bool, dropout: float) -> N
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("called", [False, True], ids=["fused", "added"])
-def test_compiled_whole_and_once(called: bool) -> None:
+def test_compiled_whole_and_once(called: bool, rows: str) -> None:
     """No graph break, and no new compilation from step to step while the parameters change."""
-    layer = Layer(called=called)
+    layer = Layer(called=called, rows=rows)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for _ in range(4):
@@ -142,8 +155,9 @@ def test_compiled_whole_and_once(called: bool) -> None:
     assert counter.frame_count == 1
 
 
-def test_compiled_for_several_lengths_and_with_autocast() -> None:
-    layer = Layer()
+@pytest.mark.parametrize("rows", ROWS)
+def test_compiled_for_several_lengths_and_with_autocast(rows: str) -> None:
+    layer = Layer(rows=rows)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     counts = []
@@ -170,9 +184,10 @@ def test_compiled_dropout_hides_its_share() -> None:
 
 
 @pytest.mark.slow
-def test_inductor_accumulates_in_place() -> None:
+@pytest.mark.parametrize("rows", ROWS)
+def test_inductor_accumulates_in_place(rows: str) -> None:
     """Compiled code has no addmm that first copies what it accumulates onto: only that of the base's bias."""
-    layer, x = Layer(), torch.randn(16, WIDTH)
+    layer, x = Layer(rows=rows), torch.randn(16, WIDTH)
     compiled = torch.compile(layer, fullgraph=True)
     got, code = run_and_get_code(step, layer, compiled, x)
     assert_same(got, step(layer, layer, x))
@@ -182,9 +197,13 @@ def test_inductor_accumulates_in_place() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_captured_in_a_cuda_graph(dropout: float) -> None:
-    layer, x = Layer(dropout=dropout).cuda(), torch.randn(16, WIDTH, device="cuda", requires_grad=True)
+def test_captured_in_a_cuda_graph(dropout: float, rows: str) -> None:
+    layer, x = (
+        Layer(dropout=dropout, rows=rows).cuda(),
+        torch.randn(16, WIDTH, device="cuda", requires_grad=True),
+    )
     wanted = step(layer, layer, x)
     captured = torch.cuda.make_graphed_callables(layer, (x,))
     got = step(layer, captured, x)

@@ -24,7 +24,7 @@ from lowrank.layers import Adapter, LoRALinear
 from lowrank.layers.linear import plain_weight
 from lowrank.layers.reading import ReadWeight
 from tests import zoo
-from tests.helpers import perturb
+from tests.helpers import numbers, perturb
 
 # -- whole models ---------------------------------------------------------------------------------------
 
@@ -155,13 +155,13 @@ def test_it_trains_in_half_precision_under_autocast_and_checkpointing(name: str)
 # -- what is read ---------------------------------------------------------------------------------------
 
 
-def layer_over(base: nn.Module, *rows: tuple[int, int], anchored: bool = False) -> LoRALinear:
+def layer_over(base: nn.Module, *rows: tuple[int, ...], anchored: bool = False) -> LoRALinear:
     """One adapter for each block of rows of a base 8 → 6, already moved."""
     adapters = []
-    for start, stop in rows or [(0, 6)]:
-        B = torch.randn(stop - start, 2) if anchored else torch.zeros(stop - start, 2)
+    for own in rows or [(0, 6)]:
+        B = torch.randn(len(numbers(own)), 2) * anchored
         dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
-        adapters.append(Adapter(torch.randn(2, 8), B, 0.5, rows=(start, stop), dtype=dtype))
+        adapters.append(Adapter(torch.randn(2, 8), B, 0.5, rows=own, dtype=dtype))
     layer = LoRALinear(base, adapters, in_features=8, out_features=6)
     with torch.no_grad():
         for parameter in layer.adapters.parameters():
@@ -204,7 +204,11 @@ class Multiply(torch.autograd.Function):
         return dY @ weight, dY.t() @ x
 
 
-@pytest.mark.parametrize("rows", [[(0, 6)], [(0, 2), (4, 6)]], ids=["whole", "blocks"])
+@pytest.mark.parametrize(
+    "rows",
+    [[(0, 6)], [(0, 2), (4, 6)], [(1, 6, 2, 3), (0, 4, 1, 3)]],
+    ids=["whole", "blocks", "interleaved"],
+)
 @pytest.mark.parametrize("anchored", [False, True], ids=["plain", "anchored"])
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("use", USES)
@@ -218,7 +222,7 @@ def test_it_is_the_sum_in_any_operation(use: str, kind: str, anchored: bool, row
 
     delta = x.new_zeros(6, 8)
     for adapter in layer.adapters:
-        delta = delta + F.pad(adapter.product(), (0, 0, adapter.rows[0], 6 - adapter.rows[1]))
+        delta = delta.index_add(0, torch.tensor(numbers(adapter.rows)), adapter.product())
     sum_ = layer.base.weight + (delta.t() if kind == "conv1d" else delta)
     outcomes = []
     for weight in (layer.weight, sum_):

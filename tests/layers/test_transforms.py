@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lowrank.layers import Adapter, LoRALinear
+from tests.helpers import numbers
 
 # PyTorch's own decompositions for forward mode, and its compiler.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -24,15 +25,15 @@ class Called(nn.Linear):
 
 
 BASES = {"fused": nn.Linear, "called": Called}
-ROWS = {"whole": [(0, 6)], "blocks": [(0, 2), (3, 6)]}
+ROWS = {"whole": [(0, 6)], "blocks": [(0, 2), (3, 6)], "interleaved": [(0, 4, 1, 3), (1, 6, 2, 3)]}
 
 
 def pair(base: str, rows: str, anchored: bool) -> tuple[LoRALinear, Any, Tensor]:
     """A moved layer 8 → 6 in fp64, the same function from ordinary operations, and an input (4, 8)."""
     adapters = []
-    for start, stop in ROWS[rows]:
-        B = torch.randn(stop - start, 2) if anchored else torch.zeros(stop - start, 2)
-        adapters.append(Adapter(torch.randn(2, 8), B, 0.5, rows=(start, stop), dtype=torch.float64))
+    for own in ROWS[rows]:
+        B = torch.randn(len(numbers(own)), 2) * anchored
+        adapters.append(Adapter(torch.randn(2, 8), B, 0.5, rows=own, dtype=torch.float64))
     made = BASES[base](8, 6).double().requires_grad_(False)
     layer = LoRALinear(made, adapters, in_features=8, out_features=6)
     with torch.no_grad():

@@ -17,10 +17,12 @@ import transformers
 from torch import Tensor, nn
 
 from lowrank import Policy, adapted_layers, plan_model, presets, wrap_model
-from lowrank.models.families import FUSED, QKV, Role, layout_of
-from lowrank.models.projections import find_projections, scan
+from lowrank.adapters import adapters_of
+from lowrank.linalg.rows import pieces
+from lowrank.models.layouts import FUSED, QKV, layout_of
+from lowrank.models.projections import Role, find_projections, scan
 from lowrank.models.targets import select
-from tests.helpers import frozen_logits, perturb
+from tests.helpers import frozen_logits, numbers, perturb
 from tests.zoo import DECODER, ENCODER
 
 Q, K, V = QKV
@@ -210,16 +212,14 @@ def layer_rows(layer: Any) -> int:
     return layer.nf if hasattr(layer, "nf") else layer.out_features
 
 
-def moved(rows: slice, width: int, token: int) -> Tensor:
+def moved(rows: list[int], width: int, token: int) -> Tensor:
     """A move of these rows at one token: ``(tokens, width)``."""
     by = torch.zeros(TOKENS, width, dtype=torch.float64)
-    by[token, rows] = (
-        3.0 * torch.ones(rows.stop - rows.start).double() * (-1.0) ** torch.arange(rows.stop - rows.start)
-    )
+    by[token, rows] = 3.0 * (-1.0) ** torch.arange(len(rows)).double()
     return by
 
 
-def assert_acts_as(role: Role, rows: slice, width: int, output: Callable[..., Tensor]) -> None:
+def assert_acts_as(role: Role, rows: list[int], width: int, output: Callable[..., Tensor]) -> None:
     """A query acts on its own token alone; a key and a value on others too, the value in proportion."""
     still = output()
     if role == Q:
@@ -240,6 +240,7 @@ def assert_acts_as(role: Role, rows: slice, width: int, output: Callable[..., Te
 # What the token test cannot see: see the tests of their own below.
 ELSEWHERE = {
     "Florence2VisionChannelAttention",
+    "MiniMaxLightningAttention",
     *FUSED["gate_up_proj"],
     *FUSED["input_linear"],
 }
@@ -252,6 +253,9 @@ ROWS: list[Any] = [
 VARIANTS = [
     ("FalconAttention", "query_key_value", {"multi_query": True}),
     ("FalconAttention", "query_key_value", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("FalconAttention", "query_key_value", {"new_decoder_architecture": True, "num_kv_heads": 1}),
+    ("FalconAttention", "query_key_value", {"new_decoder_architecture": True, "num_kv_heads": HEADS}),
+    ("CodeGenAttention", "qkv_proj", {"num_attention_heads": 8, "rotary_dim": 4}),
     ("GPTBigCodeAttention", "c_attn", {"multi_query": True}),
 ]
 
@@ -267,17 +271,61 @@ def test_each_row_of_the_table_is_what_the_family_computes(
     (layer,) = [child for name, child in attention.named_children() if name.lower() == leaf]
     rows = layer_rows(layer)
     blocks = layout(attention, rows)
-    if blocks is None:  # by heads: the first rows of all would not be the query's
-        still, third = output(), slice(0, rows // 3)
-        change = output(moved(third, rows, 0)) - still
-        assert change[1:].abs().max() > 1e-4 * still.abs().max()
-        return
-    assert sum(size for _, size in blocks) == rows
-    start = 0
-    for role, size in blocks:
-        for first, last in ((0, size), (0, 1), (size - 1, size)):
-            assert_acts_as(role, slice(start + first, start + last), rows, output)
-        start += size
+    assert sorted(row for _, own in blocks for row in numbers(own)) == list(range(rows))
+    for role, own in blocks:
+        if role == Role.OTHER:  # what gates the output, which is taken out here
+            continue
+        assert_acts_as(role, numbers(own), rows, output)
+        for row in {row for block in pieces(own) for row in (block[0], block[1] - 1)}:
+            assert_acts_as(role, [row], rows, output)
+
+
+INTERLEAVED = [
+    (kind, leaf, sizes)
+    for kind, leaf, sizes in [*ROWS, *VARIANTS, ("MiniMaxLightningAttention", "qkv_proj", {})]
+    if kind.startswith(("Bloom", "GPTNeoX", "Persimmon", "CodeGen", "MiniMax", "deberta", "Qwen3Next"))
+    or (kind == "FalconAttention" and sizes.get("num_kv_heads", 2) > 1 and not sizes.get("multi_query"))
+    or (kind == "GPTBigCodeAttention" and not sizes)
+]
+
+
+@pytest.mark.parametrize(("kind", "leaf", "sizes"), INTERLEAVED)
+def test_without_its_query_rows_an_attention_does_not_see_its_key_rows(
+    kind: str, leaf: str, sizes: dict[str, Any]
+) -> None:
+    attention = family_module(kind, **sizes)
+    rows = {
+        p.role: numbers(p.rows) for p in find_projections(nn.ModuleDict({"a": attention})) if leaf in p.module
+    }
+    assert all(
+        pieces(p.rows)[1:] for p in find_projections(nn.ModuleDict({"a": attention})) if leaf in p.module
+    )
+    layer, output = attention.get_submodule(leaf), called(attention, kind, leaf)
+    by = moved(rows[K], layer_rows(layer), 0)
+    assert (output(by) - output()).abs().max() > 1e-3
+    for name, parameter in attention.named_parameters():
+        if name.startswith((f"{leaf}.", "q_bias", "q_layernorm.bias")):
+            parameter.data[rows[Q] if name.startswith(leaf) else ...] = 0
+    torch.testing.assert_close(output(by), output(), rtol=0, atol=1e-12)
+
+
+def test_lightning_attention_keeps_query_key_and_value_head_by_head() -> None:
+    """Each value row reaches one column of the heads' outputs, of its own token and later ones."""
+    kind = "MiniMaxLightningAttention"
+    attention = family_module(kind)
+    attention.act_fn, attention.norm = nn.Identity(), nn.Identity()
+    attention.out_proj.weight.data.copy_(torch.eye(WIDTH))
+    output, rows = called(attention, kind, "qkv_proj"), 3 * WIDTH
+    blocks = FUSED["qkv_proj"][kind](attention, rows)
+    assert sorted(row for _, own in blocks for row in numbers(own)) == list(range(rows))
+    still = output()
+    for role, own in blocks:
+        for column, row in enumerate(numbers(own)):
+            change = (output(moved([row], rows, 1)) - still).abs() > 1e-9
+            tokens, columns = change.any(1).nonzero().flatten(), change.any(0).nonzero().flatten()
+            head = column // HEAD * HEAD
+            assert tokens.tolist() == ([1] if role == Q else list(range(1, TOKENS)))
+            assert columns.tolist() == ([column] if role == V else list(range(head, head + HEAD)))
 
 
 def test_channel_attention_keeps_query_key_and_value_in_thirds() -> None:
@@ -285,7 +333,8 @@ def test_channel_attention_keeps_query_key_and_value_in_thirds() -> None:
     kind = "Florence2VisionChannelAttention"
     attention = family_module(kind)
     width = attention.dim
-    assert FUSED["qkv"][kind](attention, 3 * width) == [(role, width) for role in QKV]
+    thirds = [(role, (i * width, (i + 1) * width)) for i, role in enumerate(QKV)]
+    assert FUSED["qkv"][kind](attention, 3 * width) == thirds
     output = called(attention, kind, "qkv")
 
     def by(third: int, value: Tensor) -> Tensor:
@@ -314,14 +363,13 @@ def test_gate_and_up_are_told_apart(kind: str, leaf: str) -> None:
     if hasattr(block, "layer_norm"):
         block.layer_norm = nn.Identity()
     rows = block.get_submodule(leaf).out_features
-    blocks, output, start = FUSED[leaf][kind](block, rows), called(block, kind, leaf), 0
-    assert blocks is not None and {role for role, _ in blocks} == {Role.GATE, Role.UP}
-    for role, size in blocks:
-        by, still = moved(slice(start, start + size), rows, 0), output()
+    blocks, output = FUSED[leaf][kind](block, rows), called(block, kind, leaf)
+    assert {role for role, _ in blocks} == {Role.GATE, Role.UP}
+    for role, own in blocks:
+        by, still = moved(numbers(own), rows, 0), output()
         change = output(by) - still
         share = float((output(2 * by) - still - 2 * change).abs().max() / change.abs().max())
         assert share < 1e-10 if role == Role.UP else share > 1e-2
-        start += size
 
 
 # -- code that no table knows: tried out ----------------------------------------------------------------
@@ -349,6 +397,11 @@ def by_head(y: Tensor) -> list[Tensor]:
     return [t.flatten(-2) for t in y.unflatten(-1, (HEADS, 3 * HEAD)).split(HEAD, -1)]
 
 
+def by_key_head(y: Tensor) -> list[Tensor]:
+    """Three heads of the query, then the key and the value that they share, twice, as in InternLM 2."""
+    return [t.flatten(-2) for t in y.unflatten(-1, (2, 6 * HEAD)).split([4 * HEAD, HEAD, HEAD], -1)]
+
+
 def key_first(y: Tensor) -> tuple[Tensor, ...]:
     k, q, v = y.chunk(3, -1)
     return q, k, v
@@ -359,6 +412,8 @@ def grouped_thirds(y: Tensor) -> tuple[Tensor, ...]:
 
 
 THIRDS = [(Q, (0, 32)), (K, (32, 64)), (V, (64, 96))]
+BY_HEAD = [(role, (i * HEAD, 72 + (i + 1) * HEAD, HEAD, 3 * HEAD)) for i, role in enumerate(QKV)]
+BY_KEY_HEAD = [(Q, (0, 80, 32, 48)), (K, (32, 88, 8, 48)), (V, (40, 96, 8, 48))]
 WHOLE = [(Role.OTHER, (0, 96))]
 
 
@@ -368,6 +423,10 @@ WHOLE = [(Role.OTHER, (0, 96))]
     [
         (lambda y: y.chunk(3, -1), {}, THIRDS),
         (by_head, {}, WHOLE),
+        (by_head, {"num_heads": HEADS}, BY_HEAD),
+        (by_head, {"num_heads": 2}, WHOLE),
+        (by_key_head, {"num_heads": 8, "num_key_value_heads": 2}, BY_KEY_HEAD),
+        (key_first, {"num_heads": HEADS}, WHOLE),
         (key_first, {}, WHOLE),
         (grouped_thirds, {}, WHOLE),
         (grouped_thirds, {"head_dim": HEAD, "n_kv_heads": 3}, [(Q, (0, 48)), (K, (48, 72)), (V, (72, 96))]),
@@ -376,11 +435,25 @@ WHOLE = [(Role.OTHER, (0, 96))]
 def test_an_unknown_attention_is_divided_as_it_computes(
     split: Any, told: Any, wanted: Any, causal: bool
 ) -> None:
-    """All five have 96 rows on 32 inputs: the shape tells nothing."""
+    """All have 96 rows on 32 inputs: the shape tells nothing."""
     model = nn.Sequential(type(f"Attention{split.__name__}", (Homemade,), {})(split, causal=causal, **told))
     found = {p: doubt for p, doubt in scan(model).items() if p.module == "0.qkv"}
     assert [(p.role, p.rows) for p in found] == wanted
     assert all((doubt is not None) == (wanted is WHOLE) for doubt in found.values())
+
+
+def test_interleaved_rows_can_be_told() -> None:
+    model = nn.Sequential(Homemade(by_key_head))
+    with pytest.raises(ValueError, match='"value": rows}}, .* interleaved with "groups": how many times'):
+        select(model, "query")
+    told = {"qkv": {"groups": 2, "query": 32, "key": 8, "value": 8}}
+    assert [(p.role, p.rows) for p in select(model, QKV, fused=told).projections] == BY_KEY_HEAD
+    assert Policy.from_json(Policy(fused=told).to_json()).fused == told
+    for groups in (0, -2, 3):
+        with pytest.raises(ValueError, match="must add up, groups times, to the 96 rows"):
+            select(model, QKV, fused={"qkv": {**told["qkv"], "groups": groups}})
+    with pytest.raises(ValueError, match="must add up, groups times, to the 96 rows"):
+        select(model, QKV, fused={"qkv": {"groups": 2}})
 
 
 def test_trying_changes_nothing() -> None:
@@ -475,19 +548,20 @@ def text(vocabulary: int = 64) -> dict[str, Tensor]:
     return {"input_ids": torch.arange(14).view(2, 7) % vocabulary}
 
 
-def test_deberta_v1_adapts_its_interleaved_weight_as_a_whole() -> None:
+def test_deberta_v1_adapts_its_interleaved_weight_by_role() -> None:
     config = transformers.DebertaConfig(**ENCODER, relative_attention=True, pos_att_type=["c2p", "p2c"])
     model = transformers.DebertaForSequenceClassification(config).eval()
     with pytest.raises(
-        ValueError, match="in_proj: DisentangledSelfAttention interleaves.*exclude=.'in_proj',."
+        ValueError, match="in_proj: DisentangledSelfAttention interleaves.*leave it out of fused"
     ):
-        select(model, "query")
-    with pytest.raises(ValueError, match="fused= cannot divide it"):
         select(model, "query", fused={"in_proj": {"query": 32, "key": 32, "value": 32}})
     plan = plan_model(model, Policy(rank=2))
-    whole = [p for p in plan if p.module.endswith("in_proj")]
-    assert [(p.role, p.rows) for p in whole] == [(Role.OTHER, (0, 96))] * 2
-    assert "in_proj (2): adapted as a whole, since DisentangledSelfAttention interleaves" in str(plan)
+    assert [(p.role, p.rows) for p in plan if p.module.endswith("in_proj")] == BY_HEAD * 2
+    assert not any("in_proj" in note for note in plan.notes)
+    before = frozen_logits(model, text())
+    wrap_model(model, presets.ailora(rank=2), progress=False)
+    assert {p.role for p in adapters_of(model)} == {Q, V}
+    assert torch.equal(frozen_logits(model, text()), before)
 
 
 def test_a_state_space_block_is_no_attention() -> None:

@@ -12,6 +12,7 @@ from lowrank.models.families import role_of
 from lowrank.models.heads import output_heads
 from lowrank.models.projections import Projection, Role, find_projections, scan
 from tests import zoo
+from tests.helpers import numbers
 
 Q, K, V, OUT = Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT
 GATE, UP, DOWN, OTHER = Role.GATE, Role.UP, Role.DOWN, Role.OTHER
@@ -24,6 +25,17 @@ LLAMA = {
     "model.layers.N.mlp.gate_proj": GATE,
     "model.layers.N.mlp.up_proj": UP,
     "model.layers.N.mlp.down_proj": DOWN,
+    "lm_head": OTHER,
+}
+
+
+FALCON = {
+    "transformer.h.N.self_attention.query_key_value[query]": Q,
+    "transformer.h.N.self_attention.query_key_value[key]": K,
+    "transformer.h.N.self_attention.query_key_value[value]": V,
+    "transformer.h.N.self_attention.dense": OUT,
+    "transformer.h.N.mlp.dense_h_to_4h": UP,
+    "transformer.h.N.mlp.dense_4h_to_h": DOWN,
     "lm_head": OTHER,
 }
 
@@ -151,19 +163,24 @@ EXPECTED: dict[str, dict[str, Role]] = {
         "lm_head": OTHER,
     },
     "neox": {
-        "gpt_neox.layers.N.attention.query_key_value": OTHER,
+        "gpt_neox.layers.N.attention.query_key_value[query]": Q,
+        "gpt_neox.layers.N.attention.query_key_value[key]": K,
+        "gpt_neox.layers.N.attention.query_key_value[value]": V,
         "gpt_neox.layers.N.attention.dense": OUT,
         "gpt_neox.layers.N.mlp.dense_h_to_4h": UP,
         "gpt_neox.layers.N.mlp.dense_4h_to_h": DOWN,
         "lm_head": OTHER,
     },
-    "falcon": {
-        "transformer.h.N.self_attention.query_key_value[query]": Q,
-        "transformer.h.N.self_attention.query_key_value[key]": K,
-        "transformer.h.N.self_attention.query_key_value[value]": V,
-        "transformer.h.N.self_attention.dense": OUT,
-        "transformer.h.N.mlp.dense_h_to_4h": UP,
-        "transformer.h.N.mlp.dense_4h_to_h": DOWN,
+    "bloom": FALCON,
+    "falcon": FALCON,
+    "falcon40b": FALCON,
+    "codegen": {
+        "transformer.h.N.attn.qkv_proj[query]": Q,
+        "transformer.h.N.attn.qkv_proj[key]": K,
+        "transformer.h.N.attn.qkv_proj[value]": V,
+        "transformer.h.N.attn.out_proj": OUT,
+        "transformer.h.N.mlp.fc_in": UP,
+        "transformer.h.N.mlp.fc_out": DOWN,
         "lm_head": OTHER,
     },
     "mixtral": {
@@ -268,14 +285,23 @@ def test_fused_rows_that_do_not_add_up_are_an_error() -> None:
         find_projections(zoo.build("phi3"), {"qkv_proj": {"query": 32, "key": 16, "value": 8}})
 
 
-def test_interleaved_layouts_say_why() -> None:
-    doubts = {p.module.split(".")[-1]: doubt for p, doubt in scan(zoo.build("neox")).items() if doubt}
-    assert doubts.keys() == {"query_key_value"}
-    assert "interleaves query, key and value head by head" in doubts["query_key_value"].reason
-    assert doubts["query_key_value"].roles == {Q, K, V}
+def test_interleaved_blocks_are_what_the_model_computes() -> None:
+    model, x = zoo.build("neox"), torch.randn(5, 32)
+    assert not any(scan(model).values())
+    layer = model.gpt_neox.layers[0].attention.query_key_value
+    parts = layer(x).view(5, 4, 24).chunk(3, dim=-1)  # as GPTNeoXAttention.forward has it, of four heads
+    for p in find_projections(model):
+        if p.module.endswith("layers.0.attention.query_key_value"):
+            y = x @ p.weight(model).T + layer.bias[numbers(p.rows)]
+            torch.testing.assert_close(y, parts["query key value".split().index(p.role)].flatten(1))
+
+
+def test_interleaved_rows_are_not_told_as_blocks() -> None:
     told = {"query_key_value": {"query": 32, "key": 32, "value": 32}}
-    with pytest.raises(ValueError, match="head by head.*fused= cannot divide it"):
+    with pytest.raises(ValueError, match="head by head, and is divided so without fused=: leave it out"):
         scan(zoo.build("neox"), told)
+    right = {"query_key_value": {"groups": 4, "query": 8, "key": 8, "value": 8}}
+    assert find_projections(zoo.build("neox"), right) == find_projections(zoo.build("neox"))
 
 
 def test_separate_attention_widths() -> None:

@@ -103,28 +103,52 @@ def test_a_model_without_projections() -> None:
         select(torch.nn.ReLU(), "all-linear")
 
 
+def undivided() -> nn.Module:
+    """Two blocks whose fused weights nothing divides: their attention is never called."""
+
+    def block() -> nn.Module:
+        attention = nn.ModuleDict({"query_key_value": nn.Linear(32, 96), "dense": nn.Linear(32, 32)})
+        mlp = nn.ModuleDict({"dense_h_to_4h": nn.Linear(32, 48), "dense_4h_to_h": nn.Linear(48, 32)})
+        return nn.ModuleDict({"attention": attention, "mlp": mlp})
+
+    return nn.ModuleList([block(), block()])
+
+
+def leaves_of_undivided(*args: object, **kwargs: object) -> set[str]:
+    return {p.name.split(".")[-1] for p in select(undivided(), *args, **kwargs).projections}
+
+
 def test_an_undivided_weight_is_adapted_whole_by_all_linear_and_by_name() -> None:
     for target in ("all-linear", "query_key_value"):
-        selection = select(zoo.build("neox"), target)
+        selection = select(undivided(), target)
         whole = [p for p in selection.projections if p.module.endswith("query_key_value")]
         assert [(p.role, p.shape) for p in whole] == [(Role.OTHER, (96, 32))] * 2
         assert any("query_key_value (2): adapted as a whole" in note for note in selection.notes)
-    assert "query_key_value" not in leaves("neox", "all-linear", exclude=("query_key_value",))
+    assert "query_key_value" not in leaves_of_undivided("all-linear", exclude=("query_key_value",))
 
 
 @pytest.mark.parametrize("target", ["query", ("value", "dense_h_to_4h"), ("output", "key")])
 def test_a_role_that_may_lie_in_an_undivided_weight_is_an_error(target: object) -> None:
-    with pytest.raises(ValueError, match="head by head.*1 more.*exclude=.'query_key_value',."):
-        select(zoo.build("neox"), target)
+    with pytest.raises(ValueError, match="nothing tells where.*1 more.*exclude=.'query_key_value',."):
+        select(undivided(), target)
     with pytest.raises(ValueError, match="matches no projection"):
-        select(zoo.build("neox"), "query", exclude=("query_key_value",))
-    assert leaves("neox", "output") == {"dense"}
-    assert leaves("neox", ("output", "query_key_value")) == {"dense", "query_key_value"}
+        select(undivided(), "query", exclude=("query_key_value",))
+    assert leaves_of_undivided("output") == {"dense"}
+    assert leaves_of_undivided(("output", "query_key_value")) == {"dense", "query_key_value"}
 
 
 def test_excluding_a_role_that_lies_in_a_whole_weight_is_an_error() -> None:
     with pytest.raises(ValueError, match="exclude='query' may mean rows of .*query_key_value"):
-        select(zoo.build("neox"), "all-linear", exclude="query")
+        select(undivided(), "all-linear", exclude="query")
+
+
+def test_roles_of_interleaved_heads() -> None:
+    for family in ("neox", "bloom", "falcon40b"):
+        assert leaves(family, ("query", "value")) == {"query_key_value[query]", "query_key_value[value]"}
+        blocks = {f"query_key_value[{role}]" for role in ("query", "key", "value")}
+        assert leaves(family, "query_key_value") == blocks
+        assert leaves(family, "query_key_value", exclude="key") == blocks - {"query_key_value[key]"}
+        assert select(zoo.build(family), "query").notes == []
 
 
 def test_fused_may_be_told_where_the_layout_is_known() -> None:

@@ -30,7 +30,10 @@ from tests.peft_format.common import (
 
 pytestmark = warnings_of_peft
 
-FAMILIES = ["bert", "llama", "gpt2", "t5", "vit", "phi3", "mistral", "distilbert", "falcon", "clip"]
+FAMILIES = [
+    "bert", "llama", "gpt2", "t5", "vit", "phi3", "mistral", "distilbert", "falcon", "clip",
+    "neox", "bloom", "codegen", "falcon40b",
+]  # fmt: skip
 
 METHODS: dict[str, Callable[[str], Policy | Plan]] = {
     "lora": lambda family: policy(family),
