@@ -291,3 +291,13 @@ def test_spectra_and_calibration_have_fingerprints() -> None:
         each.check(model, projections)
         with pytest.raises(ValueError, match="layers.0: its weights differ"):
             each.check(zoo.build("perceptron", seed=1), projections)
+
+
+def test_a_change_of_what_was_zero_is_said_in_few_digits() -> None:
+    module = nn.Linear(3, 3)
+    nn.init.zeros_(module.bias)
+    before = of_tensor(module, "bias")
+    nn.init.ones_(module.bias)
+    assert difference(of_tensor(module, "bias"), before) == (
+        "its weights differ by more than 1000% (float32 then, float32 here)"
+    )
