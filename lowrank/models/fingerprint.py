@@ -119,7 +119,7 @@ def difference(here: Sample, there: Sample) -> str | None:
     distance = float((a - b)[~same].norm() / b[b.isfinite()].norm().clamp_min(1e-30))
     if distance <= allowed:
         return None
-    share = f"{distance:.2%}" if distance < 10 else "more than 1000%"  # of what may be all zeros
+    share = f"{100 * distance:.3g}%" if distance < 9.99 else "more than 1000%"  # of what may be all zeros
     return f"its weights differ by {share} ({there.dtype} then, {here.dtype} here)"
 
 
