@@ -87,7 +87,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
             tensors[f"{TRAINED}{module_path}.{name}"] = tensor
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name} holds NaN or Inf: refusing to save")
+            raise ValueError(f"refusing to save: {name} contains NaN or Inf")
     _warn_of_unsaved(root)
 
     blob = packed(tensors)

@@ -61,8 +61,16 @@ class Gradients:
             self._finish(name)
 
     @torch.no_grad()
-    def see_weight(self, held: Sequence[Projection], rows: Tensor) -> None:
-        """``rows`` (rows, in) is the example's gradient of the whole tensor that holds ``held``."""
+    def see_weight(self, held: Sequence[Projection], rows: Tensor, name: str = "") -> None:
+        """``rows`` (rows, in) is the example's gradient of the whole tensor that holds ``held``.
+
+        Raises ValueError where the module ``name`` was called besides: its sensitivity is that of the sum.
+        """
+        if self.uses[name] and any("sensitivity" in self.needs[p] for p in held):
+            raise ValueError(
+                f"{name} is called, and its weight is read by other code too: its sensitivity cannot be "
+                "measured; leave it out with exclude="
+            )
         for p in held:
             own = take(rows, p.rows)
             self._add(p, own.to(wide(own), copy=True))

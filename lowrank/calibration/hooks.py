@@ -1,14 +1,15 @@
 """Where inputs and gradients are seen: hooks on the modules that hold the projections, while it lasts.
 
-Linear layers are hooked. Attention and experts, whose weights no Linear holds, are watched in ways of
-their own. Nothing of the base is made to require grad.
+Linear layers are hooked; where other code reads their weight instead of calling them, its gradient is seen.
+Attention and experts, whose weights no Linear holds, are watched in ways of their own. Nothing of the base is
+made to require grad.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lowrank.calibration.masks import Routed
 from lowrank.calibration.meter import Meter
 from lowrank.models.projections import Projection, read_by_weight
-from lowrank.models.storage import is_linear
+from lowrank.models.storage import is_linear, quantized, stored_transposed
 
 
 @contextmanager
@@ -57,6 +58,39 @@ def _watch_linear(
         return _tapped(meter, path, held, x, output)
 
     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+    weight = module._parameters.get("weight")
+    if weight is not None and meter.gradients.wants(held) and not (quantized(weight) or weight.is_meta):
+        _watch_reading(stack, meter, path, module, held)
+
+
+def _watch_reading(
+    stack: ExitStack, meter: Meter, path: str, module: nn.Module, held: Sequence[Projection]
+) -> None:
+    """Code that reads the weight without calling the layer meets a stand-in, which has the weight's gradient.
+
+    A call of the layer itself uses the original, so that no gradient of a whole weight is formed for it.
+    """
+    own = module._parameters
+    original = cast("nn.Parameter", own["weight"])
+    stand_in = nn.Parameter(original.detach(), requires_grad=True)
+    transposed = stored_transposed(module)
+
+    def reduce(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        meter.gradients.see_weight(held, gradient.T if transposed else gradient, path)
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        own["weight"] = original
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        own["weight"] = stand_in
+
+    stand_in.register_post_accumulate_grad_hook(reduce)
+    stack.callback(own.__setitem__, "weight", original)
+    own["weight"] = stand_in
+    stack.callback(module.register_forward_pre_hook(before).remove)
+    stack.callback(module.register_forward_hook(after, always_call=True).remove)
 
 
 def _tapped(

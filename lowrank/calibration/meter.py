@@ -155,7 +155,10 @@ class Meter:
         """What an expert reads that no token was routed to."""
         stored = self.model.get_submodule(p.module)._parameters.get(p.param)
         if stored is None or stored.dim() != 3:
-            raise ValueError(f"{p.name} was never called on the calibration batches, so its input is unknown")
+            raise ValueError(
+                f"{p.name} was never called on the calibration batches, so its input is unknown "
+                "(another module may read its weight instead of calling it): leave it out with exclude="
+            )
         return self._zeros(p)
 
     def _zeros(self, p: Projection) -> Tensor:

@@ -27,6 +27,7 @@ from lowrank.models.fingerprint import of_projections
 from lowrank.models.projections import Projection
 from lowrank.models.storage import kept_unpacked
 
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 END = object()  # what an iterator gives that has no more batches
 
 
@@ -180,7 +181,8 @@ class _Run:
             value = self._call(batch)
             finite = value is None or bool(torch.isfinite(value))
             if value is not None and not finite and not self._averages_nothing(example, whole):
-                raise ValueError(f"the loss of calibration batch {number} is not finite: {value.item()}")
+                why = _spoilt(self.model)
+                raise ValueError(f"the loss of calibration batch {number} is not finite: {value.item()}{why}")
             if value is not None and backward and finite and value.requires_grad:
                 meter.sleeps = True
                 value.backward()
@@ -207,6 +209,14 @@ class _Run:
         with torch.no_grad():
             value = self._call(whole.batch)
         return value is not None and bool(torch.isfinite(value))
+
+
+def _spoilt(model: nn.Module) -> str:
+    """Which parameters hold NaN or Inf, as the end of a message; empty where none does."""
+    plain = [(name, p) for name, p in model.named_parameters() if type(p) is nn.Parameter and not p.is_meta]
+    names = [name for name, p in plain if p.dtype in NUMBERS and not p.isfinite().all()]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"; these weights hold NaN or Inf: {', '.join(names[:5])}{more}" if names else ""
 
 
 @contextmanager

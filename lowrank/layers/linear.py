@@ -39,6 +39,7 @@ class LoRALinear(nn.Module):
         adapters: one or more, on rows that do not overlap.
         in_features, out_features: the base's shape.
         dropout: on the adapters' input, in training.
+        transposed: the base keeps its weight as ``(in, out)``; by default only a Conv1D does.
     """
 
     is_layer = True  # messages about its parameters name it as a whole
@@ -51,12 +52,14 @@ class LoRALinear(nn.Module):
         in_features: int,
         out_features: int,
         dropout: float = 0.0,
+        transposed: bool | None = None,
     ) -> None:
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleList(adapters)
         self.in_features, self.out_features = in_features, out_features
         self.dropout = dropout
+        self.transposed = hasattr(base, "nf") if transposed is None else transposed
         self.enabled = True
         self.called = self.read = False  # while enabled, ever; not by compiled code: see `seen_by_compiler`
         self.train(base.training)
@@ -94,10 +97,9 @@ class LoRALinear(nn.Module):
         weight = cast(Tensor, self.base.weight)
         if not self.enabled or not readable(weight) or weight.dim() != 2:
             return weight
-        transposed = getattr(self.base, "nf", None) == weight.shape[1]
-        if (weight.t() if transposed else weight).shape != (self.out_features, self.in_features):
+        if (weight.t() if self.transposed else weight).shape != (self.out_features, self.in_features):
             return weight
-        return read_weight(weight, self._held(), transposed=transposed, used=partial(self._note, "read"))
+        return read_weight(weight, self._held(), transposed=self.transposed, used=partial(self._note, "read"))
 
     @property
     def used(self) -> bool:

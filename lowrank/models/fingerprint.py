@@ -120,7 +120,8 @@ def difference(here: Sample, there: Sample) -> str | None:
     distance = float((a - b)[~same].norm() / b[b.isfinite()].norm().clamp_min(1e-30))
     if distance <= allowed:
         return None
-    return f"its weights differ by {distance:.2%} ({there.dtype} then, {here.dtype} here)"
+    share = f"{100 * distance:.3g}%" if distance < 9.99 else "more than 1000%"  # of what may be all zeros
+    return f"its weights differ by {share} ({there.dtype} then, {here.dtype} here)"
 
 
 def differences(here: Mapping[Any, Sample], there: Mapping[Any, Sample]) -> dict[Any, str]:

@@ -40,8 +40,8 @@ def _check_not_parallel(model: nn.Module) -> None:
         wrappers = [kind.__name__ for kind in type(module).__mro__ if kind.__name__ in PARALLEL]
         if wrappers:
             raise ValueError(
-                f"{path or 'the model'} is wrapped in {wrappers[0]}, which would not synchronize adapters "
-                "between processes: adapt the model first, then make it parallel"
+                f"{path or 'the model'} is wrapped in {wrappers[0]}, which does not know of adapters that "
+                "are added later: adapt the model first, then make it parallel"
             )
     for name, parameter in model.named_parameters():
         if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):

@@ -14,7 +14,7 @@ from lowrank.layers.linear import LoRALinear, master_dtype
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, adapt_weights, release_weights
 from lowrank.models.projections import Projection, on_weight
-from lowrank.models.storage import weight_shape
+from lowrank.models.storage import stored_transposed, weight_shape
 from lowrank.plan import Plan
 from lowrank.wrapping.exchange import Exchange
 from lowrank.wrapping.pretrained import attach, detach
@@ -56,7 +56,12 @@ def install(model: nn.Module, plan: Plan, adapters: Mapping[Projection, Adapter]
             base = model.get_submodule(p.module)
             rows, columns = weight_shape(base, p.param)
             layers[p.module] = LoRALinear(
-                base, [adapter], in_features=columns, out_features=rows, dropout=plan.dropout
+                base,
+                [adapter],
+                in_features=columns,
+                out_features=rows,
+                dropout=plan.dropout,
+                transposed=stored_transposed(base),
             )
     trained = {path: TrainedModule(model.get_submodule(path)) for path in plan.train}
 

@@ -17,7 +17,7 @@ from lowrank.layers.linear import LoRALinear, seen_by_compiler
 def unused_layers(model: nn.Module) -> list[str]:
     """Paths of the adapted layers that no forward has used so far, neither called nor read by their weight.
 
-    None where nothing is known: no adapted layer was used yet, or compiled code ran, which keeps no record.
+    Empty where nothing is known: no adapted layer was used yet, or compiled code ran, which keeps no record.
     """
     layers = replaced_layers(model)
     if seen_by_compiler() or not any(layer.used for layer in layers.values()):
@@ -42,8 +42,8 @@ def describe_unused(paths: Sequence[str]) -> str:
     """What a warning says of adapted layers that nothing has used."""
     shown = ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
     return (
-        f"{len(paths)} adapted layers were not used by any forward so far: {shown}. Their adapters have no "
-        "effect and do not train. If no later batch uses them, leave them out with exclude=: the model may "
+        f"no forward has used these adapted layers so far: {shown}. Their adapters have no effect and do "
+        "not train. If no later batch uses them, leave them out with exclude=: the model may "
         "hold the original layer in a place that cannot be replaced, or read its weight in a packed form"
     )
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lowrank.calibration import calibrate
 from lowrank.models.projections import Projection, Role, find_projections
@@ -310,3 +311,52 @@ def test_as_many_tokens_of_an_expert_as_examples_are_tokens() -> None:
     for p, (sensitivity, gradient) in wanted.items():
         assert got[p].sensitivity == pytest.approx(sensitivity, rel=1e-9)
         torch.testing.assert_close(got[p].gradient, gradient)
+
+
+class Reads(nn.Module):
+    """Uses the weights of two layers without calling them, as Mamba's and WavLM's modules do."""
+
+    def __init__(self, *, and_calls: bool = False) -> None:
+        super().__init__()
+        self.read = nn.Linear(5, 7)
+        self.transposed = Conv1D(7, 7)
+        self.called = nn.Linear(7, 3)
+        self.and_calls = and_calls
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.read.weight, self.read.bias)
+        if self.and_calls:
+            hidden = hidden + self.read(x)
+        return self.called((hidden.tanh() @ self.transposed.weight).tanh())
+
+
+def squares(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def test_a_weight_that_is_read_and_not_called_has_its_gradient() -> None:
+    torch.manual_seed(0)
+    model = Reads()
+    projections = find_projections(model)
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    wanted = by_autograd(model, projections, list(x.split(1)), squares)
+    before = dict(model.named_parameters())
+    got = calibrate(model, projections, GRADIENTS, [x], loss=squares, progress=False)
+    for p, (sensitivity, gradient) in wanted.items():
+        assert sensitivity > 0
+        assert got[p].sensitivity == pytest.approx(sensitivity, rel=1e-9), p.name
+        torch.testing.assert_close(got[p].gradient, gradient, msg=p.name)
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_layer_that_is_called_and_read_has_no_sensitivity_to_be_measured() -> None:
+    model, x = Reads(and_calls=True), torch.randn(2, 3, 5, dtype=torch.float64)
+    projections = find_projections(model)
+    with pytest.raises(ValueError, match="^read is called, and its weight is read by other code too"):
+        calibrate(model, projections, GRADIENTS, [x], loss=squares, progress=False)
+    wanted = by_autograd(model, projections, list(x.split(1)), squares)
+    got = calibrate(model, projections, {"gradient"}, [x], loss=squares, progress=False)
+    for p, (_, gradient) in wanted.items():
+        torch.testing.assert_close(got[p].gradient, gradient, msg=p.name)

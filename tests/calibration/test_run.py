@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from copy import deepcopy
 from functools import partial
@@ -422,6 +423,24 @@ def test_a_mask_of_ones_own() -> None:
     default = calibrate(model, projections, ["covariance"], [batch], progress=False)
     p = projections[0]
     assert not torch.allclose(own[p].covariance, default[p].covariance)
+
+
+def test_weights_that_spoil_the_loss_are_named() -> None:
+    model = zoo.build("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data[0, 0] = float("nan")
+    message = (
+        "the loss of calibration batch 0 is not finite: nan; these weights hold NaN or Inf: "
+        "model.layers.0.mlp.down_proj.weight, model.layers.1.mlp.down_proj.weight"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        calibrate(
+            model,
+            select(model, "down").projections[-1:],
+            ["sensitivity"],
+            [zoo.batch("llama")],
+            progress=False,
+        )
 
 
 @pytest.mark.parametrize(

@@ -347,3 +347,25 @@ def test_peft_would_not_act_where_a_weight_is_only_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"0\.qkv.*: its weight is read without a call") as raised:
         lowrank.export_peft(model, tmp_path / "known")
     assert "0.proj" not in str(raised.value)
+
+
+class Columns(nn.Module):
+    """Keeps its weight as (in, out), and nothing but its shape and its forward tells."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = columns, rows
+        self.weight = nn.Parameter(torch.randn(columns, rows) / columns**0.5)
+        self.bias = nn.Parameter(torch.randn(rows))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("rows", [8, 6])
+def test_a_strangers_transposed_weight_reads_as_its_layer_multiplies(rows: int) -> None:
+    model, x = nn.Sequential(Columns(8, rows)), torch.randn(5, 8)
+    perturb(lowrank.wrap_model(model, presets.pissa(rank=2, target="0"), progress=False))
+    moved = (model(x) - model[0].base(x)).abs().max()
+    assert moved > 0.1
+    torch.testing.assert_close(x @ model[0].weight + model[0].bias, model(x))

@@ -291,3 +291,16 @@ def test_spectra_and_calibration_have_fingerprints() -> None:
         each.check(model, projections)
         with pytest.raises(ValueError, match="layers.0: its weights differ"):
             each.check(zoo.build("perceptron", seed=1), projections)
+
+
+@pytest.mark.parametrize(
+    ("before", "here", "said"),
+    [(0.0, 1.0, "more than 1000%"), (1.0, 1.0 + 2**-20, "9.54e-05%"), (1.0, 3.0, "200%")],
+)
+def test_how_much_weights_differ_is_said_in_few_digits(before: float, here: float, said: str) -> None:
+    module = nn.Linear(3, 3)
+    nn.init.constant_(module.bias, before)
+    there = of_tensor(module, "bias")
+    nn.init.constant_(module.bias, here)
+    message = f"its weights differ by {said} (float32 then, float32 here)"
+    assert difference(of_tensor(module, "bias"), there) == message

@@ -205,7 +205,7 @@ def test_layers_that_are_not_called_are_named_by_their_paths() -> None:
     targets = ("used", "idle", "attention", "attention.out_proj")
     model = lowrank.wrap_model(Partly(), presets.lora(rank=2, target=targets), progress=False)
     with (
-        pytest.warns(UserWarning, match="not used by any forward"),
+        pytest.warns(UserWarning, match="no forward has used"),
         pytest.raises(ValueError, match=r"no gradient to 3 of what is to train: (.+); freeze it") as caught,
     ):
         quiet(model, data(), scaled_by(1.0))
