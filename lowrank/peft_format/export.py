@@ -138,7 +138,7 @@ def export_peft(
         tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.B
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name.removeprefix(PREFIX)} holds NaN or Inf: refusing to export")
+            raise ValueError(f"refusing to export: {name.removeprefix(PREFIX)} contains NaN or Inf")
 
     with staged(Path(path)) as folder:
         write(folder / TENSORS, packed(tensors))
