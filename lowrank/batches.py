@@ -168,6 +168,24 @@ def model_device(model: nn.Module) -> torch.device:
     return executed or next((tensor.device for tensor in _stored(model) if not tensor.is_meta), first.device)
 
 
+def in_float16(model: nn.Module) -> bool:
+    """Is anything computed in float16, whose smallest numbers gradients fall below?
+
+    A quantized layer may compute in it whatever it stores; it says so by its ``compute_dtype``. Autocast to
+    float16 around the call counts too.
+    """
+    kind = model_device(model).type
+    return (
+        any(tensor.dtype is torch.float16 for tensor in _stored(model))
+        or any(getattr(module, "compute_dtype", None) is torch.float16 for module in model.modules())
+        or (
+            kind != "meta"
+            and torch.is_autocast_enabled(kind)
+            and torch.get_autocast_dtype(kind) is torch.float16
+        )
+    )
+
+
 def _stored(model: nn.Module) -> Iterator[Tensor]:
     return chain(model.parameters(), model.buffers())
 

@@ -25,18 +25,31 @@ class Gradients:
         self.sensitivity: dict[Projection, Tensor] = {}
         self.gradient: dict[Projection, Tensor] = {}
         self.examples = 0
+        self.scale = 1.0  # of the loss, by which gradients are divided again
+        self.overflow = False  # has one of the present backward pass overflowed?
+        self.counted: set[tuple[Projection, str]] = set()  # in the present example, by what shows it
         self.uses: Counter[str] = Counter()  # how often each name was called in the present example
         self.pending: dict[str, list[tuple[Sequence[Projection], int, Tensor, Tensor]]] = {}
 
     def begin(self) -> None:
         """A new example."""
+        self.counted.clear()
+        self.repeat()
+
+    def repeat(self) -> None:
+        """The same example again: what it has shown already does not count twice."""
+        self.overflow = False
         self.uses.clear()
         self.pending.clear()
 
+    def finish(self) -> None:
+        """The backward pass is over: layers with uses that the loss did not reach wait no longer."""
+        for name in list(self.pending):
+            self._finish(name)
+
     def end(self) -> None:
         """The example counts, with what its loss reached."""
-        for name in list(self.pending):  # the loss did not reach all of their uses
-            self._finish(name)
+        self.finish()
         self.examples += 1
 
     def wants(self, held: Sequence[Projection]) -> bool:
@@ -73,7 +86,7 @@ class Gradients:
             )
         for p in held:
             own = take(rows, p.rows)
-            self._add(p, own.to(wide(own), copy=True))
+            self._add(p, own.to(wide(own), copy=True), "weight")
 
     def _finish(self, name: str) -> None:
         uses = self.pending.pop(name)
@@ -86,10 +99,19 @@ class Gradients:
         for p in held:
             if self.wants([p]):
                 outputs = take(dy, shifted(p.rows, -first), dim=1).to(inputs.dtype)
-                self._add(p, _weight_gradient(inputs, outputs, half, exact="gradient" in self.needs[p]))
+                exact = "gradient" in self.needs[p]
+                self._add(p, _weight_gradient(inputs, outputs, half, exact=exact), "call")
 
-    def _add(self, p: Projection, gradient: Tensor) -> None:
-        """Consumes ``gradient``."""
+    def _add(self, p: Projection, gradient: Tensor, source: str) -> None:
+        """Consumes ``gradient``, which is the example's times ``scale``."""
+        if (p, source) in self.counted:
+            return
+        if self.scale != 1:
+            if not gradient.isfinite().all():
+                self.overflow = True
+                return
+            self.counted.add((p, source))
+            gradient.div_(self.scale)
         if "gradient" in self.needs[p]:
             own = gradient.to(self.device or gradient.device)
             if p in self.gradient:

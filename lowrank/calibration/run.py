@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.batches import Loss, Mask, model_device, output_loss, scalar_loss, to_device
+from lowrank.batches import Loss, Mask, in_float16, model_device, output_loss, scalar_loss, to_device
 from lowrank.calibration.examples import Example, divide, has_no_label
 from lowrank.calibration.hooks import watched
 from lowrank.calibration.masks import token_mask
@@ -28,6 +28,7 @@ from lowrank.models.projections import Projection
 from lowrank.models.storage import kept_unpacked
 
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST_SCALE = 2.0**15  # of the loss in float16, where small gradients are zero; the smallest is its inverse
 END = object()  # what an iterator gives that has no more batches
 
 
@@ -59,9 +60,10 @@ def calibrate(
     and gradient.
 
     Everything is accumulated in fp32 (fp64 for fp64 models), from products that are as exact as their
-    inputs; only the sensitivity's may round, to TF32 (CUDA) or bf16 (CPU). The model is in evaluation mode
-    for the while. Peak extra memory: `predicted_bytes`, the inputs of one example while gradients are asked
-    for, and one ``(out, in)`` gradient at a time. Under `torch.distributed` every rank gets the statistics of
+    inputs; only the sensitivity's may round, to TF32 (CUDA) or bf16 (CPU). In float16 the loss is scaled
+    for the backward pass, so that small gradients are not zero. The model is in evaluation mode for the
+    while. Peak extra memory: `predicted_bytes`, the inputs of one example while gradients are asked for,
+    and one ``(out, in)`` gradient at a time. Under `torch.distributed` every rank gets the statistics of
     all ranks' batches, of which they may have different numbers; what fails in one rank fails in all.
 
     Args:
@@ -139,6 +141,8 @@ class _Run:
         self, model: nn.Module, meter: Meter, loss: Loss | None, mask: Mask | None, device: torch.device
     ) -> None:
         self.model, self.meter, self.loss, self.mask, self.device = model, meter, loss, mask, device
+        if in_float16(model):
+            meter.gradients.scale = LARGEST_SCALE
         self.compares: bool | None = None  # does it compare examples? Told by the first batch of several
 
     def measure(self, number: int, batch: Any) -> None:
@@ -184,10 +188,31 @@ class _Run:
                 why = _spoilt(self.model)
                 raise ValueError(f"the loss of calibration batch {number} is not finite: {value.item()}{why}")
             if value is not None and backward and finite and value.requires_grad:
-                meter.sleeps = True
-                value.backward()
+                self._backward(value, batch, number)
             del value  # else its graph, whose hooks hold the inputs, lives through the next forward
         meter.end(has_loss=backward and finite)
+
+    def _backward(self, value: Tensor, batch: Any, number: int) -> None:
+        """The backward pass of the loss ``value``; where its scale is too large for float16, once more."""
+        meter, gradients = self.meter, self.meter.gradients
+        counts_inputs = meter.counts_inputs
+        while True:
+            meter.sleeps = True
+            (value if gradients.scale == 1 else value * gradients.scale).backward()
+            gradients.finish()
+            meter.counts_inputs = counts_inputs
+            if not gradients.overflow:
+                return
+            gradients.scale /= 4
+            if gradients.scale < 1 / LARGEST_SCALE:
+                raise ValueError(
+                    f"a gradient of calibration batch {number} overflows in float16: measure on the model in "
+                    "bfloat16 or float32"
+                )
+            del value
+            gradients.repeat()
+            meter.sleeps = meter.counts_inputs = False
+            value = cast("Tensor", self._call(batch))
 
     def _call(self, batch: Any) -> Tensor | None:
         """The loss; where only inputs are asked for none, and no label is needed."""

@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.batches import Loss, count_terms, model_device, scalar_loss, to_device
+from lowrank.batches import Loss, count_terms, in_float16, model_device, scalar_loss, to_device
 from lowrank.train.terms import TermCounter
 
 NO_TERMS, OVERFLOW = "no labels", "overflow"  # why a step leaves the parameters as they are
@@ -166,12 +165,5 @@ def _weighed(weight: Callable[[Any], float], batch: Any) -> float:
 
 
 def needs_scaling(model: nn.Module, autocast: torch.dtype | None) -> bool:
-    """Is anything computed in float16, whose smallest numbers gradients fall below?
-
-    A quantized layer may compute in it whatever it stores; it says so by its ``compute_dtype``.
-    """
-    return (
-        autocast is torch.float16
-        or any(tensor.dtype is torch.float16 for tensor in chain(model.parameters(), model.buffers()))
-        or any(getattr(module, "compute_dtype", None) is torch.float16 for module in model.modules())
-    )
+    """Is anything computed in float16, by ``model`` itself or under ``autocast``?"""
+    return autocast is torch.float16 or in_float16(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from lowrank.calibration.accumulators import Rows, Spread
 from lowrank.calibration.statistics import ProjectionStatistics
 from lowrank.init import ActivationPrincipal, CovarianceOriented
 from lowrank.models.projections import Role, find_projections
+from lowrank.models.targets import select
+from tests import zoo
 
 CPU = torch.device("cpu")
 
@@ -135,3 +139,33 @@ def test_corda_at_a_condition_of_8e7(preserve: bool, ratio: float) -> None:
     k = slice(21, 24) if preserve else slice(3)
     part = (U[:, k] * S[k]) @ Vh[k] @ torch.linalg.inv(C)
     assert relative(2.0 * factors.B.double() @ factors.A.double(), part) < 1e-3
+
+
+@pytest.mark.parametrize("factor", [2.0**-12, 1.0, 2.0**12])
+def test_float16_gives_what_fp32_gives(factor: float) -> None:
+    """Small gradients would be zero without a scale, and large ones overflow with one that is too large."""
+    model, batch = zoo.build("llama"), zoo.batch("llama")
+    projections = select(model, "all-linear").projections
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model(**batch).loss.float() * factor
+
+    needs = ("covariance", "sensitivity", "gradient")
+    wanted = calibrate(model, projections, needs, [batch], loss=loss, progress=False)
+    got = calibrate(model.half(), projections, needs, [batch], loss=loss, progress=False)
+    for p in projections:
+        assert got[p].sensitivity == pytest.approx(wanted[p].sensitivity, rel=0.05), p.name
+        for kind in ("gradient", "covariance"):
+            here, there = getattr(got[p], kind), getattr(wanted[p], kind)
+            assert (here - there).norm() < 0.05 * there.norm(), (p.name, kind)
+
+
+def test_a_gradient_that_no_scale_brings_into_float16_is_an_error() -> None:
+    model = zoo.build("llama").half()
+    projections = select(model, "query").projections
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model(**batch).logits.double().mul(1e20).square().mean()
+
+    with pytest.raises(ValueError, match="a gradient of calibration batch 0 overflows in float16"):
+        calibrate(model, projections, ["gradient"], [zoo.batch("llama")], loss=loss, progress=False)

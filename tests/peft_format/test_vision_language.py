@@ -18,6 +18,7 @@ import lowrank
 from lowrank import AdapterError
 from lowrank.peft_format.names import present_name
 from tests import zoo
+from tests.peft_format.common import logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
@@ -157,13 +158,7 @@ def with_embeddings(family: str, folder: Path, change: float = 0.0) -> Tensor:
         model.get_input_embeddings().weight.add_(change)
     model.save_pretrained(folder, save_embedding_layers=True)
     assert any("embed_tokens" in key for key in load_file(folder / TENSORS))
-    with torch.no_grad():
-        return model(**zoo.batch(family)).logits
-
-
-def logits(model: nn.Module, family: str) -> Tensor:
-    with torch.no_grad():
-        return model(**zoo.batch(family)).logits
+    return logits(model, family)
 
 
 @pytest.mark.parametrize("family", ["llama", "tied_llama"])
