@@ -46,11 +46,15 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def test_a_reload_has_the_same_bits_and_settings(folder: Path) -> None:
     model = lowrank.load_adapter(zoo.build("bert"), folder)
     assert torch.equal(logits(model, zoo.batch("bert")), torch.load(folder.parent / "logits.pt"))
-    assert lowrank.plan_of(model).dropout == 0.1 == next(iter(lowrank.adapted_layers(model).values())).dropout
+    assert (
+        lowrank.plan_of(model).dropout
+        == 0.1
+        == next(iter(lowrank.adapted_layers(model).values())).part().dropout
+    )
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name in names if "adapters" not in name} == {
-        "classifier.copy.weight",
-        "classifier.copy.bias",
+        "classifier.copies.default.weight",
+        "classifier.copies.default.bias",
     }
 
 

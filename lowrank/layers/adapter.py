@@ -1,15 +1,18 @@
 """One low-rank update of some rows of one weight: its parameters and what they add up to.
 
-It does not know the layer that it sits in, nor multiply any activation: that is `ops`.
+It does not know the layer that it sits in, nor multiply any activation: that is `functional`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.layers.acting import weighted
 from lowrank.layers.functional import Block
 
 
@@ -116,13 +119,7 @@ class Adapter(nn.Module):
 
     def product(self) -> Tensor:
         """``ΔW`` (rows, in) in fp32 (fp64 for fp64 parameters), differentiable; zero offsets give zero."""
-        dtype = torch.promote_types(torch.float32, self.A.dtype)
-        with torch.autocast(self.A.device.type, enabled=False):
-            A, B = self.A.to(dtype), self.B.to(dtype)
-            if self.A0 is None or self.B0 is None:
-                return (self.scaling * B) @ A
-            A0, B0 = self.A0.to(dtype), self.B0.to(dtype)
-            return (self.scaling * B) @ (A0 + A) + (self.scaling * B0) @ A
+        return product(self.block)
 
     def extra_repr(self) -> str:
         out, rank = self.B.shape
@@ -132,11 +129,75 @@ class Adapter(nn.Module):
         return ", ".join(notes)
 
 
+class RowBlocks(nn.ModuleList):
+    """All that one name does to one weight: `Adapter`s on rows that do not overlap, and their dropout."""
+
+    def __init__(self, adapters: Iterable[Adapter], dropout: float = 0.0) -> None:
+        super().__init__(adapters)
+        self.dropout = dropout
+        self.called = self.read = False  # while acting, ever; not by compiled code: see `seen_by_compiler`
+
+    @property
+    def used(self) -> bool:
+        """Was the layer ever called, or its weight used in an operation, while these adapters acted?"""
+        return self.called or self.read
+
+    def note(self, what: str) -> None:
+        self.__dict__[what] = True  # __setattr__ of a module takes ten times as long
+
+    def held(self) -> list[Adapter]:
+        return cast("list[Adapter]", list(self._modules.values()))
+
+    def blocks(self, weight: Tensor | None = None) -> list[Block]:
+        """What the fused product takes, with ΔW multiplied by ``weight``."""
+        return [weighted(adapter.block, weight) for adapter in self.held()]
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}" if self.dropout else ""
+
+
+def product(block: Block) -> Tensor:
+    """``ΔW`` (rows, in) in fp32 (fp64 for fp64 factors), differentiable; zero offsets give zero."""
+    dtype = torch.promote_types(torch.float32, block.A.dtype)
+    with torch.autocast(block.A.device.type, enabled=False):
+        A, B = block.A.to(dtype), block.B.to(dtype)
+        if block.A0 is None or block.B0 is None:
+            return (block.scaling * B) @ A
+        A0, B0 = block.A0.to(dtype), block.B0.to(dtype)
+        return (block.scaling * B) @ (A0 + A) + (block.scaling * B0) @ A
+
+
+def updates(blocks: Sequence[Block]) -> Iterator[tuple[int, int, Tensor]]:
+    """``(start, stop, ΔW[start:stop])`` for all rows that ``blocks`` update, in order.
+
+    The blocks may overlap: their products add up, in fp32 (fp64 for fp64 factors). Differentiable.
+    """
+    for start, stop in pairwise(sorted({cut for block in blocks for cut in block.rows})):
+        total: Tensor | None = None
+        for block in blocks:
+            if block.rows[0] <= start and stop <= block.rows[1]:
+                part = product(_cut(block, start, stop))
+                total = part if total is None else total + part
+        if total is not None:
+            yield start, stop, total
+
+
+def _cut(block: Block, start: int, stop: int) -> Block:
+    """``block`` on some of its rows only."""
+    first = block.rows[0]
+    if block.rows == (start, stop):
+        return block
+    rows = slice(start - first, stop - first)
+    return block._replace(
+        rows=(start, stop), B=block.B[rows], B0=None if block.B0 is None else block.B0[rows]
+    )
+
+
 @torch.no_grad()
-def full_delta(adapters: Sequence[Adapter], rows: int) -> Tensor:
-    """``ΔW`` (rows, in) of a whole weight in fp32 (fp64 for fp64 adapters), detached."""
-    products = [adapter.product() for adapter in adapters]
-    delta = products[0].new_zeros(rows, products[0].shape[1])
-    for adapter, product in zip(adapters, products, strict=True):
-        delta[slice(*adapter.rows)] += product
+def full_delta(blocks: Sequence[Block], rows: int) -> Tensor:
+    """``ΔW`` (rows, in) of a whole weight in fp32 (fp64 for fp64 factors), detached."""
+    A = blocks[0].A
+    delta = A.new_zeros(rows, A.shape[1], dtype=torch.promote_types(torch.float32, A.dtype))
+    for start, stop, update in updates(blocks):
+        delta[start:stop] = update
     return delta

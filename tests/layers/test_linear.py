@@ -57,7 +57,7 @@ def test_it_starts_as_the_base_and_adds_its_delta(kind: str, anchored: bool) -> 
     assert torch.equal(layer(x), base(x))
     moved(made)
     torch.testing.assert_close(layer(x), base(x) + x @ layer.delta_weight().T)
-    layer.enabled = False
+    layer.acting.names = ()
     assert torch.equal(layer(x), base(x))
 
 
@@ -131,7 +131,7 @@ def test_dropout_acts_on_the_adapter_alone_and_in_training_alone() -> None:
     dropped = layer.train()(x)
     assert torch.equal(layer.eval()(x), whole) and not torch.equal(dropped, whole)
     assert ((dropped.mean(0) - whole[0]).abs() < 5 * dropped.std(0) / len(x) ** 0.5).all()
-    layer.enabled = False
+    layer.acting.names = ()
     assert torch.equal(layer.train()(x), base(x))
 
 
@@ -228,7 +228,7 @@ def test_a_trained_module_is_a_copy_beside_the_original() -> None:
     with torch.no_grad():
         trained.copy.weight.zero_()
     assert trained.weight is trained.copy.weight and head.weight.any()
-    trained.enabled = False
+    trained.acting.names = ()
     assert trained.weight is head.weight
     with pytest.raises(AttributeError, match="nothing"):
         _ = trained.nothing
@@ -246,9 +246,9 @@ def test_what_follows_may_write_into_the_output(
     x, after = torch.randn(shape), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 2))
     loss = after(layer(x)).sum()
     loss.backward()
-    got = [a.A.grad.clone() for a in layer.adapters]
+    got = [a.A.grad.clone() for a in layer.part()]
     layer.zero_grad()
     after[0].inplace = False
     after(layer(x)).sum().backward()
-    for a, grad in zip(layer.adapters, got, strict=True):
+    for a, grad in zip(layer.part(), got, strict=True):
         torch.testing.assert_close(grad, a.A.grad)

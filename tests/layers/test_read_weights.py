@@ -217,7 +217,7 @@ def test_it_is_the_sum_in_any_operation(use: str, kind: str, anchored: bool, row
         return weight.t().contiguous() if kind == "conv1d" else weight
 
     delta = x.new_zeros(6, 8)
-    for adapter in layer.adapters:
+    for adapter in layer.part():
         delta = delta + F.pad(adapter.product(), (0, 0, adapter.rows[0], 6 - adapter.rows[1]))
     sum_ = layer.base.weight + (delta.t() if kind == "conv1d" else delta)
     outcomes = []
@@ -295,7 +295,7 @@ def test_what_cannot_take_the_update_is_read_as_it_is() -> None:
         layer.base.weight = nn.Parameter(layer.base.weight.to(dtype).to(device), requires_grad=False)
         assert layer.weight is layer.base.weight
     layer = layer_over(nn.Linear(8, 6))
-    layer.enabled = False
+    layer.acting.names = ()
     assert layer.weight is layer.base.weight
 
 
@@ -324,7 +324,7 @@ def test_compiled_whole_and_once_and_exported(name: str) -> None:
 
 def test_dropout_does_not_act_in_a_weight_that_is_read() -> None:
     layer = layer_over(nn.Linear(8, 6)).train()
-    layer.dropout = 0.5
+    layer.part().dropout = 0.5
     assert torch.equal(layer.weight.detach(), layer.base.weight.detach() + layer.delta_weight())
 
 

@@ -77,7 +77,10 @@ def test_the_first_backward_of_any_training_names_them_once() -> None:
     model, x = wrapped()
     with pytest.warns(UserWarning, match=NAMED):
         model(x).sum().backward()
-    assert model.block.up.adapters[0].B.grad is not None and model.block.down.adapters[0].A.grad is None
+    assert (
+        model.block.up.adapters["default"][0].B.grad is not None
+        and model.block.down.adapters["default"][0].A.grad is None
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(x).sum().backward()
@@ -104,7 +107,7 @@ def test_fit_names_their_parameters() -> None:
     model, x = wrapped()
     with (
         pytest.warns(UserWarning, match=NAMED),
-        pytest.raises(ValueError, match=r"block\.down\.adapters\.0\.A"),
+        pytest.raises(ValueError, match=r"block\.down\.adapters\.default\.0\.A"),
     ):
         lowrank.train.fit(model, [x], lambda model, x: model(x).sum(), progress=False)
 
@@ -144,7 +147,7 @@ def test_merging_what_never_moved_is_harmless() -> None:
     for preset in (presets.lora, presets.pissa):
         model, x = wrapped(preset=preset)
         with torch.no_grad():
-            model.block.up.adapters[0].B.normal_()
+            model.block.up.adapters["default"][0].B.normal_()
         y = model(x)
         torch.testing.assert_close(lowrank.merge(model)(x), y)
 
