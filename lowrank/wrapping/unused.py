@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowrank.adapters import base_modules, without_copies, wrapped_root
+from lowrank.adapters import base_modules, one_name, without_copies, wrapped_root
 from lowrank.layers.adapter import RowBlocks
 from lowrank.layers.linear import LoRALinear, seen_by_compiler
 
 
-def unused_layers(model: nn.Module, name: str) -> list[str]:
+def unused_layers(model: nn.Module, name: str | None = None) -> list[str]:
     """Paths of the layers that no forward has used so far while ``name`` acted: not called, weight not read.
 
     None where nothing is known: no layer was used yet, or compiled code ran, which keeps no record.
@@ -26,7 +26,7 @@ def unused_layers(model: nn.Module, name: str) -> list[str]:
     return [path for path, part in parts.items() if not part.used]
 
 
-def layers_only_read(model: nn.Module, name: str) -> set[str]:
+def layers_only_read(model: nn.Module, name: str | None = None) -> set[str]:
     """Paths of the layers whose weight was read and which were not called, while others were."""
     parts = replaced_layers(model, name)
     if seen_by_compiler() or not any(part.called for part in parts.values()):
@@ -34,11 +34,10 @@ def layers_only_read(model: nn.Module, name: str) -> set[str]:
     return {path for path, part in parts.items() if part.read and not part.called}
 
 
-def replaced_layers(model: nn.Module, name: str) -> dict[str, RowBlocks]:
+def replaced_layers(model: nn.Module, name: str | None = None) -> dict[str, RowBlocks]:
     """What ``name`` adds to each `LoRALinear`, by the path of that in the base; shared layers once."""
-    layers = {
-        without_copies(hung): path for path, hung in reversed(base_modules(wrapped_root(model)).items())
-    }
+    root, name = wrapped_root(model), one_name(model, name)
+    layers = {without_copies(hung): path for path, hung in reversed(base_modules(root).items())}
     return {
         path: layer.part(name)
         for layer, path in reversed(layers.items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.layers import Adapter, LoRALinear
+from lowrank.layers.acting import Acting
+from lowrank.layers.functional import Block
 from lowrank.layers.linear import plain_weight
 from lowrank.layers.trained import TrainedModule
-from lowrank.layers.weight import AdaptedWeight, adapt_weights, effective_weight, release_weights
+from lowrank.layers.weight import (
+    AdaptedWeight,
+    WeightAdapters,
+    adapt_weights,
+    effective_weight,
+    release_weights,
+)
 
 
 def adapter(
@@ -182,10 +192,16 @@ def test_printing_says_what_it_is() -> None:
 # -- on the weight ----------------------------------------------------------------------------------------
 
 
+def on(param: str, *adapters: Adapter) -> WeightAdapters:
+    made = WeightAdapters(Acting(("default",)))
+    made.put("default", {param: adapters})
+    return made
+
+
 def test_an_adapted_weight_reads_as_the_sum() -> None:
     module = nn.Linear(8, 6)
     plain, made = module.weight.detach().clone(), moved(adapter((2, 5)))
-    adapt_weights(module, {"weight": [made]})
+    adapt_weights(module, on("weight", made))
     expected = plain.clone()
     expected[2:5] += made.product().detach()
     torch.testing.assert_close(module.weight, expected)
@@ -196,26 +212,25 @@ def test_an_adapted_weight_reads_as_the_sum() -> None:
     assert type(module) is nn.Linear and torch.equal(module.weight, plain)
 
 
-def test_the_update_is_computed_once_a_forward() -> None:
+def test_the_update_is_computed_once_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.MultiheadAttention(8, 2)
     made = moved(adapter((0, 8)))
-    adapt_weights(module, {"in_proj_weight": [made]})
+    adapt_weights(module, on("in_proj_weight", made))
     calls = 0
-    product = made.product
 
-    def counted() -> Tensor:
+    def counted(weight: Tensor, blocks: Sequence[Block]) -> Tensor:
         nonlocal calls
         calls += 1
-        return product()
+        return effective_weight(weight, blocks)
 
-    made.product = counted  # type: ignore[method-assign]
+    monkeypatch.setattr("lowrank.layers.weight.effective_weight", counted)
     module(*[torch.randn(4, 1, 8)] * 3)
     assert calls == 1
 
 
 def test_a_zero_update_keeps_the_values_in_half_precision() -> None:
     weight = torch.randn(4, 6, 8).to(torch.bfloat16)
-    assert torch.equal(effective_weight(weight, [adapter((3, 9), anchored=True)]), weight)
+    assert torch.equal(effective_weight(weight, [adapter((3, 9), anchored=True).block]), weight)
 
 
 # -- trained in full --------------------------------------------------------------------------------------

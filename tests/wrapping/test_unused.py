@@ -77,10 +77,8 @@ def test_the_first_backward_of_any_training_names_them_once() -> None:
     model, x = wrapped()
     with pytest.warns(UserWarning, match=NAMED):
         model(x).sum().backward()
-    assert (
-        model.block.up.adapters["default"][0].B.grad is not None
-        and model.block.down.adapters["default"][0].A.grad is None
-    )
+    up, down = model.block.up.part()[0], model.block.down.part()[0]
+    assert up.B.grad is not None and down.A.grad is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(x).sum().backward()
