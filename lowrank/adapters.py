@@ -96,7 +96,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn
     if name is not None:
         one_name(model, name)
     for module in model.modules():
-        if isinstance(module, TrainedModule):
+        if isinstance(module, (TrainedModule, WeightAdapters)):  # the latter by the module that holds it
             continue
         for owner, held in hung_by_name(module).items():
             if name in (None, owner):
