@@ -166,7 +166,7 @@ def _read(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, Tensor]
     for name, weight in names.items() if isinstance(names, Mapping) else ():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isfinite(weight):
             raise ValueError(f"expected a finite number as the weight of {name!r}, got {weight!r}")
-        weights[name] = torch.tensor(weight, dtype=torch.float64)
+        weights[name] = torch.tensor(float(weight))  # not in fp64, which the compiler takes for a number
     return list(dict.fromkeys(given)), weights
 
 
@@ -178,7 +178,7 @@ def check_together(model: nn.Module, weights: Mapping[str, float]) -> None:
         if plans[name].train and weight != 1:
             raise ValueError(
                 f"the adapter {name!r} trains {', '.join(plans[name].train)} in full, which has no share: "
-                f"expected weight 1, got {weight}"
+                f"expected weight 1, got {weight:.4g}"
             )
         for path in plans[name].train:
             hung = cast(TrainedModule, hung_at(root, path))

@@ -26,8 +26,8 @@ def check_unwrapped(model: nn.Module) -> None:
     check_adaptable(model)
     if any(isinstance(m, (LoRALinear, AdaptedWeight, TrainedModule)) for m in model.modules()):
         raise ValueError(
-            "the model is wrapped already: unwrap(model) or merge(model) first, or put another adapter beside "
-            "those that it has with add_adapter(model, policy, name=…)"
+            "the model is wrapped already: unwrap(model) or merge(model) first, or put another adapter "
+            "beside those that it has with add_adapter(model, policy, name=…)"
         )
 
 
