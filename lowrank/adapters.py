@@ -6,7 +6,7 @@ What is in a model is read from the model. Putting adapters in is `wrapping.inst
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
+from lowrank.layers.grouped import Rows
 from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
@@ -131,23 +132,16 @@ def set_adapters(model: nn.Module, names: Chosen) -> nn.Module:
             module trained in full by one is trained or adapted by another. A weight other than 1 of an
             adapter that trains modules in full.
     """
-    chosen, weights = _read(model, names)
-    check_together(model, {name: float(weights.get(name, 1.0)) for name in chosen})
-    adaptation(model).acting.choose(chosen, weights)
+    adaptation(model).acting.choose(*_checked(model, names))
     return model
 
 
 @contextmanager
 def use_adapters(model: nn.Module, names: Chosen) -> Iterator[nn.Module]:
     """`set_adapters` inside; what acted before acts again afterwards. Arguments and errors as there."""
-    acting = adaptation(model).acting
-    before, weights = acting.names, acting.weights
-    set_adapters(model, names)
-    try:
+    chosen, weights = _checked(model, names)
+    with _acting(model, chosen, weights):
         yield model
-    finally:
-        left = adaptation(model).plans if "_lowrank" in wrapped_root(model).__dict__ else {}
-        acting.choose([name for name in before if name in left], weights)
 
 
 @contextmanager
@@ -155,6 +149,69 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, ``model`` is exactly the base model, modules trained in full included."""
     with use_adapters(model, ()):
         yield model
+
+
+@contextmanager
+def adapters_for_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+    """Inside, each example of a batch has an adapter of its own, or none: for serving many at once.
+
+    The output of each example is that of a run with its adapter alone, within rounding; that of None is the
+    base's. Each projection makes one grouped product for the whole batch. Gradients reach the adapters of all
+    examples, so that several can train in one step. Works in ``generate``, where a beam is an example.
+
+    An adapted layer must get the batch as the leading dimension of its input, or an input of two dimensions
+    with one row for each example; anything else raises ValueError when it runs, and names the layer.
+
+    Args:
+        names: the adapter of each example, in order; None for the base alone.
+
+    Raises:
+        ValueError: an unknown name, or an adapter that trains modules in full or is adapted on the weight,
+            which examples cannot have apart (all such modules are listed).
+    """
+    if isinstance(names, str) or not names:
+        raise ValueError(f"expected a list with the adapter of each example, got {names!r}")
+    used = {one_name(model, name) for name in names if name is not None}
+    problems, paths = [], {}
+    for path, hung in base_modules(wrapped_root(model)).items():
+        layer = without_copies(hung)
+        if isinstance(layer, LoRALinear):
+            paths[id(layer)] = path
+        elif shared := used.intersection(hung_by_name(layer)):
+            problems.append(
+                f"{path}: {', '.join(sorted(shared))} is added to its weight, which is read without a call"
+            )
+        if layer is not hung and (shared := used.intersection(hung_by_name(hung))):
+            problems.append(f"{path}: trained in full by {', '.join(sorted(shared))}")
+    if problems:
+        raise ValueError(
+            "these modules cannot have an adapter for each example; run the examples of one adapter at a "
+            "time, with use_adapters:\n  " + "\n  ".join(problems)
+        )
+    with _acting(model, (), {}, Rows(names, paths)):
+        yield model
+
+
+@contextmanager
+def _acting(model: nn.Module, *choice: Any) -> Iterator[None]:
+    """Inside this acts; afterwards what did before, as far as it is still there."""
+    root, acting = wrapped_root(model), adaptation(model).acting
+    before = acting.names, acting.weights, acting.rows
+    acting.choose(*choice)
+    try:
+        yield
+    finally:
+        acting.choose(*before)
+        if "_lowrank" in root.__dict__:
+            left = adaptation(root).plans
+            acting.names = tuple(name for name in acting.names if name in left)
+
+
+def _checked(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, Tensor]]:
+    """The names and the weights that ``names`` says, once they can act together."""
+    chosen, weights = _read(model, names)
+    check_together(model, {name: float(weights.get(name, 1.0)) for name in chosen})
+    return chosen, weights
 
 
 def _read(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, Tensor]]:

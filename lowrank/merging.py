@@ -22,8 +22,7 @@ from lowrank.adapters import (
     without_copies,
     wrapped_root,
 )
-from lowrank.layers.acting import weighted
-from lowrank.layers.adapter import Adapter, updates
+from lowrank.layers.adapter import Adapter, updates, weighted
 from lowrank.layers.functional import Block
 from lowrank.layers.linear import LoRALinear, multiplies
 from lowrank.models.projections import Projection, on_weight

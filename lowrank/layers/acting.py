@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from lowrank.layers.functional import Block
+from lowrank.layers.grouped import Rows, Stacks
 
 T = TypeVar("T")
 
@@ -27,9 +27,11 @@ class Acting:
     def __init__(self, names: Iterable[str] = (), weights: Mapping[str, Tensor] | None = None) -> None:
         self.names = tuple(names)
         self.weights = dict(weights or {})
+        self.rows: Rows | None = None  # an adapter for each example; then no names act
+        self.stacks = Stacks()
 
-    def choose(self, names: Iterable[str], weights: Mapping[str, Tensor]) -> None:
-        self.names, self.weights = tuple(names), dict(weights)
+    def choose(self, names: Iterable[str], weights: Mapping[str, Tensor], rows: Rows | None = None) -> None:
+        self.names, self.weights, self.rows = tuple(names), dict(weights), rows
 
     def among(self, held: Mapping[str, T]) -> Iterator[tuple[T, Tensor | None]]:
         """What of ``held`` acts, each with its weight; None is 1."""
@@ -40,10 +42,3 @@ class Acting:
     def __repr__(self) -> str:
         shown = (f"{n}: {float(self.weights[n]):.4g}" if n in self.weights else n for n in self.names)
         return f"{type(self).__name__}({', '.join(shown)})"
-
-
-def weighted(block: Block, weight: Tensor | None) -> Block:
-    """``block`` with ``ΔW`` multiplied by ``weight``, differentiably; None is 1."""
-    if weight is None:
-        return block
-    return block._replace(B=block.B * weight, B0=None if block.B0 is None else block.B0 * weight)

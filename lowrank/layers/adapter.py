@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lowrank.layers.acting import weighted
 from lowrank.layers.functional import Block
 
 
@@ -154,6 +153,13 @@ class RowBlocks(nn.ModuleList):
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}" if self.dropout else ""
+
+
+def weighted(block: Block, weight: Tensor | None) -> Block:
+    """``block`` with ``ΔW`` multiplied by ``weight``, differentiably; None is 1."""
+    if weight is None:
+        return block
+    return block._replace(B=block.B * weight, B0=None if block.B0 is None else block.B0 * weight)
 
 
 def product(block: Block) -> Tensor:

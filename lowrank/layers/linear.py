@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter, RowBlocks, full_delta
 from lowrank.layers.functional import Block, add_lora, fused_lora
+from lowrank.layers.grouped import Rows, add_grouped
 from lowrank.layers.loading import move_below_base
 from lowrank.layers.reading import read_weight, readable
 
@@ -72,6 +73,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base makes of its arguments, of which the first is x, plus the updates."""
+        if self.acting.rows is not None:
+            return self._by_rows(self.acting.rows, *args, **kwargs)
         products = self._products("called")
         if not products:
             return self.base(*args, **kwargs)
@@ -92,6 +95,17 @@ class LoRALinear(nn.Module):
         for blocks, dropout in products:
             y = add_lora(y, x, blocks, dropout=dropout)
         return y
+
+    def _by_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+        y, parts = self.base(*args, **kwargs), self._parts()
+        used = [parts[name] for name in set(rows.names) if name in parts]
+        if not used:
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        rows.check(x, self)
+        for part in used:
+            part.note("called")
+        return add_grouped(y, x, id(self), parts, rows, self.acting.stacks, training=self.training)
 
     def _products(self, use: str) -> list[tuple[list[Block], float]]:
         """The blocks that act, those with one dropout together; it is noted that they are ``use``d."""
@@ -121,6 +135,9 @@ class LoRALinear(nn.Module):
         """
         weight = cast(Tensor, self.base.weight)
         acting = list(self.acting.among(self._parts()))
+        rows = self.acting.rows
+        if rows is not None:
+            acting = [(part, None) for name, part in self._parts().items() if name in rows.names]
         if not acting or not readable(weight) or weight.dim() != 2:
             return weight
         transposed = getattr(self.base, "nf", None) == weight.shape[1]
@@ -129,6 +146,11 @@ class LoRALinear(nn.Module):
         blocks = [block for part, factor in acting for block in part.blocks(factor)]
 
         def used() -> None:
+            if rows is not None:
+                raise ValueError(
+                    f"{rows.path(self)}: its weight is read without a call, so adapters for single examples "
+                    "cannot act on it: run the examples of one adapter at a time, with use_adapters"
+                )
             if torch.compiler.is_compiling():
                 _note_compiler()
             else:
