@@ -15,6 +15,7 @@ from lowrank.allocate.base import Allocation
 from lowrank.calibration import calibrate
 from lowrank.calibration.statistics import Statistics
 from lowrank.checkpoint import AdapterError, load_adapter, save_adapter, swap_adapter
+from lowrank.combining import combine_adapters
 from lowrank.init import Factors
 from lowrank.layers import LoRALinear, lora_linear
 from lowrank.merging import merge, remove_adapter, unwrap
@@ -48,6 +49,7 @@ __all__ = [
     "add_adapter",
     "allocate",
     "calibrate",
+    "combine_adapters",
     "disable_adapters",
     "export_peft",
     "find_projections",

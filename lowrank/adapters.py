@@ -209,12 +209,12 @@ def _acting(model: nn.Module, *choice: Any) -> Iterator[None]:
 
 def _checked(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, Tensor]]:
     """The names and the weights that ``names`` says, once they can act together."""
-    chosen, weights = _read(model, names)
+    chosen, weights = read_weights(model, names)
     check_together(model, {name: float(weights.get(name, 1.0)) for name in chosen})
     return chosen, weights
 
 
-def _read(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, Tensor]]:
+def read_weights(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, Tensor]]:
     """The names and the weights that ``names`` says."""
     given = [names] if isinstance(names, str) else list(names)
     for name in given:
