@@ -75,7 +75,7 @@ def ours(policy: lowrank.Policy, **options: Any) -> Callable[[nn.Module, list[Ba
         given = batches if policy.needs else None
         lowrank.wrap_model(model, policy, batches=given, progress=False, **options)
         return {
-            path: (*(factor.detach() for factor in layer.adapters[0].factors()), layer.adapters[0].scaling)
+            path: (*(factor.detach() for factor in layer.part()[0].factors()), layer.part()[0].scaling)
             for path, layer in lowrank.adapted_layers(model).items()
         }
 

@@ -1,19 +1,29 @@
 """Low-rank adaptation of pretrained PyTorch models: plan, then apply."""
 
 from lowrank import allocate, init, layers, presets, train
-from lowrank.adapters import adapted_layers, adapter_parameters, disable_adapters, plan_of
+from lowrank.adapters import (
+    adapted_layers,
+    adapter_names,
+    adapter_parameters,
+    adapters_for_rows,
+    disable_adapters,
+    plan_of,
+    set_adapters,
+    use_adapters,
+)
 from lowrank.allocate.base import Allocation
 from lowrank.calibration import calibrate
 from lowrank.calibration.statistics import Statistics
-from lowrank.checkpoint import AdapterError, load_adapter, save_adapter
+from lowrank.checkpoint import AdapterError, load_adapter, save_adapter, swap_adapter
+from lowrank.combining import combine_adapters
 from lowrank.init import Factors
 from lowrank.layers import LoRALinear, lora_linear
-from lowrank.merging import merge, unwrap
+from lowrank.merging import merge, remove_adapter, unwrap
 from lowrank.models.projections import Projection, Role, find_projections
 from lowrank.peft_format import PeftExport, export_peft, import_peft
 from lowrank.plan import Plan
 from lowrank.policy import Policy
-from lowrank.wrap import measure, plan_model, wrap_model
+from lowrank.wrap import add_adapter, measure, plan_model, wrap_model
 from lowrank.wrapping.new_heads import FrozenHeadWarning
 from lowrank.wrapping.pretrained import SavePretrainedWarning
 
@@ -33,9 +43,13 @@ __all__ = [
     "SavePretrainedWarning",
     "Statistics",
     "adapted_layers",
+    "adapter_names",
     "adapter_parameters",
+    "adapters_for_rows",
+    "add_adapter",
     "allocate",
     "calibrate",
+    "combine_adapters",
     "disable_adapters",
     "export_peft",
     "find_projections",
@@ -49,8 +63,12 @@ __all__ = [
     "plan_model",
     "plan_of",
     "presets",
+    "remove_adapter",
     "save_adapter",
+    "set_adapters",
+    "swap_adapter",
     "train",
     "unwrap",
+    "use_adapters",
     "wrap_model",
 ]

@@ -17,7 +17,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import adapters_of, added_parameters, holder, plan_of, wrapped_root
+from lowrank.adapters import (
+    adaptation,
+    adapters_of,
+    added_parameters,
+    holder,
+    hung_at,
+    one_name,
+    plan_of,
+    wrapped_root,
+)
 from lowrank.files import (
     AdapterError,
     make_folder,
@@ -42,7 +51,7 @@ from lowrank.layers.trained import TrainedModule
 from lowrank.models.fingerprint import Sample, of_projection
 from lowrank.models.projections import Projection
 from lowrank.plan import Plan
-from lowrank.wrapping.checks import check_layers, check_unwrapped
+from lowrank.wrapping.checks import check_beside, check_layers
 from lowrank.wrapping.claims import (
     TRAINED,
     frozen_names,
@@ -53,41 +62,38 @@ from lowrank.wrapping.claims import (
     tensor_problems,
     weight_problems,
 )
-from lowrank.wrapping.install import device_beside, install
+from lowrank.wrapping.install import bare, device_beside
 from lowrank.wrapping.unused import describe_unused, unused_layers
 
 OVERRIDE = 'if that is meant: load_adapter(..., base="other")'
 LOG = logging.getLogger("lowrank")
 
 
-def save_adapter(model: nn.Module, path: str | Path) -> None:
-    """Writes the adapters of a wrapped ``model`` to the folder ``path``, replacing one that is there.
+def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> None:
+    """Writes an adapter of a wrapped ``model`` to the folder ``path``, replacing one that is there.
 
     Written are the plan, every factor with its anchor, and the modules trained in full. The base is not:
     a sample of its weights is kept, also of those that are not adapted, so that loading onto another base is
     noticed. Of what the folder holds only the tensors of the adapter that was there are deleted.
     Adapted layers that no forward has used are named in a warning.
 
+    Args:
+        name: of the adapter; it may be left out where there is one.
+
     Raises:
-        ValueError: the model is not wrapped, or a tensor is not finite. What was there stays then.
+        ValueError: the model is not wrapped, a tensor is not finite, or there is no adapter of that name.
+            What was there stays then.
     """
     root = wrapped_root(model)
-    plan = plan_of(root)
-    adapters = adapters_of(root)
-    if unused := unused_layers(root):
+    name = one_name(root, name)
+    plan = plan_of(root, name)
+    adapters = adapters_of(root, name)
+    if unused := unused_layers(root, name):
         warnings.warn(describe_unused(unused), stacklevel=2)
-    tensors: dict[str, Tensor] = {}
-    for p, adapter in adapters.items():
-        for name, tensor in adapter.state_dict().items():
-            tensors[f"{p.name}.{name}"] = tensor
-    for module_path in plan.train:
-        trained = root.get_submodule(module_path)
-        assert isinstance(trained, TrainedModule)
-        for name, tensor in trained.copy.state_dict().items():
-            tensors[f"{TRAINED}{module_path}.{name}"] = tensor
-    for name, tensor in tensors.items():
+    tensors = _tensors(root, name)
+    for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"refusing to save: {name} contains NaN or Inf")
+            raise ValueError(f"refusing to save: {key} contains NaN or Inf")
     _warn_of_unsaved(root)
 
     blob = packed(tensors)
@@ -95,6 +101,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     config = {
         "format": FORMAT,
         "version": VERSION,
+        "name": name,
         "tensors": file_name(digest),
         "sha256": digest,
         "plan": plan.to_json(),
@@ -117,16 +124,39 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
                 each.unlink(missing_ok=True)
 
 
+def _tensors(root: nn.Module, name: str) -> dict[str, Tensor]:
+    """All tensors of the adapter ``name``, as a folder names them."""
+    tensors = {
+        f"{p.name}.{key}": tensor
+        for p, adapter in adapters_of(root, name).items()
+        for key, tensor in adapter.state_dict().items()
+    }
+    for path in plan_of(root, name).train:
+        trained = hung_at(root, path)
+        assert isinstance(trained, TrainedModule)
+        for key, tensor in trained.copies[name].state_dict().items():
+            tensors[f"{TRAINED}{path}.{key}"] = tensor
+    return tensors
+
+
 def load_adapter(
-    model: nn.Module, path: str | Path, *, base: Literal["same", "other"] = "same", train: bool = True
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    *,
+    base: Literal["same", "other"] = "same",
+    train: bool = True,
 ) -> nn.Module:
-    """Adapts a fresh base in place as it was when it was saved, bit for bit, and returns it.
+    """Adapts a base in place as it was when it was saved, bit for bit, and returns it.
+
+    ``model`` may hold adapters already: the new one hangs beside them, and acts once `set_adapters` names it.
 
     The folder is not trusted: every claim is checked against the model, and the tensors against the
     claims, before anything large is read and before the model is touched. The modules that it replaces in
     full are named in the log "lowrank".
 
     Args:
+        name: of the adapter in ``model``, whatever it was called when it was saved.
         base: "same": the model's weights must be those that the adapter was made for. "other": only the
             shapes of the adapted ones.
         train: also replace the modules that were trained in full. If False, the model keeps its own.
@@ -134,12 +164,23 @@ def load_adapter(
     Raises:
         AdapterError: the folder is missing, incomplete, damaged, of another version, or was made for
             another base (every mismatch is listed). The model is untouched then.
-        ValueError: the model is wrapped already, or ``base`` is neither of the two.
+        ValueError: the name is taken, or ``base`` is neither of the two.
     """
     if base not in ("same", "other"):
         raise ValueError(f'expected base="same" or base="other", got {base!r}')
-    check_unwrapped(model)
-    folder = Path(path)
+    with bare(check_beside(model, name)) as fittings:
+        plan, adapters, states = _loaded(fittings.root, Path(path), base, train)
+        if plan.train:
+            LOG.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
+        fittings.install(name, plan, adapters)
+        fittings.load_copies(name, states)
+    return model
+
+
+def _loaded(
+    model: nn.Module, folder: Path, base: str, train: bool
+) -> tuple[Plan, dict[Projection, Adapter], dict[str, dict[str, Tensor]]]:
+    """What the folder holds for the base ``model``: the plan, the adapters, and states of trained modules."""
     try:
         config = read_config(folder)
         plan = Plan.from_json(config["plan"])
@@ -174,14 +215,11 @@ def load_adapter(
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise AdapterError(f"{folder} does not hold a whole adapter: {error}") from error
-    if plan.train:
-        LOG.warning("%s replaces these modules in full: %s", folder, ", ".join(plan.train))
-    install(model, plan, adapters)
-    for name in plan.train:
-        module = model.get_submodule(name)
-        assert isinstance(module, TrainedModule)
-        module.load_copy({key: tensors[f"{TRAINED}{name}.{key}"] for key in module.copy.state_dict()})
-    return model
+    states = {
+        path: {key: tensors[f"{TRAINED}{path}.{key}"] for key in model.get_submodule(path).state_dict()}
+        for path in plan.train
+    }
+    return plan, adapters, states
 
 
 def _warn_of_unsaved(root: nn.Module) -> None:
@@ -197,26 +235,43 @@ def _warn_of_unsaved(root: nn.Module) -> None:
         )
 
 
-@torch.no_grad()
-def restore_adapter(model: nn.Module, path: str | Path) -> nn.Module:
-    """Puts the values of a saved adapter into the adapters that ``model`` has already, bit for bit.
+def restore_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> nn.Module:
+    """Puts the values of a saved adapter into the adapter that ``model`` has already, bit for bit.
 
     The tensors stay the same ones, so that an optimizer and compiled code keep what they hold.
 
     Raises:
         AdapterError: as for `load_adapter`, or the adapter has another plan than the model's, or other
             tensors. The model is untouched then.
-        ValueError: the model is not wrapped.
+        ValueError: the model is not wrapped, or there is no adapter of that name.
     """
+    _exchange_values(model, path, one_name(model, name))
+    return model
+
+
+def swap_adapter(model: nn.Module, path: str | Path, name: str) -> nn.Module:
+    """Gives the adapter ``name`` of ``model`` the values of a saved one, in the same tensors.
+
+    For serving: where the adapter is, what trains and what acts stay as they are, and compiled code is not
+    compiled again. The plan becomes the saved one. Nothing else may run while it is written.
+
+    Raises:
+        AdapterError: a ValueError. As for `load_adapter`; also where the saved adapter has other
+            projections, ranks, scalings, modules trained in full or tensors than ``name`` (all are listed).
+            The model is untouched then.
+        ValueError: the model is not wrapped, or there is no adapter of that name.
+    """
+    plan = _exchange_values(model, path, one_name(model, name))
+    adaptation(model).plans[name] = plan
+    return model
+
+
+@torch.no_grad()
+def _exchange_values(model: nn.Module, path: str | Path, name: str) -> Plan:
+    """Checks the folder, writes its values into the tensors of ``name``, and returns the saved plan."""
     root, folder = wrapped_root(model), Path(path)
-    plan = plan_of(root)
-    here: dict[str, Tensor] = {}
-    for p, adapter in adapters_of(root).items():
-        here.update({f"{p.name}.{name}": tensor for name, tensor in adapter.state_dict().items()})
-    for module_path in plan.train:
-        trained = root.get_submodule(module_path)
-        assert isinstance(trained, TrainedModule)
-        here.update({f"train:{module_path}.{name}": t for name, t in trained.copy.state_dict().items()})
+    plan = plan_of(root, name)
+    here = _tensors(root, name)
     try:
         config = read_config(folder)
         refuse(folder, "was saved from a model with another plan", plan_differences(plan, config["plan"]))
@@ -225,27 +280,30 @@ def restore_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             "was made for a base with other weights",
             weight_problems(root, plan, config["fingerprint"]),
         )
+        saved_plan = Plan.from_json(config["plan"])
         file = tensors_file(folder, config)
-        there = {name: entry.shape for name, entry in read_header(file).items()}
-        wanted = {name: tuple(tensor.shape) for name, tensor in here.items()}
-        names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
-        problems = [
-            f"{name}: {there.get(name, 'missing')}, expected {wanted.get(name, 'none')}" for name in names
-        ]
+        there = {key: entry.shape for key, entry in read_header(file).items()}
+        wanted = {key: tuple(tensor.shape) for key, tensor in here.items()}
+        keys = sorted(key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key))
+        problems = [f"{key}: {there.get(key, 'missing')}, expected {wanted.get(key, 'none')}" for key in keys]
+        for p, adapter in adapters_of(root, name).items():
+            frozen = frozen_names(config["frozen"][p.name])
+            if frozen != sorted(adapter.frozen):
+                problems.append(f"{p.name}: frozen factors {frozen}, expected {sorted(adapter.frozen)}")
         refuse(folder, "does not hold the tensors of this model's adapters", problems)
         saved = read_tensors(file, config["sha256"])
-        for name, tensor in saved.items():
-            if tensor.dtype != here[name].dtype:
-                raise AdapterError(f"{file}, {name}: {tensor.dtype}, expected {here[name].dtype}")
+        for key, tensor in saved.items():
+            if tensor.dtype != here[key].dtype:
+                raise AdapterError(f"{file}, {key}: {tensor.dtype}, expected {here[key].dtype}")
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise AdapterError(f"{file}, {name}: holds NaN or Inf")
+                raise AdapterError(f"{file}, {key}: holds NaN or Inf")
     except AdapterError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise AdapterError(f"{folder} does not hold a whole adapter: {error}") from error
-    for name, tensor in here.items():
-        tensor.copy_(saved[name])
-    return model
+    for key, tensor in here.items():
+        tensor.copy_(saved[key])
+    return saved_plan
 
 
 def _adapter(

@@ -3,88 +3,132 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import adapters_of, added_parameters, holder, wrapped_root
-from lowrank.layers.adapter import Adapter
+from lowrank.adapters import (
+    adaptation,
+    adapter_names,
+    adapters_of,
+    added_parameters,
+    check_together,
+    holder,
+    hung_at,
+    one_name,
+    original,
+    without_copies,
+    wrapped_root,
+)
+from lowrank.layers.adapter import Adapter, updates, weighted
+from lowrank.layers.functional import Block
 from lowrank.layers.linear import LoRALinear, multiplies
-from lowrank.layers.trained import TrainedModule
-from lowrank.linalg.rows import copy_, take
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import as_rows, quantized
-from lowrank.wrapping.install import remove
+from lowrank.wrapping.install import bare
 from lowrank.wrapping.pretrained import forget_quantization
 from lowrank.wrapping.unused import replaced_layers, unused_layers
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Takes the adapters out again: the original modules are back, with their original bits.
+    """Takes all adapters out again: the original modules are back, with their original bits.
 
     What was trained is dropped: `save_adapter` keeps it, `merge` keeps it in the weights.
     """
     root = wrapped_root(model)
-    remove(root, lambda module: module.base)
+    with bare(root) as fittings:
+        fittings.drop(adapter_names(root))
     return model
 
 
-def merge(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
+def remove_adapter(model: nn.Module, name: str) -> nn.Module:
+    """Takes the adapter ``name`` out, and drops what it has learnt; the others stay. Returns ``model``.
+
+    With the last one the model is its base again, as after `unwrap`.
+
+    Raises:
+        ValueError: the model is not wrapped, or has no adapter of that name.
+    """
+    root = wrapped_root(model)
+    one_name(root, name)
+    with bare(root) as fittings:
+        fittings.drop([name])
+    return model
+
+
+def merge(
+    model: nn.Module, names: str | Iterable[str] | None = None, *, dequantize: bool = False
+) -> nn.Module:
     """Adds ΔW to the weights, in fp32 and rounded once, and takes the adapters out.
 
-    Modules trained in full hand their weights to the original modules.
+    Modules trained in full hand their weights to the original modules. Adapters that are not merged stay,
+    beside the weights as they are then.
 
     Args:
+        names: of the adapters to merge, each with the weight that it acts with, or 1 where it does not act;
+            by default those that act now.
         dequantize: a quantized weight, which cannot take ΔW without being quantized again, is replaced by
             W + ΔW in floating point; its layer then needs the memory of an unquantized one.
 
     Raises:
         ValueError: a weight is tied to another module's, is quantized, or is not all that its layer
             computes with, an adapter holds NaN or Inf, or a layer was passed by when its module ran, so that
-            its adapter has had no effect; nothing was changed.
+            its adapter has had no effect; nothing acts, or a name is unknown; nothing was changed.
     """
     root = wrapped_root(model)
-    adapters = adapters_of(root)
-    _check_mergeable(root, list(adapters), dequantize)
-    _check_effects(root, adapters)
+    acting = adaptation(root).acting
+    chosen = [names] if isinstance(names, str) else list(acting.names if names is None else names)
+    if not chosen:
+        raise ValueError(f"no adapter acts now: name those to merge, of {', '.join(adapter_names(root))}")
+    chosen = [one_name(root, name) for name in dict.fromkeys(chosen)]
+    check_together(root, {name: float(acting.weights.get(name, 1.0)) for name in chosen})
+    adapters = {name: adapters_of(root, name) for name in chosen}
+    _check_mergeable(root, [p for held in adapters.values() for p in held], dequantize)
+    by_weight: dict[tuple[str, str], list[tuple[Projection, Block]]] = {}
+    for name, held in adapters.items():
+        _check_effects(root, name, held)
+        for p, adapter in held.items():
+            block = weighted(adapter.block, acting.weights.get(name))
+            by_weight.setdefault((p.module, p.param), []).append((p, block))
     usual = _usual_dtype(root)
-    by_weight: dict[tuple[str, str], dict[Projection, Adapter]] = {}
-    for p, adapter in adapters.items():
-        by_weight.setdefault((p.module, p.param), {})[p] = adapter
     unpacked = [_merge_weight(root, held, usual) for held in by_weight.values()]
-    remove(root, _with_trained_weights)
+    with bare(root) as fittings:
+        for trained in fittings.trained.values():
+            for name in set(chosen) & set(trained.copies):
+                original(trained.base).load_state_dict(trained.copies[name].state_dict())
+        fittings.drop(chosen)
     if any(unpacked):
         forget_quantization(root)
     return model
 
 
 @torch.no_grad()
-def _merge_weight(root: nn.Module, held: Mapping[Projection, Adapter], usual: torch.dtype) -> bool:
-    """Adds all adapters of one weight to it, one weight at a time in fp32; says whether it was quantized."""
-    first = next(iter(held))
-    stored = _stored(root, first)
+def _merge_weight(root: nn.Module, held: Sequence[tuple[Projection, Block]], usual: torch.dtype) -> bool:
+    """Adds all updates of one weight to it, some rows at a time in fp32; says whether it was quantized."""
+    p = held[0][0]
+    stored = _stored(root, p)
     dtype, unpacked = stored.dtype, quantized(stored)
     if unpacked:
         dtype = _floating_dtype(stored, usual)
-        _unpack(root, first)
-    weight = _stored(root, first)
+        _unpack(root, p)
+    weight = _stored(root, p)
     if weight.dim() == 3:  # of experts: rows are a view of it only where it lies in order
         weight.data = weight.data.contiguous()
-    for p, adapter in held.items():
-        whole = as_rows(holder(root, p), p.param)
-        copy_(whole, p.rows, adapter.product().add_(take(whole, p.rows)))
+    rows = as_rows(holder(root, p), p.param)
+    for start, stop, update in updates([block for _, block in held]):
+        rows[start:stop].copy_(update.add_(rows[start:stop]))
     if unpacked:
         weight.data = weight.data.to(dtype)
-        _match_bias(holder(root, first), dtype)
+        _match_bias(holder(root, p), dtype)
     return unpacked
 
 
-def _check_effects(root: nn.Module, adapters: Mapping[Projection, Adapter]) -> None:
+def _check_effects(root: nn.Module, name: str, adapters: Mapping[Projection, Adapter]) -> None:
     """Raises ValueError where merging would spoil a weight, or give effect to an adapter that has none."""
-    layers = replaced_layers(root)
-    unused = set(unused_layers(root))
+    layers = replaced_layers(root, name)
+    unused = set(unused_layers(root, name))
     # A module that used one of its layers has run. Containers do not run: of their children any may be next.
     ran = {path.rpartition(".")[0] for path in layers.keys() - unused}
     containers = (nn.ModuleList, nn.ModuleDict)
@@ -95,7 +139,11 @@ def _check_effects(root: nn.Module, adapters: Mapping[Projection, Adapter]) -> N
             )
         parent = p.module.rpartition(".")[0]
         passed_by = p.module in unused and parent in ran
-        if passed_by and not isinstance(root.get_submodule(parent), containers) and adapter.product().any():
+        if (
+            passed_by
+            and not isinstance(original(hung_at(root, parent)), containers)
+            and adapter.product().any()
+        ):
             raise ValueError(
                 f"{p.name} was not used when the model ran, so its adapter has had no effect, and merging it "
                 "would change the output: if another kind of batch uses this layer, call the model on one "
@@ -157,7 +205,7 @@ def _match_bias(layer: nn.Module, dtype: torch.dtype) -> None:
 
 def _unpack(root: nn.Module, p: Projection) -> None:
     """Puts the dequantized weight, in fp32, in the place of the packed one, in a plain layer."""
-    layer = root.get_submodule(p.module)
+    layer = without_copies(hung_at(root, p.module))
     assert isinstance(layer, LoRALinear)
     weight = nn.Parameter(as_rows(layer.base, p.param).to(torch.float32, copy=True), requires_grad=False)
     if type(layer.base) is not nn.Linear:
@@ -169,9 +217,3 @@ def _unpack(root: nn.Module, p: Projection) -> None:
 
 def _stored(root: nn.Module, p: Projection) -> nn.Parameter:
     return holder(root, p)._parameters[p.param]  # type: ignore[return-value]
-
-
-def _with_trained_weights(module: LoRALinear | TrainedModule) -> nn.Module:
-    if isinstance(module, TrainedModule):
-        module.base.load_state_dict(module.copy.state_dict())
-    return module.base

@@ -23,8 +23,8 @@ from lowrank.models.projections import Projection
 from lowrank.models.targets import select
 from lowrank.plan import Plan
 from lowrank.policy import Policy
-from lowrank.wrapping.checks import check_layers
-from lowrank.wrapping.install import install, make_adapter
+from lowrank.wrapping.checks import check_beside, check_layers, check_unwrapped
+from lowrank.wrapping.install import bare, make_adapter
 from lowrank.wrapping.new_heads import warn_of_new_heads
 from lowrank.wrapping.planning import fitted_plan, make_plan, named_errors
 
@@ -82,6 +82,7 @@ def wrap_model(
     model: nn.Module,
     policy: Policy | Plan,
     *,
+    name: str = "default",
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
     mask: Mask | None = None,
@@ -96,6 +97,7 @@ def wrap_model(
 
     Args:
         policy: what to do, or a `Plan` that says it projection by projection.
+        name: of the adapter. Others can be put beside it: see `add_adapter`.
         batches, loss, mask, statistics, progress: as for `plan_model`.
         memory: bytes that the initializer's matrices (covariances, gradients) may take at once. Where they
             would take more, the batches are gone over several times, some projections at a time; without
@@ -104,29 +106,72 @@ def wrap_model(
     Raises:
         ValueError: see `plan_model`; also a model that is wrapped already.
     """
+    check_unwrapped(model)
+    return _adapt(model, policy, name, Source(batches, loss, mask, statistics, memory, progress))
+
+
+def add_adapter(
+    model: nn.Module,
+    policy: Policy | Plan,
+    *,
+    name: str,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    mask: Mask | None = None,
+    statistics: Statistics | None = None,
+    memory: int | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Puts an adapter ``name`` beside those that ``model`` has, and returns the model.
+
+    It has its own targets, ranks, dropout, start and modules trained in full. It is calibrated and
+    initialized on the base, as if it were alone, and is the same adapter as alone. It trains at once, and
+    waits to act until `set_adapters` names it; the first adapter of a model acts at once. The others and
+    their ``requires_grad`` stay as they are.
+
+    Args:
+        policy, batches, loss, mask, statistics, memory, progress: as for `wrap_model`.
+        name: a new one, without dots.
+
+    Raises:
+        ValueError: see `wrap_model`; also a name that is taken.
+    """
+    return _adapt(model, policy, name, Source(batches, loss, mask, statistics, memory, progress))
+
+
+def _adapt(model: nn.Module, policy: Policy | Plan, name: str, source: Source) -> nn.Module:
+    root = check_beside(model, name)
     if torch.is_inference_mode_enabled():
         raise ValueError("parameters made under torch.inference_mode() cannot be trained: wrap outside of it")
-    source = Source(batches, loss, mask, statistics, memory, progress)
-    if isinstance(policy, Plan):
-        plan, init = fitted_plan(model, policy), policy.init or Kaiming()
-        check_layers(model, plan.adapted, plan.train, plan.dropout)
-    else:
-        plan, source.statistics = make_plan(model, policy, source, start=True)
-        init = policy.init
+    with bare(root) as fittings:
+        if isinstance(policy, Plan):
+            plan, init = fitted_plan(root, policy), policy.init or Kaiming()
+            check_layers(root, plan.adapted, plan.train, plan.dropout)
+        else:
+            plan, source.statistics = make_plan(root, policy, source, start=True)
+            init = policy.init
+        adapters = _adapters(root, plan, init, source)
+        warn_of_new_heads(root, plan)
+        fittings.install(name, plan, adapters)
+    return model
+
+
+def _adapters(root: nn.Module, plan: Plan, init: Initializer, source: Source) -> dict[Projection, Adapter]:
+    """All adapters of ``plan``, as ``init`` starts them; the plan notes the energies of the starts."""
     adapters: dict[Projection, Adapter] = {}
-    bar = tqdm(total=len(plan.adapted), desc="initializing", disable=not progress, delay=2, leave=False)
+    bar = tqdm(
+        total=len(plan.adapted), desc="initializing", disable=not source.progress, delay=2, leave=False
+    )
     with bar:
         needs = {p: needs_of(init, p.role) for p in plan.adapted}
-        for part, measured in source.parts(model, needs):
+        for part, measured in source.parts(root, needs):
             for p in part:
                 bar.set_postfix_str(p.name, refresh=False)
-                adapters[p], energy = _start(model, p, plan, init, measured.get(p))
+                adapters[p], energy = _start(root, p, plan, init, measured.get(p))
                 bar.update()
                 if energy is not None:
                     plan.energies[p] = energy
-    warn_of_new_heads(model, plan)
-    install(model, plan, {p: adapters[p] for p in plan.adapted})
-    return model
+    return {p: adapters[p] for p in plan.adapted}
 
 
 def _start(

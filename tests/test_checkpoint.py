@@ -47,11 +47,12 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def test_a_reload_has_the_same_bits_and_settings(folder: Path) -> None:
     model = lowrank.load_adapter(zoo.build("bert"), folder)
     assert torch.equal(logits(model, zoo.batch("bert")), torch.load(folder.parent / "logits.pt"))
-    assert lowrank.plan_of(model).dropout == 0.1 == next(iter(lowrank.adapted_layers(model).values())).dropout
+    layer = next(iter(lowrank.adapted_layers(model).values()))
+    assert lowrank.plan_of(model).dropout == 0.1 == layer.part().dropout
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name in names if "adapters" not in name} == {
-        "classifier.copy.weight",
-        "classifier.copy.bias",
+        "classifier.copies.default.weight",
+        "classifier.copies.default.bias",
     }
 
 
@@ -221,7 +222,7 @@ def test_a_peft_folder_is_recognized(tmp_path: Path) -> None:
         lowrank.load_adapter(zoo.build("bert"), tmp_path)
 
 
-def test_a_wrapped_model_takes_no_second_adapter(folder: Path) -> None:
+def test_a_name_is_taken_once(folder: Path) -> None:
     model: nn.Module = lowrank.load_adapter(zoo.build("bert"), folder)
-    with pytest.raises(ValueError, match="wrapped already"):
+    with pytest.raises(ValueError, match="has an adapter 'default' already"):
         lowrank.load_adapter(model, folder)

@@ -88,6 +88,56 @@ def test_wrap_train_save_and_take_out(preset: str, layout: str, dtype: torch.dty
         assert (logits(merged, batch) - trained).abs().max() < 1e-4 * trained.abs().max().clamp_min(1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_second_adapter_beside_a_trained_one(
+    preset: str, layout: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    first = "pissa" if preset == "lora" else "lora"
+    model, batch = zoo.build(layout, dtype), zoo.batch(layout, dtype)
+    before, base = snapshot(model), frozen_logits(model, batch)
+    modules = dict(model.named_modules())
+    wrap(model, first, layout, dtype)
+    train_a_little(model, batch)
+    one = logits(model, batch)
+    state = snapshot(model)
+
+    batches = [zoo.batch(layout, dtype, seed) for seed in (1, 2)]
+    policy = policy_for(preset, layout)
+    assert lowrank.add_adapter(model, policy, name="second", batches=batches, progress=False) is model
+    assert lowrank.adapter_names(model) == ["default", "second"]
+    assert torch.equal(logits(model, batch), one), "it acts before it is chosen"
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
+
+    lone = wrap(zoo.build(layout, dtype), preset, layout, dtype)
+    lowrank.set_adapters(model, "second")
+    assert lowrank.plan_of(model, "second") == lowrank.plan_of(lone)
+    assert torch.equal(logits(model, batch), base), "the second does not start at the base"
+    for each in (lone, model):
+        train_a_little(each, batch)
+    two = logits(model, batch)
+    assert torch.equal(two, logits(lone, batch)), "it is another adapter than alone"
+    assert not torch.equal(two, base) and not torch.equal(two, one)
+
+    with lowrank.disable_adapters(model):
+        assert torch.equal(logits(model, batch), base)
+    with lowrank.use_adapters(model, "default"):
+        assert torch.equal(logits(model, batch), one), "training the second moved the first"
+    assert torch.equal(logits(model, batch), two)
+    lowrank.save_adapter(model, tmp_path / "second", "second")
+    fresh = lowrank.load_adapter(zoo.build(layout, dtype), tmp_path / "second")
+    assert torch.equal(logits(fresh, batch), two)
+
+    assert lowrank.remove_adapter(model, "second") is model
+    lowrank.set_adapters(model, "default")
+    assert torch.equal(logits(model, batch), one)
+    lowrank.remove_adapter(model, "default")
+    assert torch.equal(frozen_logits(model, batch), base)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert dict(model.named_modules()) == modules, "other module objects are back"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_wrapped_base_is_frozen_and_adapters_train(preset: str, layout: str) -> None:

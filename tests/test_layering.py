@@ -25,7 +25,7 @@ LAYERS = [
     {"plan", "layers"},
     {"policy", "adapters"},
     {"wrapping"},  # what wrapping, loading and importing share
-    {"merging"},
+    {"merging", "combining"},
     {"wrap"},
     {"presets", "checkpoint", "peft_format"},
     {"integrations"},  # one file for each library that drives training, imported by the user

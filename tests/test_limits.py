@@ -259,7 +259,7 @@ def test_nan_in_one_weight_is_named(preset: Callable[..., Policy]) -> None:
 
 @pytest.mark.parametrize("allocate", [StableRank(), EnergyRank()], ids=repr)
 def test_nan_in_one_spectrum_is_named(allocate: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{NAME}: NaN or Inf in its weight"):
+    with pytest.raises(ValueError, match=f"^{NAME}: its weight contains NaN or Inf"):
         lowrank.plan_model(spoiled(), Policy(allocate=allocate, rank=2), progress=False)
 
 

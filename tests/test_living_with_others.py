@@ -64,7 +64,7 @@ def learnt(model: nn.Module, folder: Path) -> None:
     """Everything that should move has moved, the base has not, and the adapter reloads."""
     before, after = wrapped().state_dict(), model.state_dict()
     assert before.keys() == after.keys()
-    own = [name for name in before if ".adapters." in name or ".copy." in name]
+    own = [name for name in before if ".adapters." in name or ".copies." in name]
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in own if name.rsplit(".", 1)[-1] not in ("A0", "B0")}
     lowrank.save_adapter(model, folder)
@@ -317,7 +317,7 @@ def fill(model: nn.Module, family: str) -> nn.Module:
     base = zoo.build(family)
     result = model.load_state_dict(base.state_dict(), strict=False, assign=True)
     assert not result.unexpected_keys
-    own = ("adapters.", "lora.", ".copy.")
+    own = ("adapters.", "lora.", ".copies.")
     assert all(any(part in name for part in own) for name in result.missing_keys)
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):

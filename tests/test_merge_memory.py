@@ -48,7 +48,7 @@ def test_nothing_is_merged_where_one_weight_cannot_be() -> None:
     perturb(lowrank.wrap_model(model, presets.lora(rank=2), progress=False))
     before = [layer.base.weight.clone() for layer in model]
     with torch.no_grad():
-        model[2].adapters[0].A[0, 0] = float("nan")
+        model[2].adapters["default"][0].A[0, 0] = float("nan")
     with pytest.raises(ValueError, match="the adapter of 2 holds NaN or Inf"):
         lowrank.merge(model)
     assert all(torch.equal(layer.base.weight, weight) for layer, weight in zip(model, before, strict=True))

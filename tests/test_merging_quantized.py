@@ -228,7 +228,7 @@ def test_a_base_that_passes_no_gradient_is_not_trained_on() -> None:
         assert model.train()(x).shape == (4, 5)
     lowrank.wrap_model(lowrank.unwrap(model), presets.lora(rank=2, target=("1",)), progress=False)
     model.train()(x).sum().backward()  # nothing is trained below it
-    assert model[1].adapters[0].B.grad.any()
+    assert model[1].adapters["default"][0].B.grad.any()
 
 
 class Counting(nn.Linear):
@@ -320,7 +320,7 @@ def test_fp8_is_adapted_and_merged_in_floating_point(dtype: torch.dtype, tmp_pat
     W = linear.weight.detach().to(dtype).float()
     lowrank.wrap_model(model, presets.pissa(rank=2), progress=False)
     assert torch.equal(model(x), plain_output)
-    adapter = model[0].adapters[0]
+    adapter = model[0].adapters["default"][0]
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     start = adapter.scaling * (adapter.B0 @ adapter.A0).double()
     torch.testing.assert_close(start, U[:, :2] * S[:2] @ Vh[:2], rtol=1e-4, atol=1e-5)

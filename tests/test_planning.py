@@ -82,7 +82,7 @@ def test_each_projection_draws_for_itself() -> None:
     some = wrapped(policy=presets.lora(target="q_proj", rank=2)).state_dict()
     more = wrapped(policy=presets.lora(rank=2)).state_dict()
     other = wrapped(policy=presets.lora(rank=2, seed=1)).state_dict()
-    key = "model.layers.1.self_attn.q_proj.adapters.0.A"
+    key = "model.layers.1.self_attn.q_proj.adapters.default.0.A"
     assert torch.equal(some[key], more[key])
     assert not torch.equal(other[key], more[key])
 

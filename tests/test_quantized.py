@@ -289,7 +289,7 @@ def test_the_layers_own_call_is_kept(kind: type[nn.Linear]) -> None:
     plain = helpers.frozen_logits(model, x)
     lowrank.wrap_model(model, presets.lora(rank=2), progress=False)
     assert torch.equal(helpers.logits(model, x), plain)
-    adapter = model[0].adapters[0]
+    adapter = model[0].adapters["default"][0]
     with torch.no_grad():
         adapter.B.normal_()
     x.requires_grad_()
@@ -305,7 +305,7 @@ def test_merging_asks_whether_the_layer_is_a_product() -> None:
     x = torch.randn(4, 7)
     model = lowrank.wrap_model(model_of(Written(7, 6)), presets.pissa(rank=2), progress=False)
     with torch.no_grad():
-        model[0].adapters[0].B.normal_()
+        model[0].adapters["default"][0].B.normal_()
     changed = model(x)
     torch.testing.assert_close(lowrank.merge(model)(x), changed)
     assert type(model[0]) is Written
@@ -328,7 +328,7 @@ def test_bytes_that_nobody_can_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keeps its weight as torch.uint8"):
         lowrank.merge(model, dequantize=True)
     with torch.no_grad():
-        model[0].adapters[0].B.normal_()
+        model[0].adapters["default"][0].B.normal_()
     lowrank.save_adapter(model, tmp_path)
     fresh = model_of(Opaque(linear))
     fresh[2].load_state_dict(model[2].base.state_dict())

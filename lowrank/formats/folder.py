@@ -11,7 +11,8 @@ from typing import Any
 
 from lowrank.files import AdapterError, read_json
 
-FORMAT, VERSION = "lowrank-adapter", 1
+FORMAT, VERSION = "lowrank-adapter", 2  # 1: the same without the adapter's name
+READABLE = 1, VERSION
 CONFIG = "adapter.json"
 
 
@@ -34,9 +35,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     if config.get("format") != FORMAT:
         raise AdapterError(f"{folder / CONFIG} does not describe a lowrank adapter")
-    if config.get("version") != VERSION:
+    if config.get("version") not in READABLE:
         raise AdapterError(
-            f"{folder} has format version {config.get('version')}; this library reads {VERSION}"
+            f"{folder} has format version {config.get('version')}; this library reads 1 to {VERSION}"
         )
     if config.get("checksum") != checksum(config):
         raise AdapterError(f"{folder / CONFIG} is damaged: its content does not match its checksum")

@@ -1,17 +1,19 @@
 """One low-rank update of some rows of one weight: its parameters and what they add up to.
 
-It does not know the layer that it sits in, nor multiply any activation: that is `ops`.
+It does not know the layer that it sits in, nor multiply any activation: that is `functional`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.layers.functional import Block
-from lowrank.linalg.rows import Rows, add_, height
+from lowrank.linalg.rows import Rows, height, pieces
 
 
 class Adapter(nn.Module):
@@ -115,13 +117,7 @@ class Adapter(nn.Module):
 
     def product(self) -> Tensor:
         """``ΔW`` (rows, in) in fp32 (fp64 for fp64 parameters), differentiable; zero offsets give zero."""
-        dtype = torch.promote_types(torch.float32, self.A.dtype)
-        with torch.autocast(self.A.device.type, enabled=False):
-            A, B = self.A.to(dtype), self.B.to(dtype)
-            if self.A0 is None or self.B0 is None:
-                return (self.scaling * B) @ A
-            A0, B0 = self.A0.to(dtype), self.B0.to(dtype)
-            return (self.scaling * B) @ (A0 + A) + (self.scaling * B0) @ A
+        return product(self.block)
 
     def extra_repr(self) -> str:
         out, rank = self.B.shape
@@ -131,11 +127,77 @@ class Adapter(nn.Module):
         return ", ".join(notes)
 
 
+class RowBlocks(nn.ModuleList):
+    """All that one name does to one weight: `Adapter`s on rows that do not overlap, and their dropout."""
+
+    def __init__(self, adapters: Iterable[Adapter], dropout: float = 0.0) -> None:
+        super().__init__(adapters)
+        self.dropout = dropout
+        self.called = self.read = False  # while acting, ever; not by compiled code: see `seen_by_compiler`
+
+    @property
+    def used(self) -> bool:
+        """Was the layer ever called, or its weight used in an operation, while these adapters acted?"""
+        return self.called or self.read
+
+    def note(self, what: str) -> None:
+        self.__dict__[what] = True  # __setattr__ of a module takes ten times as long
+
+    def held(self) -> list[Adapter]:
+        return cast("list[Adapter]", list(self._modules.values()))
+
+    def blocks(self, weight: Tensor | None = None) -> list[Block]:
+        """What the fused product takes, with ΔW multiplied by ``weight``."""
+        return [weighted(adapter.block, weight) for adapter in self.held()]
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}" if self.dropout else ""
+
+
+def weighted(block: Block, weight: Tensor | None) -> Block:
+    """``block`` with ``ΔW`` multiplied by ``weight``, differentiably; None is 1."""
+    if weight is None:
+        return block
+    return block._replace(B=block.B * weight, B0=None if block.B0 is None else block.B0 * weight)
+
+
+def product(block: Block) -> Tensor:
+    """``ΔW`` (rows, in) in fp32 (fp64 for fp64 factors), differentiable; zero offsets give zero."""
+    dtype = torch.promote_types(torch.float32, block.A.dtype)
+    with torch.autocast(block.A.device.type, enabled=False):
+        A, B = block.A.to(dtype), block.B.to(dtype)
+        if block.A0 is None or block.B0 is None:
+            return (block.scaling * B) @ A
+        A0, B0 = block.A0.to(dtype), block.B0.to(dtype)
+        return (block.scaling * B) @ (A0 + A) + (block.scaling * B0) @ A
+
+
+def updates(blocks: Sequence[Block]) -> Iterator[tuple[int, int, Tensor]]:
+    """``(start, stop, ΔW[start:stop])`` for all rows that ``blocks`` update, in order.
+
+    The blocks may overlap: their products add up, in fp32 (fp64 for fp64 factors). Differentiable.
+    """
+    spans: list[tuple[int, int, Tensor]] = []
+    for block in blocks:
+        parts = pieces(block.rows)
+        deltas = product(block).chunk(len(parts))
+        spans += [(start, stop, delta) for (start, stop), delta in zip(parts, deltas, strict=True)]
+    spans.sort(key=lambda span: span[:2], reverse=True)
+    open_: list[tuple[int, int, Tensor]] = []
+    for start, stop in pairwise(sorted({cut for span in spans for cut in span[:2]})):
+        open_ = [span for span in open_ if span[1] > start]
+        while spans and spans[-1][0] == start:
+            open_.append(spans.pop())
+        here = [delta[start - first : stop - first] for first, _, delta in open_]
+        if here:
+            yield start, stop, sum(here[1:], start=here[0])
+
+
 @torch.no_grad()
-def full_delta(adapters: Sequence[Adapter], rows: int) -> Tensor:
-    """``ΔW`` (rows, in) of a whole weight in fp32 (fp64 for fp64 adapters), detached."""
-    products = [adapter.product() for adapter in adapters]
-    delta = products[0].new_zeros(rows, products[0].shape[1])
-    for adapter, product in zip(adapters, products, strict=True):
-        add_(delta, adapter.rows, product)
+def full_delta(blocks: Sequence[Block], rows: int) -> Tensor:
+    """``ΔW`` (rows, in) of a whole weight in fp32 (fp64 for fp64 factors), detached."""
+    A = blocks[0].A
+    delta = A.new_zeros(rows, A.shape[1], dtype=torch.promote_types(torch.float32, A.dtype))
+    for start, stop, update in updates(blocks):
+        delta[start:stop] = update
     return delta

@@ -1,21 +1,22 @@
 """`LoRALinear`: a frozen linear layer with its low-rank updates beside it.
 
-It runs any Linear-like base and never writes to it. The product itself is in `ops`, the parameters
-in `adapter`; it knows no model.
+It runs any Linear-like base and never writes to it. The product itself is in `functional`, the parameters
+are in `adapter`; it knows no model.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.layers.adapter import Adapter, full_delta
-from lowrank.layers.functional import add_lora, fused_lora
+from lowrank.layers.acting import Acting
+from lowrank.layers.adapter import Adapter, RowBlocks, full_delta
+from lowrank.layers.functional import Block, add_lora, fused_lora
+from lowrank.layers.grouped import ExampleAdapters, add_grouped
 from lowrank.layers.loading import move_below_base
 from lowrank.layers.reading import read_weight, readable
 
@@ -27,7 +28,7 @@ PRODUCTS = {
 
 
 class LoRALinear(nn.Module):
-    """``y = base(x) + Σ scaling · x·Aᵀ·Bᵀ``, each term on its own rows of the output.
+    """``y = base(x) + Σ scaling · x·Aᵀ·Bᵀ``, the sum over what acts, each term on its own rows of the output.
 
     The base may be an ``nn.Linear``, a Conv1D (weight stored as ``(in, out)``), a quantized layer, or
     any module that maps ``(..., in)`` to ``(..., out)``. A plain one is multiplied in one fused
@@ -36,9 +37,11 @@ class LoRALinear(nn.Module):
 
     Args:
         base: the layer to adapt; it stays as it is and should not require grad.
-        adapters: one or more, on rows that do not overlap.
+        adapters: of the first name, on rows that do not overlap. `put` hangs others beside them.
         in_features, out_features: the base's shape.
-        dropout: on the adapters' input, in training.
+        dropout: on the input of these adapters, in training.
+        name: of these adapters.
+        acting: which names act, shared with other layers; by default ``name`` does.
         transposed: the base keeps its weight as ``(in, out)``; by default only a Conv1D does.
     """
 
@@ -47,31 +50,38 @@ class LoRALinear(nn.Module):
     def __init__(
         self,
         base: nn.Module,
-        adapters: Iterable[Adapter],
+        adapters: Iterable[Adapter] = (),
         *,
         in_features: int,
         out_features: int,
         dropout: float = 0.0,
+        name: str = "default",
+        acting: Acting | None = None,
         transposed: bool | None = None,
     ) -> None:
         super().__init__()
         self.base = base
-        self.adapters = nn.ModuleList(adapters)
+        self.adapters = nn.ModuleDict()  # name → RowBlocks
         self.in_features, self.out_features = in_features, out_features
-        self.dropout = dropout
         self.transposed = hasattr(base, "nf") if transposed is None else transposed
-        self.enabled = True
-        self.called = self.read = False  # while enabled, ever; not by compiled code: see `seen_by_compiler`
+        self.acting = Acting((name,)) if acting is None else acting
+        first = list(adapters)
+        if first:
+            self.put(name, first, dropout)
         self.train(base.training)
+
+    def put(self, name: str, adapters: Iterable[Adapter], dropout: float = 0.0) -> None:
+        """Hangs up the adapters of ``name``, on rows that do not overlap."""
+        self.adapters[name] = RowBlocks(adapters, dropout).train(self.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base makes of its arguments, of which the first is x, plus the updates."""
-        if not self.enabled:
+        if self.acting.rows is not None:
+            return self._by_rows(self.acting.rows, *args, **kwargs)
+        products = self._products("called")
+        if not products:
             return self.base(*args, **kwargs)
-        self._note("called")
         x = args[0] if args else next(iter(kwargs.values()))
-        blocks = [adapter.block for adapter in self._held()]
-        dropout = self.dropout if self.training else 0.0
         weight = plain_weight(self.base)
         if weight is None:
             y = self.base(*args, **kwargs)  # which may take x to another device
@@ -81,36 +91,89 @@ class LoRALinear(nn.Module):
                     "would be trained wrongly. bitsandbytes does so once a 4-bit layer has run in evaluation "
                     "mode on some CPUs: set support_avx512bf16_for_cpu = False on these layers before"
                 )
-            return add_lora(y, x.to(y.device), blocks, dropout=dropout)
-        return fused_lora(x, weight, self.bias, blocks, dropout=dropout)
+            x = x.to(y.device)
+        else:
+            blocks, dropout = products.pop(0)
+            y = fused_lora(x, weight, self.bias, blocks, dropout=dropout)
+        for blocks, dropout in products:
+            y = add_lora(y, x, blocks, dropout=dropout)
+        return y
 
-    def _held(self) -> list[Adapter]:
-        return cast("list[Adapter]", list(self.adapters))
+    def _by_rows(self, rows: ExampleAdapters, *args: Any, **kwargs: Any) -> Tensor:
+        y, parts = self.base(*args, **kwargs), self._parts()
+        used = [parts[name] for name in set(rows.names) if name in parts]
+        if not used:
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        rows.check(x, self)
+        for part in used:
+            part.note("called")
+        return add_grouped(y, x, id(self), parts, rows, self.acting.stacks, training=self.training)
+
+    def _products(self, use: str) -> list[tuple[list[Block], float]]:
+        """The blocks that act, those with one dropout together; it is noted that they are ``use``d."""
+        products: list[tuple[list[Block], float]] = []
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            _note_compiler()
+        for part, weight in self.acting.among(self._parts()):
+            if not compiling:
+                part.note(use)
+            dropout = part.dropout if self.training else 0.0
+            if products and products[-1][1] == dropout:
+                products[-1][0].extend(part.blocks(weight))
+            else:
+                products.append((part.blocks(weight), dropout))
+        return products
+
+    def _parts(self) -> dict[str, RowBlocks]:
+        return cast("dict[str, RowBlocks]", self.adapters._modules)
 
     @property
     def weight(self) -> Tensor:
         """W + ΔW for whatever computes with it, in the base's dtype and layout; see `ReadWeight`.
 
-        Dropout does not act in it. It is the base's own parameter while the adapters are disabled, and where
-        ΔW cannot be added to that: packed, sharded, or on the meta device.
+        Dropout does not act in it. It is the base's own parameter while no adapter acts, and where ΔW cannot
+        be added to that: packed, sharded, or on the meta device.
         """
         weight = cast(Tensor, self.base.weight)
-        if not self.enabled or not readable(weight) or weight.dim() != 2:
+        acting = list(self.acting.among(self._parts()))
+        rows = self.acting.rows
+        if rows is not None:
+            acting = [(part, None) for name, part in self._parts().items() if name in rows.names]
+        if not acting or not readable(weight) or weight.dim() != 2:
             return weight
         if (weight.t() if self.transposed else weight).shape != (self.out_features, self.in_features):
             return weight
-        return read_weight(weight, self._held(), transposed=self.transposed, used=partial(self._note, "read"))
+        blocks = [block for part, factor in acting for block in part.blocks(factor)]
+
+        def used() -> None:
+            if rows is not None:
+                raise ValueError(
+                    f"{rows.path(self)}: its weight is read without a call, so adapters for single examples "
+                    "cannot act on it: run the examples of one adapter at a time, with use_adapters"
+                )
+            if torch.compiler.is_compiling():
+                _note_compiler()
+            else:
+                for part, _ in acting:
+                    part.note("read")
+
+        return read_weight(weight, blocks, transposed=self.transposed, used=used)
+
+    def part(self, name: str | None = None) -> RowBlocks:
+        """The adapters of ``name``, which may be left out where there is one; else raises ValueError."""
+        parts = self._parts()
+        if name is None and len(parts) == 1:
+            return next(iter(parts.values()))
+        if name not in parts:
+            raise ValueError(f"expected the name of an adapter of this layer, of {list(parts)}, got {name!r}")
+        return parts[name]
 
     @property
     def used(self) -> bool:
-        """Was it ever called, or its weight used in an operation, while its adapters were enabled?"""
-        return self.called or self.read
-
-    def _note(self, what: str) -> None:
-        if torch.compiler.is_compiling():
-            _note_compiler()
-        else:
-            self.__dict__[what] = True  # __setattr__ of a module takes ten times as long
+        """Was it ever called, or its weight used in an operation, while adapters acted?"""
+        return any(part.used for part in self._parts().values())
 
     @property
     def bias(self) -> Tensor | None:
@@ -118,27 +181,31 @@ class LoRALinear(nn.Module):
 
     @property
     def rank(self) -> int:
-        """The rank of the update: the sum over its row blocks."""
-        return sum(adapter.rank for adapter in self._held())
+        """The rank of the only adapter's update: the sum over its row blocks."""
+        return sum(adapter.rank for adapter in self.part().held())
 
     @property
     def scaling(self) -> float:
-        """The factor of B·A; raises ValueError where the row blocks have several."""
-        scalings = sorted({adapter.scaling for adapter in self._held()})
+        """The factor of B·A of the only adapter; raises ValueError where its row blocks have several."""
+        scalings = sorted({adapter.scaling for adapter in self.part().held()})
         if len(scalings) > 1:
             raise ValueError(f"the row blocks have scalings of their own: {scalings}; see .adapters")
         return scalings[0]
 
-    def delta_weight(self) -> Tensor:
-        """``ΔW`` (out, in), detached, in fp32 (fp64 for fp64 adapters): what is added to the weight."""
-        return full_delta(self._held(), self.out_features)
+    def delta_weight(self, name: str | None = None) -> Tensor:
+        """``ΔW`` (out, in), detached, in fp32 (fp64 for fp64 adapters): what is added to the weight.
+
+        That of the adapter ``name``, which may be left out where there is one. Its weight in a mixture is
+        not applied, and it need not act.
+        """
+        return full_delta(self.part(name).blocks(), self.out_features)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         move_below_base(state_dict, prefix, ("base.", "adapters."))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, dropout={self.dropout}"
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 _compiled = False

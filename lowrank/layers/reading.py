@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lowrank.layers.adapter import Adapter
-from lowrank.layers.functional import transformed
+from lowrank.layers.functional import Block, transformed
 from lowrank.layers.gemm import differentiable_once
 from lowrank.layers.weight import effective_weight
 from lowrank.linalg.rows import Rows, take
 
 
 def read_weight(
-    weight: Tensor, adapters: Sequence[Adapter], *, transposed: bool, used: Callable[[], None]
+    weight: Tensor, blocks: Sequence[Block], *, transposed: bool, used: Callable[[], None]
 ) -> Tensor:
-    """W + ΔW in W's shape and dtype, differentiable once in the adapters and in W.
+    """W + ΔW in W's shape and dtype, differentiable once in the factors and in W.
 
     In compiled and exported code, and under `torch.func`, it is computed at once, from ordinary operations.
 
@@ -35,12 +34,11 @@ def read_weight(
     def compute() -> Tensor:
         used()
         if transposed:
-            return effective_weight(weight.t(), adapters).t()
-        return effective_weight(weight, adapters)
+            return effective_weight(weight.t(), blocks).t()
+        return effective_weight(weight, blocks)
 
     if torch.compiler.is_compiling() or transformed() or _fake(weight):
         return compute()
-    blocks = [adapter.block for adapter in adapters]
     spans = [(block.rows, block.scaling) for block in blocks]
     factors = (factor for _, A, B, _, A0, B0 in blocks for factor in (A, B, A0, B0))
     return _Read.apply(compute, spans, transposed, weight, *factors)

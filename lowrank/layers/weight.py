@@ -8,26 +8,45 @@ other, and it pickles. The price is a full ΔW (out, in) for each forward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.layers.adapter import Adapter, full_delta
-from lowrank.linalg.rows import pieces
+from lowrank.layers.acting import Acting
+from lowrank.layers.adapter import Adapter, RowBlocks, full_delta, updates
+from lowrank.layers.functional import Block
 
 ADAPTERS = "lora"  # the child module that holds them, in state dicts too
 
 
 class WeightAdapters(nn.ModuleDict):
-    """The adapters of one module's tensors, by parameter name."""
+    """The adapters of one module's tensors: by adapter name, then by parameter name."""
 
-    enabled = True
+    def __init__(self, acting: Acting) -> None:
+        super().__init__()
+        self._acting = acting
 
-    def of(self, param: str) -> list[Adapter]:
-        return cast("list[Adapter]", list(cast(nn.ModuleList, self[param])))
+    def put(self, name: str, adapters: Mapping[str, Iterable[Adapter]]) -> None:
+        """Hangs up what ``name`` does, by parameter."""
+        self[name] = nn.ModuleDict({param: RowBlocks(each) for param, each in adapters.items()})
+
+    def params(self) -> tuple[str, ...]:
+        """The parameters that any adapter changes."""
+        return tuple(dict.fromkeys(param for held in self._modules.values() for param in cast(Any, held)))
+
+    def of(self, name: str, param: str) -> list[Adapter]:
+        """The adapters of ``name`` on ``param``; none where it does not change that."""
+        held = cast(nn.ModuleDict, self[name])._modules
+        return cast(RowBlocks, held[param]).held() if param in held else []
+
+    def acting(self, param: str) -> list[Block]:
+        """What acts on ``param`` now."""
+        found = self._acting.among(cast("dict[str, nn.ModuleDict]", self._modules))
+        parts = [(cast("dict[str, RowBlocks]", held._modules), weight) for held, weight in found]
+        return [block for held, weight in parts if param in held for block in held[param].blocks(weight)]
 
 
 class AdaptedWeight:
@@ -44,39 +63,44 @@ class AdaptedWeight:
         finally:
             self.__dict__.pop("_adapted", None)
 
-    def delta_weight(self, param: str | None = None) -> Tensor:
-        """``ΔW`` (rows, in) in fp32, detached, of ``param`` (the only adapted one where it is not said)."""
-        (name,) = [param] if param else self.lora.keys()
-        weight = self._parameters[name]  # type: ignore[attr-defined]
-        return full_delta(self.lora.of(name), weight.numel() // weight.shape[-1])
+    def delta_weight(self, param: str | None = None, name: str | None = None) -> Tensor:
+        """``ΔW`` (rows, in) in fp32, detached, of ``param`` by the adapter ``name``, its weight left aside.
+
+        Both may be left out where there is only one.
+        """
+        (name,) = [name] if name else self.lora.keys()
+        (param,) = [param] if param else cast(nn.ModuleDict, self.lora[name]).keys()
+        weight = self._parameters[param]  # type: ignore[attr-defined]
+        blocks = [adapter.block for adapter in self.lora.of(name, param)]
+        return full_delta(blocks, weight.numel() // weight.shape[-1])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _restore, (type(self).__mro__[2], tuple(self.lora)), self.__dict__
+        return _restore, (original_class(self), self.lora.params()), self.__dict__
 
 
-def adapt_weights(module: nn.Module, adapters: Mapping[str, Sequence[Adapter]]) -> None:
-    """From now on each named parameter of ``module`` reads as itself plus its adapters' update."""
-    made = WeightAdapters({param: nn.ModuleList(each) for param, each in adapters.items()})
-    module.add_module(ADAPTERS, made.train(module.training))
+def adapt_weights(module: nn.Module, adapters: WeightAdapters) -> None:
+    """From now on each parameter of ``module`` that ``adapters`` name reads as itself plus their update."""
+    module.add_module(ADAPTERS, adapters.train(module.training))
     original: Any = type(module)
-    module.__class__ = _adapted_class(original, tuple(adapters))
+    module.__class__ = _adapted_class(original, adapters.params())
 
 
-def release_weights(module: Any) -> None:
-    """Undoes `adapt_weights`: the class and the parameters are the original ones."""
-    del module._modules[ADAPTERS]
-    module.__class__ = type(module).__mro__[2]
+def release_weights(module: Any) -> WeightAdapters:
+    """Undoes `adapt_weights`: the class and the parameters are the original ones. Returns the adapters."""
+    adapters = module._modules.pop(ADAPTERS)
+    module.__class__ = original_class(module)
+    return adapters
 
 
-def effective_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+def original_class(module: AdaptedWeight) -> Any:
+    return type(module).__mro__[2]
+
+
+def effective_weight(weight: Tensor, blocks: Sequence[Block]) -> Tensor:
     """W + ΔW, added in fp32, in W's dtype and shape, differentiable; a zero ΔW gives W's own values."""
     rows = weight.reshape(-1, weight.shape[-1])
-    updates: list[tuple[tuple[int, int], Tensor]] = []
-    for adapter in adapters:
-        blocks = pieces(adapter.rows)
-        updates += zip(blocks, adapter.product().chunk(len(blocks)), strict=True)
     parts, done = [], 0
-    for (start, stop), update in sorted(updates, key=lambda each: each[0]):
+    for start, stop, update in updates(blocks):
         if start > done:
             parts.append(rows[done:start])
         parts.append((rows[start:stop].to(update.dtype) + update).to(weight.dtype))
@@ -89,13 +113,14 @@ def effective_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
 def _read(module: Any, param: str) -> Tensor:
     # A replica of nn.DataParallel has a plain attribute in its place.
     weight = module._parameters[param] if param in module._parameters else module.__dict__[param]
-    if not module.lora.enabled or weight.is_meta:
+    blocks = [] if weight.is_meta else module.lora.acting(param)
+    if not blocks:
         return weight
     cache = module.__dict__.get("_adapted")
     if cache is None:
-        return effective_weight(weight, module.lora.of(param))
+        return effective_weight(weight, blocks)
     if param not in cache:
-        cache[param] = effective_weight(weight, module.lora.of(param))
+        cache[param] = effective_weight(weight, blocks)
     return cache[param]
 
 

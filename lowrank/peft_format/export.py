@@ -15,11 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import adapters_of, plan_of, wrapped_root
+from lowrank.adapters import (
+    adapters_of,
+    hung_at,
+    hung_by_name,
+    one_name,
+    original,
+    plan_of,
+    without_copies,
+    wrapped_root,
+)
 from lowrank.files import packed, write
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
+from lowrank.layers.weight import WeightAdapters
 from lowrank.linalg.rows import Rows
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import stored_transposed
@@ -79,11 +89,12 @@ def export_peft(
     model: nn.Module,
     path: str | Path,
     *,
+    name: str | None = None,
     serving: bool = False,
     recompress: bool = False,
     dtype: torch.dtype | None = None,
 ) -> PeftExport:
-    """Writes the adapters of a wrapped ``model`` as a PEFT folder.
+    """Writes an adapter of a wrapped ``model`` as a PEFT folder.
 
     Row blocks of a fused weight become one block-structured pair. An anchored adapter of rank r becomes
     plain LoRA of rank 2r, ``[b, B₀]·[A₀ + a; a]``: the same product as ``[B, −B₀]·[A; A₀]``, but nothing in
@@ -92,6 +103,7 @@ def export_peft(
 
     Args:
         path: the folder. The two files of an earlier export are replaced; whatever else is there stays.
+        name: of the adapter; it may be left out where there is one.
         serving: for engines that ignore patterns: one rank for all (smaller ones padded with zeros) and the
             scalings folded into B, so that alpha / r is 1.
         recompress: bring anchored adapters from rank 2r back to r, by the best approximation.
@@ -101,12 +113,14 @@ def export_peft(
         Ranks and relative errors of what was written.
 
     Raises:
-        ValueError: the model is not wrapped, or PEFT has no place for something in it (all are named).
+        ValueError: the model is not wrapped, has no adapter of that name, or PEFT has no place for something
+            in it (all are named).
     """
     root = wrapped_root(model)
-    adapters = adapters_of(root)
-    _check_exportable(root, adapters)
-    trained = _trained_states(root)
+    name = one_name(root, name)
+    adapters = adapters_of(root, name)
+    _check_exportable(root, adapters, name)
+    trained = _trained_states(root, name)
     if serving and trained:
         raise ValueError(
             f"serving engines refuse or ignore modules trained in full ({', '.join(trained)}): "
@@ -130,36 +144,35 @@ def export_peft(
             module: pair._replace(A=pair.A.to(dtype), B=pair.B.to(dtype)) for module, pair in pairs.items()
         }
 
-    tensors = {
-        f"{PREFIX}{module}.{name}": t for module, state in trained.items() for name, t in state.items()
-    }
+    tensors = {f"{PREFIX}{module}.{key}": t for module, state in trained.items() for key, t in state.items()}
     for module, pair in pairs.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.A
         tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.B
-    for name, tensor in tensors.items():
+    for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"refusing to export: {name.removeprefix(PREFIX)} contains NaN or Inf")
+            raise ValueError(f"refusing to export: {key.removeprefix(PREFIX)} contains NaN or Inf")
 
     with staged(Path(path)) as folder:
         write(folder / TENSORS, packed(tensors))
-        write(folder / CONFIG, json.dumps(_config(root, pairs, list(trained)), indent=2).encode())
+        write(folder / CONFIG, json.dumps(_config(root, name, pairs, list(trained)), indent=2).encode())
         lossy = dtype is not None or recompress
         errors = check_written(folder, root, exact, pairs if lossy else None, trained)
     return PeftExport(Path(path), {module: pair.rank for module, pair in pairs.items()}, errors)
 
 
-def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter]) -> None:
-    problems, hung = [], places(root)
-    only_read = layers_only_read(root)
+def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], name: str) -> None:
+    problems, counts = [], places(root)
+    only_read = layers_only_read(root, name)
     for p in adapters:
-        module: Any = root.get_submodule(p.module)
+        hung = hung_at(root, p.module)
+        module: Any = without_copies(hung)
         if on_weight(root, p) or p.module in only_read:
             problems.append(
                 f"{p.name}: its weight is read without a call, where PEFT's layers have no effect"
             )
         elif not isinstance(module.base, nn.Linear) and type(module.base).__name__ != "Conv1D":
             problems.append(f"{p.name}: PEFT adapts nn.Linear and Conv1D, not {type(module.base).__name__}")
-        elif hung[module] > 1:
+        elif counts[hung] > 1:
             problems.append(f"{p.name}: it is used in several places, of which PEFT would adapt one")
     if problems:
         advice = "adapt the model without them (exclude=), or merge(model) and save the whole of it"
@@ -167,7 +180,7 @@ def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter]) -
 
 
 def _layer(root: nn.Module, module: str) -> LoRALinear:
-    layer = root.get_submodule(module)
+    layer = without_copies(hung_at(root, module))
     assert isinstance(layer, LoRALinear)
     return layer
 
@@ -175,31 +188,49 @@ def _layer(root: nn.Module, module: str) -> LoRALinear:
 # -- modules trained in full, and the configuration ---------------------------------------------------
 
 
-def _trained_states(root: nn.Module) -> dict[str, dict[str, Tensor]]:
+def _trained_states(root: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
     """The states of the modules that PEFT will want from the file, by path.
 
     PEFT compares the ends of strings: "classifier" names a ``pre_classifier`` too, whose weights are then
     written as the base has them.
     """
-    train = plan_of(root).train
+    train = plan_of(root, name).train
     paths = base_paths(root)
     taken = sorted(path for path in paths if path.endswith(train)) if train else []
     problems, states, hung = [], {}, places(root)
     for path in taken:
         module = paths[path]
-        if any(isinstance(each, LoRALinear) for each in module.modules()):
+        own = [each for each in module.modules() if isinstance(each, LoRALinear) and name in each.adapters]
+        if own:
             problems.append(f"{path}: it holds adapters, and PEFT would train it in full, going by its name")
         elif any(above in states for above in ancestors(path)):
             problems.append(f"{path}: it lies inside another module that PEFT would train in full")
         elif hung[module] > 1:
             problems.append(f"{path}: it is used in several places, of which PEFT would train one")
-        states[path] = (module.copy if isinstance(module, TrainedModule) else module).state_dict()
+        states[path] = _state(module, name)
     if problems:
         raise ValueError("PEFT cannot keep these modules trained in full apart:\n  " + "\n  ".join(problems))
     return states
 
 
-def _config(root: nn.Module, pairs: Mapping[str, Pair], trained: Sequence[str]) -> dict[str, Any]:
+def _state(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """The state of ``module`` as ``name`` has it: of its copy, or of the base."""
+    if isinstance(module, TrainedModule) and name in module.copies:
+        return module.copies[name].state_dict()
+    base = original(module)
+    if not any(map(hung_by_name, base.modules())):
+        return base.state_dict()
+    state = dict(base._parameters) | {
+        key: buffer for key, buffer in base._buffers.items() if key not in base._non_persistent_buffers_set
+    }
+    held = {key: tensor.detach() for key, tensor in state.items() if tensor is not None}
+    for leaf, child in base._modules.items():
+        if child is not None and not isinstance(child, WeightAdapters):
+            held |= {f"{leaf}.{key}": tensor for key, tensor in _state(child, name).items()}
+    return held
+
+
+def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequence[str]) -> dict[str, Any]:
     ranks = {module: pair.rank for module, pair in pairs.items()}
     alphas = {module: pair.rank * pair.scaling for module, pair in pairs.items()}
     config = {
@@ -211,7 +242,7 @@ def _config(root: nn.Module, pairs: Mapping[str, Pair], trained: Sequence[str]) 
         "target_modules": sorted(pairs),
         "modules_to_save": list(trained) or None,
         "fan_in_fan_out": all(stored_transposed(_layer(root, module).base) for module in pairs),
-        "lora_dropout": plan_of(root).dropout,
+        "lora_dropout": plan_of(root, name).dropout,
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,

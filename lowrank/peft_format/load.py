@@ -11,27 +11,30 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.allocate.base import Allocation
 from lowrank.files import FLOATS, AdapterError
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.linear import master_dtype
-from lowrank.layers.trained import TrainedModule
 from lowrank.models.projections import Projection, Role, scan
 from lowrank.models.storage import weight_shape
 from lowrank.peft_format.folder import Contents, Tensors, ancestors, base_paths, places
 from lowrank.peft_format.names import present_name
 from lowrank.peft_format.pairs import reduced
 from lowrank.plan import Plan
-from lowrank.wrapping.checks import check_layers, check_unwrapped
-from lowrank.wrapping.install import device_beside, install
+from lowrank.wrapping.checks import check_beside, check_layers
+from lowrank.wrapping.install import bare, device_beside
 
 LOG = logging.getLogger("lowrank")
 
 
-def import_peft(model: nn.Module, path: str | Path, *, train: bool = True) -> nn.Module:
+def import_peft(
+    model: nn.Module, path: str | Path, name: str = "default", *, train: bool = True
+) -> nn.Module:
     """Adapts ``model`` in place as the PEFT folder ``path`` says, and returns it.
+
+    ``model`` may hold adapters already: the new one hangs beside them, and acts once `set_adapters` names it.
 
     Both factors are trainable afterwards, in fp32. A fused weight gets one adapter over all its rows, as in
     PEFT. A rank above min(in, out) is brought down to that, which changes ΔW by rounding only. Names that
@@ -40,14 +43,27 @@ def import_peft(model: nn.Module, path: str | Path, *, train: bool = True) -> nn
     where it differs from the model's. The modules that are replaced in full are named in the log "lowrank".
 
     Args:
+        name: of the adapter in ``model``.
         train: also replace the modules that were trained in full. If False, the model keeps its own.
 
     Raises:
         AdapterError: the folder is missing or damaged, was made for another base (every mismatch is
             listed), or uses a feature that is not supported (it is named). The model is untouched then.
-        ValueError: the model is wrapped already.
+        ValueError: the name is taken.
     """
-    check_unwrapped(model)
+    with bare(check_beside(model, name)) as fittings:
+        plan, adapters, states = _read(fittings.root, path, train)
+        if plan.train:
+            LOG.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
+        fittings.install(name, plan, adapters)
+        fittings.load_copies(name, states)
+    return model
+
+
+def _read(
+    model: nn.Module, path: str | Path, train: bool
+) -> tuple[Plan, dict[Projection, Adapter], dict[str, dict[str, Tensor]]]:
+    """What the folder holds for the base ``model``: the plan, the adapters, and states of trained modules."""
     contents = Contents.read(Path(path), present_name(model))
     known = _whole_weights(model)
     trained, saved, problems = _trained(model, contents) if train else ([], [], [])
@@ -71,14 +87,8 @@ def import_peft(model: nn.Module, path: str | Path, *, train: bool = True) -> nn
         state = {"A": pair.A.to(master_dtype(weight.dtype)), "B": pair.B.to(master_dtype(weight.dtype))}
         adapters[p] = Adapter.from_state(state, pair.scaling, rows=p.rows).to(device_beside(model, p))
     plan = Plan(allocations, dropout=contents.config.dropout, train=trained)
-    if trained:
-        LOG.warning("%s replaces these modules in full: %s", contents.folder, ", ".join(trained))
-    install(model, plan, adapters)
-    for name in trained:
-        module = model.get_submodule(name)
-        assert isinstance(module, TrainedModule)
-        module.load_copy(tensors.state(name, module.copy.state_dict()))
-    return model
+    states = {name: tensors.state(name, model.get_submodule(name).state_dict()) for name in trained}
+    return plan, adapters, states
 
 
 def _whole_weights(model: nn.Module) -> dict[str, Projection]:

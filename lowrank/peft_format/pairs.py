@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.adapter import Adapter
+from lowrank.linalg import closest_product
 from lowrank.linalg.rows import Rows, copy_
 
 
@@ -38,10 +39,7 @@ def plain(adapter: Adapter, dtype: torch.dtype) -> Pair:
 
 def recompressed(pair: Pair, rank: int, dtype: torch.dtype) -> Pair:
     """The closest pair of ``rank`` (Eckart and Young, 1936), with its singular values shared evenly."""
-    left, right = torch.linalg.qr(pair.B), torch.linalg.qr(pair.A.T)
-    U, S, Vh = torch.linalg.svd(left.R @ right.R.T)
-    half = S[:rank].sqrt()
-    A, B = half[:, None] * (Vh[:rank] @ right.Q.T), (left.Q @ U[:, :rank]) * half
+    B, A, _ = closest_product(pair.B, pair.A, rank)
     return Pair(A.to(dtype), B.to(dtype), pair.scaling)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
+from lowrank.adapters import adaptation, wrapped_root
+from lowrank.layers.acting import Acting
 from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
-from lowrank.layers.weight import AdaptedWeight
+from lowrank.layers.weight import AdaptedWeight, WeightAdapters
 from lowrank.linalg.rows import height, lie_within
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import is_linear, packed, weight_shape
@@ -21,13 +24,48 @@ PARALLEL = frozenset(
 
 def check_unwrapped(model: nn.Module) -> None:
     """Raises ValueError where ``model`` cannot be wrapped at all, or is wrapped already."""
+    check_adaptable(model)
+    if any(isinstance(m, (LoRALinear, AdaptedWeight, TrainedModule)) for m in model.modules()):
+        raise ValueError(
+            "the model is wrapped already: unwrap(model) or merge(model) first, or put another adapter "
+            "beside those that it has with add_adapter(model, policy, name=…)"
+        )
+
+
+def check_beside(model: nn.Module, name: str) -> nn.Module:
+    """The module that an adapter ``name`` can be put into, beside others or as the first; else ValueError."""
+    check_adaptable(model)
+    check_name(name)
+    if not any("_lowrank" in module.__dict__ for module in model.modules()):
+        check_unwrapped(model)
+        return model
+    root = wrapped_root(model)
+    if name in adaptation(root).plans:
+        raise ValueError(
+            f"the model has an adapter {name!r} already: choose another name=, or remove_adapter(model, "
+            f"{name!r}) first"
+        )
+    return root
+
+
+def check_name(name: Any) -> None:
+    """Raises ValueError where ``name`` cannot be that of an adapter."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"expected the name of an adapter: a string without dots, got {name!r}")
+    if hasattr(WeightAdapters(Acting()), name):
+        raise ValueError(
+            f"{name!r} is a name that PyTorch's modules use themselves: choose another for the adapter, such "
+            f"as {name + '_1'!r}"
+        )
+
+
+def check_adaptable(model: nn.Module) -> None:
+    """Raises ValueError where nothing can be put into ``model``: it is compiled, parallel, or no module."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a torch.nn.Module, not {type(model).__name__}")
     if "_orig_mod" in model._modules:
         raise ValueError("the model is compiled: wrap it first, then call torch.compile")
     _check_not_parallel(model)
-    if any(isinstance(m, (LoRALinear, AdaptedWeight, TrainedModule)) for m in model.modules()):
-        raise ValueError("the model is wrapped already: unwrap(model) or merge(model) first")
     if is_linear(model):
         raise ValueError(
             "the model is itself one projection, which cannot be replaced in place: wrap its parent"

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.adapters import base_modules, holder
+from lowrank.adapters import base_modules, holder, original
 from lowrank.files import FLOATS, Entry
-from lowrank.layers.linear import LoRALinear
 from lowrank.linalg.rows import pieces
 from lowrank.models.fingerprint import Sample, difference, differences, of_projection, of_tensor
 from lowrank.models.projections import Projection, find_projections
@@ -126,7 +125,7 @@ def samples_of_the_rest(root: nn.Module, plan: Plan) -> dict[str, Sample]:
     for path, hung in base_modules(root).items():
         if any(f"{path}.".startswith(f"{name}.") for name in plan.train):
             continue
-        module = hung.base if isinstance(hung, LoRALinear) else hung
+        module = original(hung)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or id(tensor) in seen:
                 continue

@@ -1,18 +1,24 @@
-"""Puts ready-made adapters into a model, and takes them out again. It decides nothing and checks nothing."""
+"""Puts ready-made adapters into a model, and takes them out again. It decides nothing and checks nothing.
+
+A model that holds adapters already is brought back to its base for the while: planning, calibration and
+initialization then meet nothing but the base, whatever hangs beside it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import Adaptation
+from lowrank.adapters import Adaptation, hung_by_name
+from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.linear import LoRALinear, master_dtype
 from lowrank.layers.trained import TrainedModule
-from lowrank.layers.weight import AdaptedWeight, adapt_weights, release_weights
+from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import stored_transposed, weight_shape
 from lowrank.plan import Plan
@@ -43,60 +49,138 @@ def device_beside(model: nn.Module, p: Projection) -> torch.device:
     return torch.device("cpu" if device is None else device)
 
 
-def install(model: nn.Module, plan: Plan, adapters: Mapping[Projection, Adapter]) -> None:
-    """Puts ready-made adapters into ``model``. Everything was checked: this only assigns."""
-    layers: dict[str, LoRALinear] = {}
-    on_weights: dict[str, dict[str, list[Adapter]]] = {}
-    for p, adapter in adapters.items():
-        if on_weight(model, p):
-            on_weights.setdefault(p.module, {}).setdefault(p.param, []).append(adapter)
-        elif p.module in layers:
-            layers[p.module].adapters.append(adapter)
-        else:
-            base = model.get_submodule(p.module)
-            rows, columns = weight_shape(base, p.param)
-            layers[p.module] = LoRALinear(
-                base,
-                [adapter],
-                in_features=columns,
-                out_features=rows,
-                dropout=plan.dropout,
-                transposed=stored_transposed(base),
-            )
-    trained = {path: TrainedModule(model.get_submodule(path)) for path in plan.train}
+class Fittings:
+    """What hangs beside the base's modules, by the module that it belongs to. See `bare`."""
 
-    required_grad = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    learning = [*adapters.values(), *(module.copy for module in trained.values())]
-    own = {id(parameter) for module in learning for parameter in module.parameters()}
-    new: dict[str, nn.Module] = {**layers, **trained}
-    _exchange(model, {model.get_submodule(path): module for path, module in new.items()})
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            parameter.requires_grad_(False)
-    for path, held in on_weights.items():
-        adapt_weights(model.get_submodule(path), held)
-    model.__dict__["_lowrank"] = Adaptation(plan, required_grad)
-    warn_at_first_backward(model)
-    attach(model)
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.layers: dict[nn.Module, LoRALinear] = {}
+        self.trained: dict[nn.Module, TrainedModule] = {}
+        self.weights: dict[nn.Module, WeightAdapters] = {}
+
+    @property
+    def state(self) -> Adaptation | None:
+        return self.root.__dict__.get("_lowrank")
+
+    def take_off(self) -> None:
+        """Brings the root back to its base."""
+        detach(self.root)
+        replacements: dict[nn.Module, nn.Module] = {}
+        modules: list[Any] = list(self.root.modules())
+        for module in modules:
+            if isinstance(module, AdaptedWeight):
+                self.weights[module] = release_weights(module)  # type: ignore[index]
+            elif isinstance(module, LoRALinear):
+                self.layers[module.base] = module
+                replacements[module] = module.base
+            elif isinstance(module, TrainedModule):
+                original = module.base.base if isinstance(module.base, LoRALinear) else module.base
+                self.trained[original] = module
+                replacements[module] = original
+        _exchange(self.root, replacements)
+
+    def put_on(self) -> None:
+        """Undoes `take_off`, with what was changed here in between."""
+        replacements: dict[nn.Module, nn.Module] = dict(self.layers)
+        for original, trained in self.trained.items():
+            trained.base = self.layers.get(original, original)
+            replacements[original] = trained
+        _exchange(self.root, replacements)
+        for module, adapters in self.weights.items():
+            adapt_weights(module, adapters)
+        if self.state is not None:
+            attach(self.root)
+
+    def install(self, name: str, plan: Plan, adapters: Mapping[Projection, Adapter]) -> None:
+        """Hangs up the adapters of ``name``, and copies of the modules that it trains. The first one acts."""
+        root, state = self.root, self.state
+        if state is None:
+            required_grad = frozenset(path for path, p in root.named_parameters() if p.requires_grad)
+            root.requires_grad_(False)
+            state = root.__dict__["_lowrank"] = Adaptation({}, Acting((name,)), required_grad)
+        state.plans[name] = plan
+        layers: dict[nn.Module, list[Adapter]] = {}
+        weights: dict[nn.Module, dict[str, list[Adapter]]] = {}
+        for p, adapter in adapters.items():
+            module = root.get_submodule(p.module)
+            if on_weight(root, p):
+                weights.setdefault(module, {}).setdefault(p.param, []).append(adapter)
+                continue
+            layers.setdefault(module, []).append(adapter)
+            if module not in self.layers:
+                rows, columns = weight_shape(module, p.param)
+                self.layers[module] = LoRALinear(
+                    module,
+                    in_features=columns,
+                    out_features=rows,
+                    acting=state.acting,
+                    transposed=stored_transposed(module),
+                )
+        for module, held in layers.items():
+            self.layers[module].put(name, held, plan.dropout)
+        for module, by_param in weights.items():
+            self.weights.setdefault(module, WeightAdapters(state.acting)).put(name, by_param)
+        for module in map(root.get_submodule, plan.train):
+            if module in self.trained:
+                self.trained[module].put(name, module)
+            else:
+                self.trained[module] = TrainedModule(module, name, state.acting)
+        warn_at_first_backward(
+            root, name, [each for adapter in adapters.values() for each in adapter.trained()]
+        )
+
+    def load_copies(self, name: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Gives the copies of ``name`` the values in ``states``, by path."""
+        for path, tensors in states.items():
+            self.trained[self.root.get_submodule(path)].load_copy(tensors, name)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Takes the adapters of ``names`` away; with the last ones goes what was noted of the base."""
+        state = self.state
+        assert state is not None
+        for name in list(names):
+            del state.plans[name]
+            for held in (self.layers, self.weights, self.trained):
+                for module, fitting in list(held.items()):
+                    own = hung_by_name(fitting)
+                    own.pop(name, None)
+                    if not own:
+                        del held[module]
+        acting = state.acting
+        acting.stacks.held.clear()
+        acting.choose(
+            [name for name in acting.names if name in state.plans],
+            {name: weight for name, weight in acting.weights.items() if name in state.plans},
+        )
+        if not state.plans:
+            for path, parameter in self.root.named_parameters():
+                parameter.requires_grad_(path in state.required_grad)
+            del self.root.__dict__["_lowrank"]
 
 
-def remove(root: nn.Module, original: Callable[[Any], nn.Module]) -> None:
-    detach(root)
-    required_grad = root.__dict__["_lowrank"].required_grad
-    modules: list[Any] = list(root.modules())
-    for module in modules:
-        if isinstance(module, AdaptedWeight):
-            release_weights(module)
-    replaced = [m for m in modules if isinstance(m, (LoRALinear, TrainedModule))]
-    _exchange(root, {m: original(m) for m in replaced})
-    for name, parameter in root.named_parameters():
-        parameter.requires_grad_(name in required_grad)
-    del root.__dict__["_lowrank"]
+@contextmanager
+def bare(root: nn.Module) -> Iterator[Fittings]:
+    """Inside, ``root`` is its base, and what hung there is in `Fittings`; afterwards it hangs there again.
+
+    After an error too: what was not installed by then is not there.
+    """
+    fittings = Fittings(root)
+    fittings.take_off()
+    try:
+        yield fittings
+    finally:
+        fittings.put_on()
 
 
 def _exchange(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Replaces modules wherever ``model`` holds them, so that a shared one stays shared."""
+    if not replacements:
+        return
     exchange = Exchange(replacements)
     for parent in list(model.modules()):
-        if parent not in replacements:  # one that is taken out keeps what it holds of itself
+        if parent not in replacements:
             exchange.inside(vars(parent))
+        elif any(child in replacements for child in parent.modules() if child is not parent):
+            # What it holds of itself it keeps.
+            others = {old: new for old, new in replacements.items() if old is not parent}
+            Exchange(others).inside(vars(parent))

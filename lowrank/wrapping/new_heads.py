@@ -34,7 +34,7 @@ def warn_of_new_heads(model: nn.Module, plan: Plan) -> None:
             f"{', '.join(new)}: not in the model's checkpoint, so its weights are random, and they stay "
             f"frozen; to train it and save it with the adapter: Policy(train={new})",
             FrozenHeadWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -4,38 +4,45 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowrank.adapters import adapted_layers, adapter_parameters, wrapped_root
+from lowrank.adapters import base_modules, one_name, without_copies, wrapped_root
+from lowrank.layers.adapter import RowBlocks
 from lowrank.layers.linear import LoRALinear, seen_by_compiler
 
 
-def unused_layers(model: nn.Module) -> list[str]:
-    """Paths of the adapted layers that no forward has used so far, neither called nor read by their weight.
+def unused_layers(model: nn.Module, name: str | None = None) -> list[str]:
+    """Paths of the layers that no forward has used so far while ``name`` acted: not called, weight not read.
 
     Empty where nothing is known: no adapted layer was used yet, or compiled code ran, which keeps no record.
     """
-    layers = replaced_layers(model)
-    if seen_by_compiler() or not any(layer.used for layer in layers.values()):
+    parts = replaced_layers(model, name)
+    if seen_by_compiler() or not any(part.used for part in parts.values()):
         return []
-    return [path for path, layer in layers.items() if not layer.used]
+    return [path for path, part in parts.items() if not part.used]
 
 
-def layers_only_read(model: nn.Module) -> set[str]:
-    """Paths of the adapted layers whose weight was read and which were not called, while others were."""
-    layers = replaced_layers(model)
-    if seen_by_compiler() or not any(layer.called for layer in layers.values()):
+def layers_only_read(model: nn.Module, name: str | None = None) -> set[str]:
+    """Paths of the layers whose weight was read and which were not called, while others were."""
+    parts = replaced_layers(model, name)
+    if seen_by_compiler() or not any(part.called for part in parts.values()):
         return set()
-    return {path for path, layer in layers.items() if layer.read and not layer.called}
+    return {path for path, part in parts.items() if part.read and not part.called}
 
 
-def replaced_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    layers = adapted_layers(wrapped_root(model))
-    return {path: layer for path, layer in layers.items() if isinstance(layer, LoRALinear)}
+def replaced_layers(model: nn.Module, name: str | None = None) -> dict[str, RowBlocks]:
+    """What ``name`` adds to each `LoRALinear`, by the path of that in the base; shared layers once."""
+    root, name = wrapped_root(model), one_name(model, name)
+    layers = {without_copies(hung): path for path, hung in reversed(base_modules(root).items())}
+    return {
+        path: layer.part(name)
+        for layer, path in reversed(layers.items())
+        if isinstance(layer, LoRALinear) and name in layer.adapters
+    }
 
 
 def describe_unused(paths: Sequence[str]) -> str:
@@ -48,19 +55,23 @@ def describe_unused(paths: Sequence[str]) -> str:
     )
 
 
-def warn_at_first_backward(model: nn.Module) -> None:
-    """Adapters that the first backward does not reach are named in a warning; afterwards no hook is left."""
+def warn_at_first_backward(model: nn.Module, name: str, parameters: Iterable[nn.Parameter]) -> None:
+    """Layers that the first backward through ``name`` does not reach are named in a warning.
+
+    Afterwards no hook is left. ``parameters`` are what it trains.
+    """
     handles: list[RemovableHandle] = []
     root = weakref.ref(model)
 
     def check() -> None:
         wrapped = root()
-        if wrapped is None or "_lowrank" not in wrapped.__dict__:
+        state = None if wrapped is None else wrapped.__dict__.get("_lowrank")
+        if wrapped is None or state is None or name not in state.plans:
             return
         idle = [
             path
-            for path, layer in replaced_layers(wrapped).items()
-            if not layer.used and all(p.grad is None for p in layer.adapters.parameters())
+            for path, part in replaced_layers(wrapped, name).items()
+            if not part.used and all(p.grad is None for p in part.parameters())
         ]
         if idle:
             warnings.warn(describe_unused(idle), stacklevel=2)
@@ -74,5 +85,6 @@ def warn_at_first_backward(model: nn.Module) -> None:
         else:
             check()
 
-    for parameter in adapter_parameters(model):
-        handles.append(parameter.register_post_accumulate_grad_hook(first))
+    for parameter in parameters:
+        if parameter.requires_grad:
+            handles.append(parameter.register_post_accumulate_grad_hook(first))

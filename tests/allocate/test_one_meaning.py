@@ -95,7 +95,7 @@ def test_a_layer_has_the_scaling_of_the_plan() -> None:
         zoo.build("llama"), presets.lora(rank=4, scaling="alpha/sqrt(r)"), progress=False
     )
     assert {
-        adapter.scaling for layer in lowrank.adapted_layers(model).values() for adapter in layer.adapters
+        adapter.scaling for layer in lowrank.adapted_layers(model).values() for adapter in layer.part()
     } == {8.0}
 
 

@@ -46,7 +46,7 @@ def same_space(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> None:
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
-    return {path: layer.adapters[0] for path, layer in lowrank.adapted_layers(model).items()}
+    return {path: layer.adapters["default"][0] for path, layer in lowrank.adapted_layers(model).items()}
 
 
 def peft_layers(model: nn.Module) -> dict[str, Any]:

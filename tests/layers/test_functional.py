@@ -364,7 +364,7 @@ def test_blocks_that_fit_pass(layout: str) -> None:
 
 
 def test_no_blocks_are_named() -> None:
-    with pytest.raises(ValueError, match="call the base alone"):
+    with pytest.raises(ValueError, match="expected at least one block"):
         check_blocks(OUT, IN, [])
 
 

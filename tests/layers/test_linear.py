@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.layers import Adapter, LoRALinear
+from lowrank.layers.acting import Acting
+from lowrank.layers.functional import Block
 from lowrank.layers.linear import plain_weight
 from lowrank.layers.trained import TrainedModule
-from lowrank.layers.weight import AdaptedWeight, adapt_weights, effective_weight, release_weights
+from lowrank.layers.weight import (
+    AdaptedWeight,
+    WeightAdapters,
+    adapt_weights,
+    effective_weight,
+    release_weights,
+)
 
 
 def adapter(
@@ -57,7 +67,7 @@ def test_it_starts_as_the_base_and_adds_its_delta(kind: str, anchored: bool) -> 
     assert torch.equal(layer(x), base(x))
     moved(made)
     torch.testing.assert_close(layer(x), base(x) + x @ layer.delta_weight().T)
-    layer.enabled = False
+    layer.acting.names = ()
     assert torch.equal(layer(x), base(x))
 
 
@@ -111,10 +121,10 @@ def test_state_is_kept_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("A", "B", "options", "message"),
     [
-        (torch.ones(2, 8), torch.ones(5, 2), {}, "do not make an update of rows"),
-        (torch.ones(2, 8), torch.ones(6, 3), {}, "do not make an update of rows"),
+        (torch.ones(2, 8), torch.ones(5, 2), {}, "do not fit rows"),
+        (torch.ones(2, 8), torch.ones(6, 3), {}, "do not fit rows"),
         (torch.ones(2, 8), torch.full((6, 2), float("inf")), {}, "not finite"),
-        (torch.ones(2, 8), torch.zeros(6, 2), {"frozen": {"B"}}, "never adds anything"),
+        (torch.ones(2, 8), torch.zeros(6, 2), {"frozen": {"B"}}, "a frozen B must not be zero"),
         (torch.ones(2, 8), torch.ones(6, 2), {"frozen": {"A", "B"}}, "at most one can be frozen"),
         (torch.ones(2, 8), torch.ones(6, 2), {"frozen": {"C"}}, "at most one can be frozen"),
     ],
@@ -131,7 +141,7 @@ def test_dropout_acts_on_the_adapter_alone_and_in_training_alone() -> None:
     dropped = layer.train()(x)
     assert torch.equal(layer.eval()(x), whole) and not torch.equal(dropped, whole)
     assert ((dropped.mean(0) - whole[0]).abs() < 5 * dropped.std(0) / len(x) ** 0.5).all()
-    layer.enabled = False
+    layer.acting.names = ()
     assert torch.equal(layer.train()(x), base(x))
 
 
@@ -182,10 +192,16 @@ def test_printing_says_what_it_is() -> None:
 # -- on the weight ----------------------------------------------------------------------------------------
 
 
+def on(param: str, *adapters: Adapter) -> WeightAdapters:
+    made = WeightAdapters(Acting(("default",)))
+    made.put("default", {param: adapters})
+    return made
+
+
 def test_an_adapted_weight_reads_as_the_sum() -> None:
     module = nn.Linear(8, 6)
     plain, made = module.weight.detach().clone(), moved(adapter((2, 5)))
-    adapt_weights(module, {"weight": [made]})
+    adapt_weights(module, on("weight", made))
     expected = plain.clone()
     expected[2:5] += made.product().detach()
     torch.testing.assert_close(module.weight, expected)
@@ -196,26 +212,25 @@ def test_an_adapted_weight_reads_as_the_sum() -> None:
     assert type(module) is nn.Linear and torch.equal(module.weight, plain)
 
 
-def test_the_update_is_computed_once_a_forward() -> None:
+def test_the_update_is_computed_once_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.MultiheadAttention(8, 2)
     made = moved(adapter((0, 8)))
-    adapt_weights(module, {"in_proj_weight": [made]})
+    adapt_weights(module, on("in_proj_weight", made))
     calls = 0
-    product = made.product
 
-    def counted() -> Tensor:
+    def counted(weight: Tensor, blocks: Sequence[Block]) -> Tensor:
         nonlocal calls
         calls += 1
-        return product()
+        return effective_weight(weight, blocks)
 
-    made.product = counted  # type: ignore[method-assign]
+    monkeypatch.setattr("lowrank.layers.weight.effective_weight", counted)
     module(*[torch.randn(4, 1, 8)] * 3)
     assert calls == 1
 
 
 def test_a_zero_update_keeps_the_values_in_half_precision() -> None:
     weight = torch.randn(4, 6, 8).to(torch.bfloat16)
-    assert torch.equal(effective_weight(weight, [adapter((3, 9), anchored=True)]), weight)
+    assert torch.equal(effective_weight(weight, [adapter((3, 9), anchored=True).block]), weight)
 
 
 # -- trained in full --------------------------------------------------------------------------------------
@@ -228,7 +243,7 @@ def test_a_trained_module_is_a_copy_beside_the_original() -> None:
     with torch.no_grad():
         trained.copy.weight.zero_()
     assert trained.weight is trained.copy.weight and head.weight.any()
-    trained.enabled = False
+    trained.acting.names = ()
     assert trained.weight is head.weight
     with pytest.raises(AttributeError, match="nothing"):
         _ = trained.nothing
@@ -246,9 +261,9 @@ def test_what_follows_may_write_into_the_output(
     x, after = torch.randn(shape), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 2))
     loss = after(layer(x)).sum()
     loss.backward()
-    got = [a.A.grad.clone() for a in layer.adapters]
+    got = [a.A.grad.clone() for a in layer.part()]
     layer.zero_grad()
     after[0].inplace = False
     after(layer(x)).sum().backward()
-    for a, grad in zip(layer.adapters, got, strict=True):
+    for a, grad in zip(layer.part(), got, strict=True):
         torch.testing.assert_close(grad, a.A.grad)

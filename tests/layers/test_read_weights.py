@@ -221,7 +221,7 @@ def test_it_is_the_sum_in_any_operation(use: str, kind: str, anchored: bool, row
         return weight.t().contiguous() if kind == "conv1d" else weight
 
     delta = x.new_zeros(6, 8)
-    for adapter in layer.adapters:
+    for adapter in layer.part():
         delta = delta.index_add(0, torch.tensor(numbers(adapter.rows)), adapter.product())
     sum_ = layer.base.weight + (delta.t() if kind == "conv1d" else delta)
     outcomes = []
@@ -299,7 +299,7 @@ def test_what_cannot_take_the_update_is_read_as_it_is() -> None:
         layer.base.weight = nn.Parameter(layer.base.weight.to(dtype).to(device), requires_grad=False)
         assert layer.weight is layer.base.weight
     layer = layer_over(nn.Linear(8, 6))
-    layer.enabled = False
+    layer.acting.names = ()
     assert layer.weight is layer.base.weight
 
 
@@ -328,7 +328,7 @@ def test_compiled_whole_and_once_and_exported(name: str) -> None:
 
 def test_dropout_does_not_act_in_a_weight_that_is_read() -> None:
     layer = layer_over(nn.Linear(8, 6)).train()
-    layer.dropout = 0.5
+    layer.part().dropout = 0.5
     assert torch.equal(layer.weight.detach(), layer.base.weight.detach() + layer.delta_weight())
 
 
@@ -337,7 +337,10 @@ def test_the_base_keeps_its_plain_product() -> None:
     assert plain_weight(layer.base) is layer.base.weight
 
 
-def test_peft_would_not_act_where_a_weight_is_only_read(tmp_path: Path) -> None:
+def test_peft_would_not_act_where_a_weight_is_only_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowrank.layers.linear._compiled", False)  # by a test before
     model, x = nn.Sequential(Beit()), torch.randn(2, 5, 16)
     lowrank.wrap_model(model, presets.lora(rank=2, target=("qkv", "proj")), progress=False)
     for layer in lowrank.adapted_layers(model).values():

@@ -121,7 +121,7 @@ def test_compiled_transforms() -> None:
 
 def test_dropout_in_a_map_draws_for_each_example() -> None:
     layer, plain, x = pair("fused", "whole", False)
-    layer.train().dropout = 0.5
+    layer.train().part().dropout = 0.5
     run = torch.func.vmap(lambda x: layer(x), randomness="different")
     many = torch.stack([run(x).detach() for _ in range(4000)])
     torch.testing.assert_close(many.mean(0), plain(x), rtol=0, atol=6 * float(many.std(0).max()) / 4000**0.5)

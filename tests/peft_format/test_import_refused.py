@@ -163,5 +163,5 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     untouched(tmp_path / "nowhere", f"holds no {CONFIG}")
     lowrank.save_adapter(adapted("bert", policy("bert")), tmp_path)
     untouched(tmp_path, "an adapter of lowrank's own: load_adapter")
-    with pytest.raises(ValueError, match="wrapped already"):
+    with pytest.raises(ValueError, match="has an adapter 'default' already"):
         lowrank.import_peft(adapted("bert", policy("bert")), tmp_path)

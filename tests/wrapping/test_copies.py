@@ -83,6 +83,6 @@ def test_small_updates_survive_on_a_half_precision_base() -> None:
         for p in lowrank.adapter_parameters(model):
             p.add_(1e-5 * torch.randn(p.shape))
     delta = adapted.delta_weight()
-    exact = adapted.adapters[0].product().double()
+    exact = adapted.adapters["default"][0].product().double()
     assert 0 < delta.norm() / layer.weight.float().norm() < 1e-2
     assert (delta - exact).norm() < 1e-6 * exact.norm()

@@ -72,7 +72,8 @@ def test_the_first_backward_of_any_training_names_them_once() -> None:
     model, x = wrapped()
     with pytest.warns(UserWarning, match=NAMED):
         model(x).sum().backward()
-    assert model.block.up.adapters[0].B.grad is not None and model.block.down.adapters[0].A.grad is None
+    up, down = model.block.up.part()[0], model.block.down.part()[0]
+    assert up.B.grad is not None and down.A.grad is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(x).sum().backward()
@@ -139,7 +140,7 @@ def test_merging_what_never_moved_is_harmless() -> None:
     for preset in (presets.lora, presets.pissa):
         model, x = wrapped(preset=preset)
         with torch.no_grad():
-            model.block.up.adapters[0].B.normal_()
+            model.block.up.adapters["default"][0].B.normal_()
         y = model(x)
         torch.testing.assert_close(lowrank.merge(model)(x), y)
 

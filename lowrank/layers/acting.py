@@ -1,0 +1,46 @@
+"""Which adapters act: what the adapted layers of one model share, so that a choice is one assignment.
+
+It knows names only, no layer. Who may act together is for others to check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+from torch import Tensor
+
+from lowrank.layers.grouped import ExampleAdapters, Stacks
+
+T = TypeVar("T")
+
+
+class Acting:
+    """The names of the adapters that act, in order, and the weights of some of them.
+
+    Args:
+        names: what acts; a layer that has no adapter of a name ignores it.
+        weights: name → 0-dim tensor that ΔW is multiplied by; a name without one acts with exactly 1. A
+            tensor, because compiled code keeps a number as a constant.
+    """
+
+    def __init__(self, names: Iterable[str] = (), weights: Mapping[str, Tensor] | None = None) -> None:
+        self.names = tuple(names)
+        self.weights = dict(weights or {})
+        self.rows: ExampleAdapters | None = None  # an adapter for each example; then no names act
+        self.stacks = Stacks()
+
+    def choose(
+        self, names: Iterable[str], weights: Mapping[str, Tensor], rows: ExampleAdapters | None = None
+    ) -> None:
+        self.names, self.weights, self.rows = tuple(names), dict(weights), rows
+
+    def among(self, held: Mapping[str, T]) -> Iterator[tuple[T, Tensor | None]]:
+        """What of ``held`` acts, each with its weight; None is 1."""
+        for name in self.names:
+            if name in held:
+                yield held[name], self.weights.get(name)
+
+    def __repr__(self) -> str:
+        shown = (f"{n}: {float(self.weights[n]):.4g}" if n in self.weights else n for n in self.names)
+        return f"{type(self).__name__}({', '.join(shown)})"

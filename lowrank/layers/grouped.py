@@ -1,0 +1,137 @@
+"""The product of a batch whose examples have adapters of their own: one grouped product, not a loop.
+
+The factors of the adapters in use are stacked, padded with zeros to the largest rank, picked by example, and
+multiplied by two `torch.bmm`. Ordinary operations, so autograd knows their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowrank.layers.adapter import RowBlocks
+from lowrank.layers.functional import Block
+from lowrank.layers.gemm import down, up
+from lowrank.linalg.rows import spread
+
+
+class ExampleAdapters:
+    """An adapter's name for each example of a batch, or None for the base alone.
+
+    Args:
+        names: one for each example.
+        paths: of the adapted layers, by their ids: for error messages.
+    """
+
+    def __init__(self, names: Sequence[str | None], paths: Mapping[int, str]) -> None:
+        self.names, self.paths = tuple(names), paths
+
+    def path(self, layer: Any) -> str:
+        return self.paths.get(id(layer), type(layer).__name__)
+
+    def check(self, x: Tensor, layer: Any) -> None:
+        """Raises ValueError where ``x`` does not show which of its rows belong to which example."""
+        if x.dim() < 2 or x.shape[0] != len(self.names):
+            raise ValueError(
+                f"{self.path(layer)}: expected an input of {len(self.names)} examples, one for each name in "
+                "adapters_for_rows, as its leading dimension, or of two dimensions with one row an example; "
+                f"got the shape {tuple(x.shape)}"
+            )
+
+    def places(self, parts: Mapping[str, RowBlocks]) -> tuple[list[str], list[int], list[int]]:
+        """The names in use that ``parts`` has, the examples that have one of them, and which one each has."""
+        used = [name for name in dict.fromkeys(self.names) if name is not None and name in parts]
+        where = [i for i, name in enumerate(self.names) if name in used]
+        return used, where, [used.index(name) for name in self.names if name in used]
+
+
+class Stacks:
+    """The stacked factors of each layer, as they were used last; made anew where a factor has changed.
+
+    They are no part of a copy.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[int, tuple[list[tuple[Tensor, int, int]], torch.dtype, Tensor, Tensor]] = {}
+
+    def __reduce__(self) -> Any:
+        return Stacks, ()
+
+    def of(
+        self, layer: int, parts: Sequence[RowBlocks], rows: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """`stacked` of ``parts``, from an earlier call with the same values; without a graph."""
+        seen = [(t, t.data_ptr(), t._version) for part in parts for t in _factors(part)]
+        known = self.held.get(layer)
+        if known is not None and known[1] == dtype and len(known[0]) == len(seen):
+            same = all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(known[0], seen, strict=True))
+            if same:
+                return known[2], known[3]
+        with torch.inference_mode(False), torch.no_grad():
+            A, B = stacked(parts, rows, dtype)
+        self.held[layer] = seen, dtype, A, B
+        return A, B
+
+
+def _factors(part: RowBlocks) -> Iterator[Tensor]:
+    for adapter in part.held():
+        for tensor in (adapter.A, adapter.B, adapter.A0, adapter.B0):
+            if tensor is not None:
+                yield tensor
+
+
+def stacked(parts: Sequence[RowBlocks], rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A ``(names, r, in)`` and B ``(names, rows, r)`` with the scalings in B; r is the largest rank."""
+    pairs = [_pair(part.blocks(), rows) for part in parts]
+    most = max(len(A) for A, _ in pairs)
+    A = torch.stack([F.pad(A, (0, 0, 0, most - len(A))) for A, _ in pairs])
+    B = torch.stack([F.pad(B, (0, most - B.shape[1])) for _, B in pairs])
+    return A.to(dtype), B.to(dtype)
+
+
+def _pair(blocks: Sequence[Block], rows: int) -> tuple[Tensor, Tensor]:
+    """One pair for all blocks of a weight with ``rows`` rows, anchors and scalings in it."""
+    A = torch.cat([down(block.A, block.A0, block.A.dtype) for block in blocks])
+    placed = [
+        spread((block.scaling * up(block.B, block.B0, block.B.dtype)).mT, block.rows, rows).mT
+        for block in blocks
+    ]
+    return A, torch.cat(placed, 1)
+
+
+def add_grouped(
+    y: Tensor,
+    x: Tensor,
+    layer: int,
+    parts: Mapping[str, RowBlocks],
+    rows: ExampleAdapters,
+    stacks: Stacks,
+    *,
+    training: bool,
+) -> Tensor:
+    """``y`` plus, in each example, the update of the adapter that ``rows`` names for it.
+
+    x ``(examples, …, in)``, y ``(examples, …, out)``. An example without an adapter keeps its bits in y. The
+    stacked factors of ``layer`` are kept in ``stacks`` where no graph is built.
+    """
+    used, where, which = rows.places(parts)
+    held, x = [parts[name] for name in used], x.to(y.device, y.dtype)
+    if torch.is_grad_enabled():
+        A, B = stacked(held, y.shape[-1], y.dtype)
+    else:
+        A, B = stacks.of(layer, held, y.shape[-1], y.dtype)
+    if which != list(range(len(A))):
+        index = torch.tensor(which, device=y.device)
+        A, B = A[index], B[index]
+    at = None if len(where) == len(y) else torch.tensor(where, device=y.device)
+    x = (x if at is None else x[at]).reshape(len(where), -1, x.shape[-1])
+    if training and any(part.dropout for part in held):
+        keep = torch.tensor([1 - held[i].dropout for i in which], device=x.device).view(-1, 1, 1)
+        x = x * ((torch.rand(x.shape, device=x.device) < keep) / keep).to(x.dtype)
+    S = torch.bmm(x, A.transpose(1, 2))
+    update = torch.bmm(S, B.transpose(1, 2)).view(len(where), *y.shape[1:]).to(y.dtype)
+    return y + update if at is None else y.index_add(0, at, update)
