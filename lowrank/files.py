@@ -56,6 +56,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     temporary = unused_name(path)
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
@@ -76,7 +78,12 @@ def write(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """The folder ``path`` and those above it, where they are not there yet."""
+    """The folder ``path`` and those above it, where they are not there yet.
+
+    Raises ValueError where one of them is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: name a folder")
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)

@@ -442,3 +442,13 @@ def test_replaced_modules_are_named_and_can_be_left(tmp_path: Path, caplog: pyte
     lowrank.load_adapter(base, tmp_path, train=False)
     assert base["head"] is head and lowrank.plan_of(base).train == () and not caplog.records
     assert torch.equal(base["up"].delta_weight(), model["up"].delta_weight())
+
+
+def test_a_path_that_cannot_be_is_said_in_words(tmp_path: Path) -> None:
+    model = wrapped()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"file is a file: name a folder$"):
+            lowrank.save_adapter(model, path)
+    with pytest.raises(FileNotFoundError, match=r"plan\.json cannot be written: there is no folder .*none$"):
+        lowrank.plan_of(model).save(tmp_path / "none" / "plan.json")

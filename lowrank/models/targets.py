@@ -113,7 +113,10 @@ class _Known:
         if excluding and any(doubt and name in doubt.roles for doubt in self.doubts.values()):
             return set()
         what = "exclude" if excluding else "target"
-        suggestions = _nearest(name, [p.module for p in self.doubts] + [p.name for p in self.doubts])
+        roles = [p.role.value for p in self.doubts if p.role != Role.OTHER]
+        suggestions = _nearest(
+            name, [*(p.module for p in self.doubts), *(p.name for p in self.doubts), *roles]
+        )
         raise ValueError(f"{what}={name!r} matches no projection{suggestions}")
 
     def check_role(self, said: str, name: str, among: Collection[Projection]) -> None:

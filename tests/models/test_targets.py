@@ -83,6 +83,7 @@ def test_a_name_that_is_a_role_of_nothing_is_a_name() -> None:
             {"exclude": ("v_porj",)},
             "exclude='v_porj' matches no projection; the nearest names are v_proj",
         ),
+        ("qurey", {}, "target='qurey' matches no projection; the nearest names are query"),
         ("q_proj", {"train": ("hed",)}, "train='hed' names no module; the nearest names are"),
         (None, {}, "target takes names, not None"),
         ("q_proj", {"exclude": None}, "exclude takes names, not None"),
