@@ -134,6 +134,10 @@ class _Known:
                 f"otherwise leave it out with exclude=({leaf!r},){whole}"
             )
 
+    def _convolutions(self) -> list[str]:
+        kind = nn.modules.conv._ConvNd
+        return [path for path, module in self.model.named_modules() if isinstance(module, kind)]
+
     def _left_out(self, p: Projection, doubt: Doubt | None) -> bool:
         return p.module in self.heads or (doubt is not None and (doubt.routes or not doubt.adaptable))
 
@@ -160,6 +164,8 @@ class _Known:
                 found.setdefault("left out, since its role is not known", []).append(p.module)
         if everything and self.unheld:
             found["left out: no linear layer holds it"] = list(self.unheld)
+        if everything and (convolutions := self._convolutions()):
+            found["left out: convolutions are not adapted"] = convolutions
         return [f"{_listed(modules)}: {what}" for what, modules in found.items()]
 
 

@@ -334,7 +334,10 @@ def test_matrices_that_no_linear_layer_holds_are_said() -> None:
     model = chain(body=linear(), lstm=nn.LSTM(4, 4), conv=nn.Conv1d(4, 4, 3), embed=nn.Embedding(4, 4))
     model.experts = Ungated()
     held = "lstm.weight_ih_l0, lstm.weight_hh_l0, experts.up_proj, experts.down_proj"
-    assert select(model, "all-linear").notes == [f"{held}: left out: no linear layer holds it"]
+    assert select(model, "all-linear").notes == [
+        f"{held}: left out: no linear layer holds it",
+        "conv: left out: convolutions are not adapted",
+    ]
     assert "lstm" not in notes(model, "all-linear", exclude="lstm")
     assert notes(model, "body") == ""
     assert notes(build("torch_encoder"), "all-linear").count("no linear layer") == 0, "attention is covered"
@@ -382,3 +385,13 @@ def test_latent_attention_has_a_query_and_no_value() -> None:
     whole = {p: doubt for p, doubt in scan(model).items() if "kv_" in p.module}
     assert len(whole) == 2 and all(p.role == Role.OTHER and doubt for p, doubt in whole.items())
     assert set(whole) <= set(select(model, "all-linear").projections) <= set(find_projections(model))
+
+
+def test_convolutions_are_said_to_be_left_out() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16))
+    plan = lowrank.plan_model(net, presets.lora(rank=2))
+    assert [note for note in plan.notes if "convolution" in note] == [
+        "0: left out: convolutions are not adapted"
+    ]
+    by_name = lowrank.plan_model(net, presets.lora(rank=2, target="2"))
+    assert not any("convolution" in note for note in by_name.notes)
