@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lowrank.adapters import base_modules, holder, original
+from lowrank.adapters import adapters_of, holder, plan_of
 from lowrank.files import FLOATS, Entry
+from lowrank.layers.trained import TrainedModule
+from lowrank.layers.tree import base_modules, hung_at, original
 from lowrank.models.fingerprint import Sample, difference, differences, of_projection, of_tensor
 from lowrank.models.projections import find_projections
 from lowrank.models.storage import weight_shape
@@ -19,6 +21,21 @@ from lowrank.wrapping.checks import projection_problems
 
 TRAINED = "train:"  # before the names of tensors of modules trained in full
 SHOWN = 50  # at most, of the tensors that are neither adapted nor trained
+
+
+def adapter_tensors(root: nn.Module, name: str) -> dict[str, Tensor]:
+    """All tensors of the adapter ``name``, as a folder names them."""
+    tensors = {
+        f"{p.name}.{key}": tensor
+        for p, adapter in adapters_of(root, name).items()
+        for key, tensor in adapter.state_dict().items()
+    }
+    for path in plan_of(root, name).train:
+        trained = hung_at(root, path)
+        assert isinstance(trained, TrainedModule)
+        for key, tensor in trained.copies[name].state_dict().items():
+            tensors[f"{TRAINED}{path}.{key}"] = tensor
+    return tensors
 
 
 def plan_differences(plan: Plan, saved: Any) -> list[str]:

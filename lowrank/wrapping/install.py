@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import Adaptation, hung_by_name
+from lowrank.adapters import Adaptation
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
-from lowrank.layers.linear import LoRALinear, master_dtype
+from lowrank.layers.bases import master_dtype
+from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
+from lowrank.layers.tree import hung_by_name
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import weight_shape
