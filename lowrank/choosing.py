@@ -44,7 +44,10 @@ def set_adapters(model: nn.Module, names: Chosen) -> nn.Module:
 
 @contextmanager
 def use_adapters(model: nn.Module, names: Chosen) -> Iterator[nn.Module]:
-    """`set_adapters` inside; what acted before acts again afterwards. Arguments and errors as there."""
+    """`set_adapters` inside; what acted before acts again afterwards. Arguments and errors as there.
+
+    With activation checkpointing call ``backward`` inside too: it runs the forward again.
+    """
     chosen, weights = _checked(model, names)
     with _acting(model, chosen, weights):
         yield model
@@ -63,7 +66,8 @@ def adapters_for_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator
 
     The output of each example is that of a run with its adapter alone, within rounding; that of None is the
     base's. Each projection makes one grouped product for the whole batch. Gradients reach the adapters of all
-    examples, so that several can train in one step. Works in ``generate``, where a beam is an example.
+    examples, so that several can train in one step. Works in ``generate``, where a beam is an example. With
+    activation checkpointing call ``backward`` inside too: it runs the forward again.
 
     An adapted layer must get the batch as the leading dimension of its input, or an input of two dimensions
     with one row for each example; anything else raises ValueError when it runs, and names the layer.

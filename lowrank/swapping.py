@@ -11,7 +11,13 @@ from lowrank.adapters import adaptation, adapters_of, one_name, plan_of, wrapped
 from lowrank.files import AdapterError, read_header, read_tensors
 from lowrank.formats.folder import read_config, refuse, tensors_file
 from lowrank.plan import Plan
-from lowrank.wrapping.claims import adapter_tensors, frozen_names, plan_differences, weight_problems
+from lowrank.wrapping.claims import (
+    adapter_tensors,
+    frozen_names,
+    plan_differences,
+    rest_problems,
+    weight_problems,
+)
 
 
 def restore_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> nn.Module:
@@ -40,13 +46,13 @@ def swap_adapter(model: nn.Module, path: str | Path, name: str) -> nn.Module:
             The model is untouched then.
         ValueError: the model is not wrapped, or there is no adapter of that name.
     """
-    plan = _exchange_values(model, path, one_name(model, name))
+    plan = _exchange_values(model, path, one_name(model, name), whole_base=True)
     adaptation(model).plans[name] = plan
     return model
 
 
 @torch.no_grad()
-def _exchange_values(model: nn.Module, path: str | Path, name: str) -> Plan:
+def _exchange_values(model: nn.Module, path: str | Path, name: str, *, whole_base: bool = False) -> Plan:
     """Checks the folder, writes its values into the tensors of ``name``, and returns the saved plan."""
     root, folder = wrapped_root(model), Path(path)
     plan = plan_of(root, name)
@@ -59,6 +65,9 @@ def _exchange_values(model: nn.Module, path: str | Path, name: str) -> Plan:
             "was made for a base with other weights",
             weight_problems(root, plan, config["fingerprint"]),
         )
+        if whole_base:
+            rest = rest_problems(root, config.get("rest", {}))
+            refuse(folder, "was made for a base that differs in what is not adapted", rest)
         saved_plan = Plan.from_json(config["plan"])
         file = tensors_file(folder, config)
         there = {key: entry.shape for key, entry in read_header(file).items()}

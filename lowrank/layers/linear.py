@@ -92,13 +92,13 @@ class LoRALinear(nn.Module):
 
     def _by_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
         y, parts = self.base(*args, **kwargs), self._parts()
-        used = [parts[name] for name in set(rows.names) if name in parts]
+        used = rows.used(parts)
         if not used:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
         rows.check(x, self)
-        for part in used:
-            part.note("called")
+        for name in used:
+            parts[name].note("called")
         return add_grouped(y, x, id(self), parts, rows, self.acting.stacks, training=self.training)
 
     def _products(self, use: str) -> list[tuple[list[Block], float]]:

@@ -150,7 +150,8 @@ def rest_problems(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, said in saved.items():
         path, _, leaf = name.rpartition(".")
-        there, module = Sample.from_json(said), modules.get(path)
+        there, hung = Sample.from_json(said), modules.get(path)
+        module = None if hung is None else original(hung)
         if module is None or (module._parameters.get(leaf) is None and module._buffers.get(leaf) is None):
             problems.append(f"{name}: the model has no such weight")
         elif (here := of_tensor(module, leaf)) and (text := difference(here, there)):
