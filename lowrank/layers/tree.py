@@ -40,6 +40,17 @@ def hung_at(root: nn.Module, path: str) -> nn.Module:
     return module
 
 
+def hung_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module of the base once, as it hangs in ``model``, which may be wrapped. Cycles are allowed."""
+    found, waiting = {model: None}, [model]
+    while waiting:
+        for child in original(waiting.pop())._modules.values():
+            if child is not None and child not in found and not isinstance(child, WeightAdapters):
+                found[child] = None
+                waiting.append(child)
+    return list(found)
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base by its path there, a shared one at each of its places.
 
@@ -48,13 +59,14 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {"": model}
 
-    def walk(module: nn.Module, prefix: str) -> None:
-        for name, child in original(module)._modules.items():
+    def walk(module: nn.Module, prefix: str, above: frozenset[nn.Module]) -> None:
+        for name, child in module._modules.items():
             if child is not None and not isinstance(child, WeightAdapters):
                 found[f"{prefix}{name}"] = child
-                walk(child, f"{prefix}{name}.")
+                if original(child) not in above:
+                    walk(original(child), f"{prefix}{name}.", above | {original(child)})
 
-    walk(model, "")
+    walk(original(model), "", frozenset({original(model)}))
     return found
 
 
