@@ -1,20 +1,12 @@
 """Low-rank adaptation of pretrained PyTorch models: plan, then apply."""
 
 from lowrank import allocate, init, layers, presets, train
-from lowrank.adapters import (
-    adapted_layers,
-    adapter_names,
-    adapter_parameters,
-    adapters_for_rows,
-    disable_adapters,
-    plan_of,
-    set_adapters,
-    use_adapters,
-)
+from lowrank.adapters import adapted_layers, adapter_names, adapter_parameters, plan_of
 from lowrank.allocate.base import Allocation
 from lowrank.calibration import calibrate
 from lowrank.calibration.statistics import Statistics
-from lowrank.checkpoint import AdapterError, load_adapter, save_adapter, swap_adapter
+from lowrank.checkpoint import AdapterError, load_adapter, save_adapter
+from lowrank.choosing import adapters_for_rows, disable_adapters, set_adapters, use_adapters
 from lowrank.combining import combine_adapters
 from lowrank.init import Factors
 from lowrank.layers import LoRALinear, lora_linear
@@ -23,6 +15,7 @@ from lowrank.models.projections import Projection, Role, find_projections
 from lowrank.peft_format import PeftExport, export_peft, import_peft
 from lowrank.plan import Plan
 from lowrank.policy import Policy
+from lowrank.swapping import swap_adapter
 from lowrank.wrap import add_adapter, measure, plan_model, wrap_model
 from lowrank.wrapping.new_heads import FrozenHeadWarning
 from lowrank.wrapping.pretrained import SavePretrainedWarning

@@ -1,30 +1,25 @@
-"""A model with adapters in it: finding them, and choosing which ones act.
+"""A model with adapters in it: finding them.
 
 What is in a model is read from the model. Putting adapters in is `wrapping.install`'s affair, taking them out
-`merging`'s. What acts and what trains are two things: nothing here touches ``requires_grad``.
+`merging`'s, and which of them act is `choosing`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
-from lowrank.layers.grouped import ExampleAdapters
 from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
+from lowrank.layers.tree import hung_at, hung_by_name, original, without_copies
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
 from lowrank.models.projections import Projection
 from lowrank.plan import Plan
-
-Chosen = str | Iterable[str] | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -34,9 +29,6 @@ class Adaptation:
     plans: dict[str, Plan]  # by adapter name, in the order in which they were added
     acting: Acting  # which all its layers share
     required_grad: frozenset[str]  # parameters that required grad before, by their names then
-
-
-# -- what is there ------------------------------------------------------------------------------------
 
 
 def wrapped_root(model: nn.Module) -> nn.Module:
@@ -111,195 +103,6 @@ def added_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, (Adapter, TrainedModule)):
             yield from (module.copies if isinstance(module, TrainedModule) else module).parameters()
-
-
-# -- what acts ----------------------------------------------------------------------------------------
-
-
-def set_adapters(model: nn.Module, names: Chosen) -> nn.Module:
-    """From now on these adapters act, and no others; returns ``model``.
-
-    Their updates add up. What trains does not change. Without a mapping nothing is multiplied, and nothing
-    is computed that one adapter alone would not need.
-
-    Args:
-        names: a name, or names, of adapters that act with weight 1; or a mapping from names to weights, which
-            ΔW is multiplied by. Other weights for the same names do not make compiled code compile again.
-            ``()``: none, so that the model is exactly its base.
-
-    Raises:
-        ValueError: an unknown name, a weight that is not finite, or adapters that cannot act together: a
-            module trained in full by one is trained or adapted by another. A weight other than 1 of an
-            adapter that trains modules in full.
-    """
-    adaptation(model).acting.choose(*_checked(model, names))
-    return model
-
-
-@contextmanager
-def use_adapters(model: nn.Module, names: Chosen) -> Iterator[nn.Module]:
-    """`set_adapters` inside; what acted before acts again afterwards. Arguments and errors as there."""
-    chosen, weights = _checked(model, names)
-    with _acting(model, chosen, weights):
-        yield model
-
-
-@contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, ``model`` is exactly the base model, modules trained in full included."""
-    with use_adapters(model, ()):
-        yield model
-
-
-@contextmanager
-def adapters_for_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
-    """Inside, each example of a batch has an adapter of its own, or none: for serving many at once.
-
-    The output of each example is that of a run with its adapter alone, within rounding; that of None is the
-    base's. Each projection makes one grouped product for the whole batch. Gradients reach the adapters of all
-    examples, so that several can train in one step. Works in ``generate``, where a beam is an example.
-
-    An adapted layer must get the batch as the leading dimension of its input, or an input of two dimensions
-    with one row for each example; anything else raises ValueError when it runs, and names the layer.
-
-    Args:
-        names: the adapter of each example, in order; None for the base alone.
-
-    Raises:
-        ValueError: an unknown name, or an adapter that trains modules in full or is adapted on the weight,
-            which examples cannot have apart (all such modules are listed).
-    """
-    if isinstance(names, str) or not names:
-        raise ValueError(f"expected a list with the adapter of each example, got {names!r}")
-    used = {one_name(model, name) for name in names if name is not None}
-    problems, paths = [], {}
-    for path, hung in base_modules(wrapped_root(model)).items():
-        layer = without_copies(hung)
-        if isinstance(layer, LoRALinear):
-            paths[id(layer)] = path
-        elif shared := used.intersection(hung_by_name(layer)):
-            problems.append(
-                f"{path}: {', '.join(sorted(shared))} is added to its weight, which is read without a call"
-            )
-        if layer is not hung and (shared := used.intersection(hung_by_name(hung))):
-            problems.append(f"{path}: trained in full by {', '.join(sorted(shared))}")
-    if problems:
-        raise ValueError(
-            "these modules cannot have an adapter for each example; run the examples of one adapter at a "
-            "time, with use_adapters:\n  " + "\n  ".join(problems)
-        )
-    with _acting(model, (), {}, ExampleAdapters(names, paths)):
-        yield model
-
-
-@contextmanager
-def _acting(model: nn.Module, *choice: Any) -> Iterator[None]:
-    """Inside this acts; afterwards what did before, as far as it is still there."""
-    root, acting = wrapped_root(model), adaptation(model).acting
-    before = acting.names, acting.weights, acting.rows
-    acting.choose(*choice)
-    try:
-        yield
-    finally:
-        acting.choose(*before)
-        if "_lowrank" in root.__dict__:
-            left = adaptation(root).plans
-            acting.names = tuple(name for name in acting.names if name in left)
-
-
-def _checked(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, Tensor]]:
-    """The names and the weights that ``names`` says, once they can act together."""
-    chosen, weights = read_weights(model, names)
-    check_together(model, {name: float(weights.get(name, 1.0)) for name in chosen})
-    return chosen, weights
-
-
-def read_weights(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, Tensor]]:
-    """The names and the weights that ``names`` says."""
-    given = [names] if isinstance(names, str) else list(names)
-    for name in given:
-        one_name(model, name)
-    weights = {}
-    for name, weight in names.items() if isinstance(names, Mapping) else ():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isfinite(weight):
-            raise ValueError(f"expected a finite number as the weight of {name!r}, got {weight!r}")
-        weights[name] = torch.tensor(float(weight))  # not in fp64, which the compiler takes for a number
-    return list(dict.fromkeys(given)), weights
-
-
-def check_together(model: nn.Module, weights: Mapping[str, float]) -> None:
-    """Raises ValueError where these adapters cannot act together with these weights."""
-    plans = adaptation(model).plans
-    root = wrapped_root(model)
-    for name, weight in weights.items():
-        if plans[name].train and weight != 1:
-            raise ValueError(
-                f"the adapter {name!r} trains {', '.join(plans[name].train)} in full, which has no share: "
-                f"expected weight 1, got {weight:.4g}"
-            )
-        for path in plans[name].train:
-            hung = cast(TrainedModule, hung_at(root, path))
-            others = [other for other in weights if other != name]
-            for other in others:
-                if other in hung.copies:
-                    raise ValueError(
-                        f"{path} is trained in full by both {name!r} and {other!r}: only one of them can act"
-                    )
-                if any(other in hung_by_name(inner) for inner in hung.base.modules()):
-                    raise ValueError(
-                        f"{path} is trained in full by {name!r}, and {other!r} adapts it or what lies inside "
-                        "it: only one of them can act"
-                    )
-
-
-# -- the base beneath -----------------------------------------------------------------------------------
-
-
-def hung_by_name(module: Any) -> dict[str, nn.Module]:
-    """What hangs at ``module`` itself, by the name of the adapter that it belongs to; may be changed."""
-    if isinstance(module, LoRALinear):
-        return module.adapters._modules
-    if isinstance(module, TrainedModule):
-        return module.copies._modules
-    held = module.lora if isinstance(module, AdaptedWeight) else module
-    return held._modules if isinstance(held, WeightAdapters) else {}
-
-
-def without_copies(module: nn.Module) -> nn.Module:
-    """What hangs beneath the copies of a module trained in full; else ``module``."""
-    return module.base if isinstance(module, TrainedModule) else module
-
-
-def original(module: nn.Module) -> nn.Module:
-    """The base's own module beneath what was put in its place."""
-    module = without_copies(module)
-    return module.base if isinstance(module, LoRALinear) else module
-
-
-def hung_at(root: nn.Module, path: str) -> nn.Module:
-    """What hangs at a ``path`` of the base, in a wrapped model."""
-    module = root
-    for part in path.split(".") if path else ():
-        module = cast(nn.Module, original(module)._modules[part])
-    return module
-
-
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of the base by its path there, a shared one at each of its places.
-
-    ``model`` may be wrapped. An adapted layer or a module trained in full is listed as it hangs in ``model``,
-    and below it what its base holds.
-    """
-    found: dict[str, nn.Module] = {"": model}
-
-    def walk(module: nn.Module, prefix: str) -> None:
-        for name, child in original(module)._modules.items():
-            if child is not None and not isinstance(child, WeightAdapters):
-                found[f"{prefix}{name}"] = child
-                walk(child, f"{prefix}{name}.")
-
-    walk(model, "")
-    return found
 
 
 def adapters_of(model: nn.Module, name: str | None = None) -> dict[Projection, Adapter]:

@@ -14,15 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import (
-    adaptation,
     adapters_of,
     added_parameters,
     holder,
-    hung_at,
     one_name,
     plan_of,
     wrapped_root,
@@ -47,15 +44,14 @@ from lowrank.formats.folder import (
     tensors_file,
 )
 from lowrank.layers.adapter import Adapter
-from lowrank.layers.trained import TrainedModule
 from lowrank.models.fingerprint import Sample, of_projection
 from lowrank.models.projections import Projection
 from lowrank.plan import Plan
 from lowrank.wrapping.checks import check_beside, check_layers
 from lowrank.wrapping.claims import (
     TRAINED,
+    adapter_tensors,
     frozen_names,
-    plan_differences,
     plan_problems,
     rest_problems,
     samples_of_the_rest,
@@ -90,7 +86,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
     adapters = adapters_of(root, name)
     if unused := unused_layers(root, name):
         warnings.warn(describe_unused(unused), stacklevel=2)
-    tensors = _tensors(root, name)
+    tensors = adapter_tensors(root, name)
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"refusing to save: {key} contains NaN or Inf")
@@ -122,21 +118,6 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
         for each in obsolete - {own_tensors(folder)}:
             if each is not None:
                 each.unlink(missing_ok=True)
-
-
-def _tensors(root: nn.Module, name: str) -> dict[str, Tensor]:
-    """All tensors of the adapter ``name``, as a folder names them."""
-    tensors = {
-        f"{p.name}.{key}": tensor
-        for p, adapter in adapters_of(root, name).items()
-        for key, tensor in adapter.state_dict().items()
-    }
-    for path in plan_of(root, name).train:
-        trained = hung_at(root, path)
-        assert isinstance(trained, TrainedModule)
-        for key, tensor in trained.copies[name].state_dict().items():
-            tensors[f"{TRAINED}{path}.{key}"] = tensor
-    return tensors
 
 
 def load_adapter(
@@ -233,77 +214,6 @@ def _warn_of_unsaved(root: nn.Module) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def restore_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> nn.Module:
-    """Puts the values of a saved adapter into the adapter that ``model`` has already, bit for bit.
-
-    The tensors stay the same ones, so that an optimizer and compiled code keep what they hold.
-
-    Raises:
-        AdapterError: as for `load_adapter`, or the adapter has another plan than the model's, or other
-            tensors. The model is untouched then.
-        ValueError: the model is not wrapped, or there is no adapter of that name.
-    """
-    _exchange_values(model, path, one_name(model, name))
-    return model
-
-
-def swap_adapter(model: nn.Module, path: str | Path, name: str) -> nn.Module:
-    """Gives the adapter ``name`` of ``model`` the values of a saved one, in the same tensors.
-
-    For serving: where the adapter is, what trains and what acts stay as they are, and compiled code is not
-    compiled again. The plan becomes the saved one. Nothing else may run while it is written.
-
-    Raises:
-        AdapterError: a ValueError. As for `load_adapter`; also where the saved adapter has other
-            projections, ranks, scalings, modules trained in full or tensors than ``name`` (all are listed).
-            The model is untouched then.
-        ValueError: the model is not wrapped, or there is no adapter of that name.
-    """
-    plan = _exchange_values(model, path, one_name(model, name))
-    adaptation(model).plans[name] = plan
-    return model
-
-
-@torch.no_grad()
-def _exchange_values(model: nn.Module, path: str | Path, name: str) -> Plan:
-    """Checks the folder, writes its values into the tensors of ``name``, and returns the saved plan."""
-    root, folder = wrapped_root(model), Path(path)
-    plan = plan_of(root, name)
-    here = _tensors(root, name)
-    try:
-        config = read_config(folder)
-        refuse(folder, "was saved from a model with another plan", plan_differences(plan, config["plan"]))
-        refuse(
-            folder,
-            "was made for a base with other weights",
-            weight_problems(root, plan, config["fingerprint"]),
-        )
-        saved_plan = Plan.from_json(config["plan"])
-        file = tensors_file(folder, config)
-        there = {key: entry.shape for key, entry in read_header(file).items()}
-        wanted = {key: tuple(tensor.shape) for key, tensor in here.items()}
-        keys = sorted(key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key))
-        problems = [f"{key}: {there.get(key, 'missing')}, expected {wanted.get(key, 'none')}" for key in keys]
-        for p, adapter in adapters_of(root, name).items():
-            frozen = frozen_names(config["frozen"][p.name])
-            if frozen != sorted(adapter.frozen):
-                problems.append(f"{p.name}: frozen factors {frozen}, expected {sorted(adapter.frozen)}")
-        refuse(folder, "does not hold the tensors of this model's adapters", problems)
-        saved = read_tensors(file, config["sha256"])
-        for key, tensor in saved.items():
-            if tensor.dtype != here[key].dtype:
-                raise AdapterError(f"{file}, {key}: {tensor.dtype}, expected {here[key].dtype}")
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise AdapterError(f"{file}, {key}: holds NaN or Inf")
-    except AdapterError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise AdapterError(f"{folder} does not hold a whole adapter: {error}") from error
-    for key, tensor in here.items():
-        tensor.copy_(saved[key])
-    return saved_plan
 
 
 def _adapter(

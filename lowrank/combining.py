@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import adapters_of, plan_of, read_weights, wrapped_root
+from lowrank.adapters import adapters_of, plan_of, wrapped_root
 from lowrank.allocate.base import Allocation
+from lowrank.choosing import read_weights
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.gemm import down, up
 from lowrank.linalg import closest_product

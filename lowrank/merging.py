@@ -14,17 +14,16 @@ from lowrank.adapters import (
     adapter_names,
     adapters_of,
     added_parameters,
-    check_together,
     holder,
-    hung_at,
     one_name,
-    original,
-    without_copies,
     wrapped_root,
 )
+from lowrank.choosing import check_together
 from lowrank.layers.adapter import Adapter, updates, weighted
+from lowrank.layers.bases import multiplies
 from lowrank.layers.functional import Block
-from lowrank.layers.linear import LoRALinear, multiplies
+from lowrank.layers.linear import LoRALinear
+from lowrank.layers.tree import hung_at, original, without_copies
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import as_rows, quantized
 from lowrank.wrapping.install import bare

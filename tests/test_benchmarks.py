@@ -25,6 +25,7 @@ MODEL = [
     "frozen", "PEFT, default", "PEFT, no autocast_adapter_dtype",
     "ours, LoRA", "ours, A frozen (TLoRA)", "ours, anchored (PiSSA)",
 ]  # fmt: skip
+SERVING = ["ours, one adapter", "ours, one each", "ours, the base", "PEFT, one adapter", "PEFT, one each"]
 BOUNDS = ["frozen", "separate (what is built)", "shared inputs"]
 TOP = [("top 16", "ours"), ("top 16", "svd_lowrank, 4 iterations"), ("top 16", "svd_lowrank, 16 iterations")]
 SPECTRUM = [("all", "exact fp32 SVD"), *TOP, ("bottom 16", "ours")]
@@ -103,11 +104,22 @@ def check_init(results: dict[str, Any]) -> None:
     assert results["reloads"]["ours, PiSSA"] == 0
 
 
+def check_serving(results: dict[str, Any]) -> None:
+    (case,) = results["cases"].values()
+    assert [r["contender"] for r in case] == SERVING
+    assert all(in_order(record, "seconds") for record in case)
+    for record, first in zip(case, (0, 0, 0, 3, 3), strict=True):
+        assert record["over_one"] == pytest.approx(record["seconds"] / case[first]["seconds"])
+    added = results["added"]
+    assert added["model_bytes"] == added["parameters_bytes"] > 0 and 0 < added["switch"] < 1
+
+
 CHECKS = {
     "bench_bounds": check_bounds,
     "bench_init": check_init,
     "bench_linear": check_linear,
     "bench_model": check_model,
+    "bench_serving": check_serving,
 }
 
 

@@ -24,10 +24,11 @@ LAYERS = [
     {"formats"},  # data classes as JSON
     {"plan", "layers"},
     {"policy", "adapters"},
+    {"choosing"},
     {"wrapping"},  # what wrapping, loading and importing share
     {"merging", "combining"},
     {"wrap"},
-    {"presets", "checkpoint", "peft_format"},
+    {"presets", "checkpoint", "swapping", "peft_format"},
     {"integrations"},  # one file for each library that drives training, imported by the user
     {"__init__"},  # the public names
     {"demo"},

@@ -15,7 +15,7 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import lowrank
 from lowrank import presets
-from lowrank.layers.linear import multiplies
+from lowrank.layers.bases import multiplies
 from lowrank.models.storage import as_rows
 from tests import zoo
 from tests.helpers import frozen_logits, logits, perturb

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import presets
-from lowrank.checkpoint import restore_adapter
 from lowrank.integrations.transformers import AdapterCallback
+from lowrank.swapping import restore_adapter
 from tests import zoo
 from tests.helpers import logits, perturb
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from lowrank.checkpoint import restore_adapter, save_adapter
+from lowrank.checkpoint import save_adapter
+from lowrank.swapping import restore_adapter
 
 STATE = "trainer_state.json"
 
@@ -25,17 +26,18 @@ class AdapterCallback(TrainerCallback):
     whatever the Trainer did with its own file. For models that every process holds whole: one process, DDP.
 
     Args:
+        name: of the adapter; it may be left out where the model has one.
         resume_from: the checkpoint folder, where ``trainer.train(resume_from_checkpoint=...)`` names one
             outside of ``args.output_dir``: a callback is not told.
     """
 
-    def __init__(self, resume_from: str | Path | None = None) -> None:
-        self.resume_from = resume_from
+    def __init__(self, resume_from: str | Path | None = None, *, name: str | None = None) -> None:
+        self.resume_from, self.name = resume_from, name
 
     def on_save(self, args: Any, state: Any, control: Any, *, model: nn.Module, **rest: Any) -> None:
         """Writes the adapter beside what the Trainer has just written."""
         if state.is_world_process_zero:
-            save_adapter(model, _folder(args, state))
+            save_adapter(model, _folder(args, state), self.name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **rest: Any) -> None:
         """Restores the adapter of the checkpoint that the Trainer resumes from.
@@ -45,7 +47,7 @@ class AdapterCallback(TrainerCallback):
                 belong to this model.
         """
         if state.global_step:
-            restore_adapter(model, self._resumed(args, state))
+            restore_adapter(model, self._resumed(args, state), self.name)
 
     def _resumed(self, args: Any, state: Any) -> Path:
         named = self.resume_from or args.resume_from_checkpoint

@@ -7,7 +7,7 @@ multiplied by two `torch.bmm`. Ordinary operations, so autograd knows their grad
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,22 @@ from lowrank.layers.adapter import RowBlocks
 from lowrank.layers.functional import Block
 from lowrank.layers.gemm import down, up
 from lowrank.linalg.rows import spread
+
+
+class Places(NamedTuple):
+    """Which examples of a batch have one of some adapters, and which one each has.
+
+    Args:
+        used: the adapters' names.
+        which: by example that has one: its place in ``used``.
+        at: ``which``'s examples, as a tensor; None where these are all.
+        pick: ``which`` as a tensor; None where it just counts up.
+    """
+
+    used: tuple[str, ...]
+    which: list[int]
+    at: Tensor | None
+    pick: Tensor | None
 
 
 class ExampleAdapters:
@@ -29,6 +45,7 @@ class ExampleAdapters:
 
     def __init__(self, names: Sequence[str | None], paths: Mapping[int, str]) -> None:
         self.names, self.paths = tuple(names), paths
+        self._known: dict[tuple[tuple[str, ...], torch.device], Places] = {}
 
     def path(self, layer: Any) -> str:
         return self.paths.get(id(layer), type(layer).__name__)
@@ -42,11 +59,21 @@ class ExampleAdapters:
                 f"got the shape {tuple(x.shape)}"
             )
 
-    def places(self, parts: Mapping[str, RowBlocks]) -> tuple[list[str], list[int], list[int]]:
-        """The names in use that ``parts`` has, the examples that have one of them, and which one each has."""
-        used = [name for name in dict.fromkeys(self.names) if name is not None and name in parts]
-        where = [i for i, name in enumerate(self.names) if name in used]
-        return used, where, [used.index(name) for name in self.names if name in used]
+    def used(self, parts: Mapping[str, RowBlocks]) -> tuple[str, ...]:
+        """The names in use that ``parts`` has."""
+        return tuple(name for name in dict.fromkeys(self.names) if name is not None and name in parts)
+
+    def places(self, used: tuple[str, ...], device: torch.device) -> Places:
+        """Where the adapters ``used`` are, made once for all layers that have the same ones."""
+        if (used, device) not in self._known:
+            where = [i for i, name in enumerate(self.names) if name in used]
+            which = [used.index(name) for name in self.names if name in used]
+            with torch.inference_mode(False):
+                at = None if len(where) == len(self.names) else torch.tensor(where, device=device)
+                counts_up = which == list(range(len(used)))
+                pick = None if counts_up else torch.tensor(which, device=device)
+            self._known[used, device] = Places(used, which, at, pick)
+        return self._known[used, device]
 
 
 class Stacks:
@@ -118,20 +145,18 @@ def add_grouped(
     x ``(examples, …, in)``, y ``(examples, …, out)``. An example without an adapter keeps its bits in y. The
     stacked factors of ``layer`` are kept in ``stacks`` where no graph is built.
     """
-    used, where, which = rows.places(parts)
+    used, which, at, pick = rows.places(rows.used(parts), y.device)
     held, x = [parts[name] for name in used], x.to(y.device, y.dtype)
     if torch.is_grad_enabled():
         A, B = stacked(held, y.shape[-1], y.dtype)
     else:
         A, B = stacks.of(layer, held, y.shape[-1], y.dtype)
-    if which != list(range(len(A))):
-        index = torch.tensor(which, device=y.device)
-        A, B = A[index], B[index]
-    at = None if len(where) == len(y) else torch.tensor(where, device=y.device)
-    x = (x if at is None else x[at]).reshape(len(where), -1, x.shape[-1])
+    if pick is not None:
+        A, B = A[pick], B[pick]
+    x = (x if at is None else x[at]).reshape(len(which), -1, x.shape[-1])
     if training and any(part.dropout for part in held):
         keep = torch.tensor([1 - held[i].dropout for i in which], device=x.device).view(-1, 1, 1)
         x = x * ((torch.rand(x.shape, device=x.device) < keep) / keep).to(x.dtype)
     S = torch.bmm(x, A.transpose(1, 2))
-    update = torch.bmm(S, B.transpose(1, 2)).view(len(where), *y.shape[1:]).to(y.dtype)
+    update = torch.bmm(S, B.transpose(1, 2)).view(len(which), *y.shape[1:]).to(y.dtype)
     return y + update if at is None else y.index_add(0, at, update)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank.layers.linear import master_dtype
+from lowrank.layers.bases import master_dtype
 
 
 class ReadsAsOriginal:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lowrank.layers.acting import Acting
-from lowrank.layers.linear import master_dtype
+from lowrank.layers.bases import master_dtype
 from lowrank.layers.loading import move_below_base
 from lowrank.layers.masters import keep_masters
 

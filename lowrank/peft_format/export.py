@@ -15,21 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import (
-    adapters_of,
-    hung_at,
-    hung_by_name,
-    one_name,
-    original,
-    plan_of,
-    without_copies,
-    wrapped_root,
-)
+from lowrank.adapters import adapters_of, one_name, plan_of, wrapped_root
 from lowrank.files import packed, write
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.linear import LoRALinear
-from lowrank.layers.trained import TrainedModule
-from lowrank.layers.weight import WeightAdapters
+from lowrank.layers.tree import hung_at, state_as, without_copies
 from lowrank.linalg.rows import Rows
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import stored_transposed
@@ -207,27 +197,10 @@ def _trained_states(root: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
             problems.append(f"{path}: it lies inside another module that PEFT would train in full")
         elif hung[module] > 1:
             problems.append(f"{path}: it is used in several places, of which PEFT would train one")
-        states[path] = _state(module, name)
+        states[path] = state_as(module, name)
     if problems:
         raise ValueError("PEFT cannot keep these modules trained in full apart:\n  " + "\n  ".join(problems))
     return states
-
-
-def _state(module: nn.Module, name: str) -> dict[str, Tensor]:
-    """The state of ``module`` as ``name`` has it: of its copy, or of the base."""
-    if isinstance(module, TrainedModule) and name in module.copies:
-        return module.copies[name].state_dict()
-    base = original(module)
-    if not any(map(hung_by_name, base.modules())):
-        return base.state_dict()
-    state = dict(base._parameters) | {
-        key: buffer for key, buffer in base._buffers.items() if key not in base._non_persistent_buffers_set
-    }
-    held = {key: tensor.detach() for key, tensor in state.items() if tensor is not None}
-    for leaf, child in base._modules.items():
-        if child is not None and not isinstance(child, WeightAdapters):
-            held |= {f"{leaf}.{key}": tensor for key, tensor in _state(child, name).items()}
-    return held
 
 
 def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequence[str]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lowrank.adapters import base_modules
 from lowrank.files import (
     AdapterError,
     Entry,
@@ -27,6 +26,7 @@ from lowrank.files import (
     sync,
     unused_name,
 )
+from lowrank.layers.tree import base_modules
 from lowrank.peft_format.config import PeftConfig
 from lowrank.peft_format.pairs import Pair
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowrank.allocate.base import Allocation
 from lowrank.files import FLOATS, AdapterError
 from lowrank.layers.adapter import Adapter
-from lowrank.layers.linear import master_dtype
+from lowrank.layers.bases import master_dtype
 from lowrank.models.projections import Projection, Role, scan
 from lowrank.models.storage import weight_shape
 from lowrank.peft_format.folder import Contents, Tensors, ancestors, base_paths, places

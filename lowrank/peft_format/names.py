@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lowrank.adapters import base_modules
+from lowrank.layers.tree import base_modules
 
 
 def present_name(model: nn.Module) -> Callable[[str], str]:

@@ -8,10 +8,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lowrank.adapters import base_modules, holder, original
+from lowrank.adapters import adapters_of, holder, plan_of
 from lowrank.files import FLOATS, Entry
+from lowrank.layers.trained import TrainedModule
+from lowrank.layers.tree import base_modules, hung_at, original
 from lowrank.linalg.rows import pieces
 from lowrank.models.fingerprint import Sample, difference, differences, of_projection, of_tensor
 from lowrank.models.projections import Projection, find_projections
@@ -21,6 +23,21 @@ from lowrank.wrapping.checks import projection_problems
 
 TRAINED = "train:"  # before the names of tensors of modules trained in full
 SHOWN = 50  # at most, of the tensors that are neither adapted nor trained
+
+
+def adapter_tensors(root: nn.Module, name: str) -> dict[str, Tensor]:
+    """All tensors of the adapter ``name``, as a folder names them."""
+    tensors = {
+        f"{p.name}.{key}": tensor
+        for p, adapter in adapters_of(root, name).items()
+        for key, tensor in adapter.state_dict().items()
+    }
+    for path in plan_of(root, name).train:
+        trained = hung_at(root, path)
+        assert isinstance(trained, TrainedModule)
+        for key, tensor in trained.copies[name].state_dict().items():
+            tensors[f"{TRAINED}{path}.{key}"] = tensor
+    return tensors
 
 
 def plan_differences(plan: Plan, saved: Any) -> list[str]:
@@ -144,7 +161,8 @@ def rest_problems(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, said in saved.items():
         path, _, leaf = name.rpartition(".")
-        there, module = Sample.from_json(said), modules.get(path)
+        there, hung = Sample.from_json(said), modules.get(path)
+        module = None if hung is None else original(hung)
         if module is None or (module._parameters.get(leaf) is None and module._buffers.get(leaf) is None):
             problems.append(f"{name}: the model has no such weight")
         elif (here := of_tensor(module, leaf)) and (text := difference(here, there)):

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import Adaptation, hung_by_name
+from lowrank.adapters import Adaptation
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
-from lowrank.layers.linear import LoRALinear, master_dtype
+from lowrank.layers.bases import master_dtype
+from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
+from lowrank.layers.tree import hung_by_name, hung_modules, original, without_copies
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import stored_transposed, weight_shape
@@ -66,25 +67,24 @@ class Fittings:
         """Brings the root back to its base."""
         detach(self.root)
         replacements: dict[nn.Module, nn.Module] = {}
-        modules: list[Any] = list(self.root.modules())
-        for module in modules:
-            if isinstance(module, AdaptedWeight):
-                self.weights[module] = release_weights(module)  # type: ignore[index]
-            elif isinstance(module, LoRALinear):
-                self.layers[module.base] = module
-                replacements[module] = module.base
-            elif isinstance(module, TrainedModule):
-                original = module.base.base if isinstance(module.base, LoRALinear) else module.base
-                self.trained[original] = module
-                replacements[module] = original
+        for hung in hung_modules(self.root):
+            layer, base = without_copies(hung), original(hung)
+            if isinstance(layer, LoRALinear):
+                self.layers[base] = layer
+            elif isinstance(layer, AdaptedWeight):
+                self.weights[base] = release_weights(layer)
+            if isinstance(hung, TrainedModule):
+                self.trained[base] = hung
+            if hung is not base:
+                replacements[hung] = base
         _exchange(self.root, replacements)
 
     def put_on(self) -> None:
         """Undoes `take_off`, with what was changed here in between."""
         replacements: dict[nn.Module, nn.Module] = dict(self.layers)
-        for original, trained in self.trained.items():
-            trained.base = self.layers.get(original, original)
-            replacements[original] = trained
+        for module, trained in self.trained.items():
+            trained.base = self.layers.get(module, module)
+            replacements[module] = trained
         _exchange(self.root, replacements)
         for module, adapters in self.weights.items():
             adapt_weights(module, adapters)
@@ -177,7 +177,7 @@ def _exchange(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> 
     if not replacements:
         return
     exchange = Exchange(replacements)
-    for parent in list(model.modules()):
+    for parent in map(original, hung_modules(model)):
         if parent not in replacements:
             exchange.inside(vars(parent))
         elif any(child in replacements for child in parent.modules() if child is not parent):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowrank.adapters import base_modules, one_name, without_copies, wrapped_root
+from lowrank.adapters import one_name, wrapped_root
 from lowrank.layers.adapter import RowBlocks
 from lowrank.layers.linear import LoRALinear, seen_by_compiler
+from lowrank.layers.tree import base_modules, without_copies
 
 
 def unused_layers(model: nn.Module, name: str | None = None) -> list[str]:

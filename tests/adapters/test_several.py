@@ -495,3 +495,31 @@ def test_swapping_another_plan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"another plan(.|\n)*q_proj.*rank=2.*expected.*rank=3(.|\n)*up"):
         lowrank.swap_adapter(model, tmp_path, "b")
     assert torch.equal(alone(model, "b", batch), before)
+
+
+def test_swapping_onto_another_base_is_refused(tmp_path: Path) -> None:
+    model = pair("gpt2", a=presets.lora(rank=2, target="query"))
+    lowrank.save_adapter(model, tmp_path)
+    lowrank.swap_adapter(model, tmp_path, "a")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for parameter in lowrank.adapter_parameters(model):
+        parameter.data.add_(1)
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.bias.add_(1)
+    moved = model.transformer.h[0].attn.c_attn.part("a")[0].A.clone()
+    with pytest.raises(lowrank.AdapterError, match=r"what is not adapted(.|\n)*h\.1\.attn\.c_attn\.bias"):
+        lowrank.swap_adapter(model, tmp_path, "a")
+    assert torch.equal(model.transformer.h[0].attn.c_attn.part("a")[0].A, moved)
+    assert not torch.equal(moved, before["transformer.h.0.attn.c_attn.adapters.a.0.A"])
+
+
+def test_a_callback_saves_the_adapter_that_it_is_told(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from lowrank.integrations.transformers import AdapterCallback
+
+    model, batch = pair(), zoo.batch("llama")
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3)
+    AdapterCallback(name="b").on_save(SimpleNamespace(output_dir=tmp_path), state, None, model=model)
+    loaded = lowrank.load_adapter(zoo.build("llama"), tmp_path / "checkpoint-3")
+    assert torch.equal(logits(loaded, batch), alone(model, "b", batch))

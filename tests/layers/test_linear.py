@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank.layers import Adapter, LoRALinear
 from lowrank.layers.acting import Acting
+from lowrank.layers.bases import plain_weight
 from lowrank.layers.functional import Block
-from lowrank.layers.linear import plain_weight
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import (
     AdaptedWeight,

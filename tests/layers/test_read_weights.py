@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 import lowrank
 from lowrank import presets
 from lowrank.layers import Adapter, LoRALinear
-from lowrank.layers.linear import plain_weight
+from lowrank.layers.bases import plain_weight
 from lowrank.layers.reading import ReadWeight
 from tests import zoo
 from tests.helpers import numbers, perturb

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -63,3 +65,18 @@ def test_modules_are_replaced_where_no_module_dict_holds_them(kind: str) -> None
 def test_training_one_end_of_a_tie_is_refused() -> None:
     with pytest.raises(ValueError, match="train='model.embed_tokens': its weight is tied to lm_head"):
         wrapped("tied_llama", presets.lora(train=("embed_tokens",)))
+
+
+def test_a_module_that_holds_its_parent(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    model[1].add_module("above", model)
+    modules = dict(model.named_modules())
+    lowrank.wrap_model(model, presets.lora(rank=1), progress=False)
+    lowrank.add_adapter(model, presets.lora(rank=2), name="second", progress=False)
+    assert len(lowrank.adapted_layers(model)) == 2
+    model[1][0](model[0](torch.randn(3, 4))).sum().backward()
+    with lowrank.adapters_for_rows(model, ["second", None, "default"]):
+        model[1][0](model[0](torch.randn(3, 4)))
+    lowrank.save_adapter(model, tmp_path, "second")
+    lowrank.unwrap(model)
+    assert dict(model.named_modules()) == modules

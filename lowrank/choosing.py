@@ -1,0 +1,162 @@
+"""Which adapters of a model act, how strongly, and for which examples.
+
+What acts and what trains are two things: nothing here touches ``requires_grad``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import isfinite
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters import adaptation, one_name, wrapped_root
+from lowrank.layers.grouped import ExampleAdapters
+from lowrank.layers.linear import LoRALinear
+from lowrank.layers.trained import TrainedModule
+from lowrank.layers.tree import base_modules, hung_at, hung_by_name, without_copies
+
+Chosen = str | Iterable[str] | Mapping[str, float]
+
+
+def set_adapters(model: nn.Module, names: Chosen) -> nn.Module:
+    """From now on these adapters act, and no others; returns ``model``.
+
+    Their updates add up. What trains does not change. Without a mapping nothing is multiplied, and nothing
+    is computed that one adapter alone would not need.
+
+    Args:
+        names: a name, or names, of adapters that act with weight 1; or a mapping from names to weights, which
+            ΔW is multiplied by. Other weights for the same names do not make compiled code compile again.
+            ``()``: none, so that the model is exactly its base.
+
+    Raises:
+        ValueError: an unknown name, a weight that is not finite, or adapters that cannot act together: a
+            module trained in full by one is trained or adapted by another. A weight other than 1 of an
+            adapter that trains modules in full.
+    """
+    adaptation(model).acting.choose(*_checked(model, names))
+    return model
+
+
+@contextmanager
+def use_adapters(model: nn.Module, names: Chosen) -> Iterator[nn.Module]:
+    """`set_adapters` inside; what acted before acts again afterwards. Arguments and errors as there.
+
+    With activation checkpointing call ``backward`` inside too: it runs the forward again.
+    """
+    chosen, weights = _checked(model, names)
+    with _acting(model, chosen, weights):
+        yield model
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, ``model`` is exactly the base model, modules trained in full included."""
+    with use_adapters(model, ()):
+        yield model
+
+
+@contextmanager
+def adapters_for_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+    """Inside, each example of a batch has an adapter of its own, or none: for serving many at once.
+
+    The output of each example is that of a run with its adapter alone, within rounding; that of None is the
+    base's. Each projection makes one grouped product for the whole batch. Gradients reach the adapters of all
+    examples, so that several can train in one step. Works in ``generate``, where a beam is an example. With
+    activation checkpointing call ``backward`` inside too: it runs the forward again.
+
+    An adapted layer must get the batch as the leading dimension of its input, or an input of two dimensions
+    with one row for each example; anything else raises ValueError when it runs, and names the layer.
+
+    Args:
+        names: the adapter of each example, in order; None for the base alone.
+
+    Raises:
+        ValueError: an unknown name, or an adapter that trains modules in full or is adapted on the weight,
+            which examples cannot have apart (all such modules are listed).
+    """
+    if isinstance(names, str) or not names:
+        raise ValueError(f"expected a list with the adapter of each example, got {names!r}")
+    used = {one_name(model, name) for name in names if name is not None}
+    problems, paths = [], {}
+    for path, hung in base_modules(wrapped_root(model)).items():
+        layer = without_copies(hung)
+        if isinstance(layer, LoRALinear):
+            paths[id(layer)] = path
+        elif shared := used.intersection(hung_by_name(layer)):
+            problems.append(
+                f"{path}: {', '.join(sorted(shared))} is added to its weight, which is read without a call"
+            )
+        if layer is not hung and (shared := used.intersection(hung_by_name(hung))):
+            problems.append(f"{path}: trained in full by {', '.join(sorted(shared))}")
+    if problems:
+        raise ValueError(
+            "these modules cannot have an adapter for each example; run the examples of one adapter at a "
+            "time, with use_adapters:\n  " + "\n  ".join(problems)
+        )
+    with _acting(model, (), {}, ExampleAdapters(names, paths)):
+        yield model
+
+
+@contextmanager
+def _acting(model: nn.Module, *choice: Any) -> Iterator[None]:
+    """Inside this acts; afterwards what did before, as far as it is still there."""
+    root, acting = wrapped_root(model), adaptation(model).acting
+    before = acting.names, acting.weights, acting.rows
+    acting.choose(*choice)
+    try:
+        yield
+    finally:
+        acting.choose(*before)
+        if "_lowrank" in root.__dict__:
+            left = adaptation(root).plans
+            acting.names = tuple(name for name in acting.names if name in left)
+
+
+def _checked(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, Tensor]]:
+    """The names and the weights that ``names`` says, once they can act together."""
+    chosen, weights = read_weights(model, names)
+    check_together(model, {name: float(weights.get(name, 1.0)) for name in chosen})
+    return chosen, weights
+
+
+def read_weights(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, Tensor]]:
+    """The names and the weights that ``names`` says."""
+    given = [names] if isinstance(names, str) else list(names)
+    for name in given:
+        one_name(model, name)
+    weights = {}
+    for name, weight in names.items() if isinstance(names, Mapping) else ():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isfinite(weight):
+            raise ValueError(f"expected a finite number as the weight of {name!r}, got {weight!r}")
+        weights[name] = torch.tensor(float(weight))  # not in fp64, which the compiler takes for a number
+    return list(dict.fromkeys(given)), weights
+
+
+def check_together(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Raises ValueError where these adapters cannot act together with these weights."""
+    plans = adaptation(model).plans
+    root = wrapped_root(model)
+    for name, weight in weights.items():
+        if plans[name].train and weight != 1:
+            raise ValueError(
+                f"the adapter {name!r} trains {', '.join(plans[name].train)} in full, which has no share: "
+                f"expected weight 1, got {weight:.4g}"
+            )
+        for path in plans[name].train:
+            hung = cast(TrainedModule, hung_at(root, path))
+            others = [other for other in weights if other != name]
+            for other in others:
+                if other in hung.copies:
+                    raise ValueError(
+                        f"{path} is trained in full by both {name!r} and {other!r}: only one of them can act"
+                    )
+                if any(other in hung_by_name(inner) for inner in hung.base.modules()):
+                    raise ValueError(
+                        f"{path} is trained in full by {name!r}, and {other!r} adapts it or what lies inside "
+                        "it: only one of them can act"
+                    )
