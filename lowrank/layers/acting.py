@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from lowrank.layers.grouped import Rows, Stacks
+from lowrank.layers.grouped import Rows
 
 T = TypeVar("T")
 
@@ -28,7 +28,6 @@ class Acting:
         self.names = tuple(names)
         self.weights = dict(weights or {})
         self.rows: Rows | None = None  # an adapter for each example; then no names act
-        self.stacks = Stacks()
 
     def choose(self, names: Iterable[str], weights: Mapping[str, Tensor], rows: Rows | None = None) -> None:
         self.names, self.weights, self.rows = tuple(names), dict(weights), rows

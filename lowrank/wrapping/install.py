@@ -143,7 +143,6 @@ class Fittings:
                     if not own:
                         del held[module]
         acting = state.acting
-        acting.stacks.held.clear()
         acting.choose(
             [name for name in acting.names if name in state.plans],
             {name: weight for name, weight in acting.weights.items() if name in state.plans},
