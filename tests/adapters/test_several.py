@@ -439,7 +439,7 @@ def test_merging_some_leaves_the_others() -> None:
         lowrank.merge(model)
     lowrank.merge(model, "c")
     lowrank.unwrap(model)
-    assert not lowrank.adapted_layers(model)
+    assert not lowrank.adapted_layers(model) and lowrank.adapter_names(model) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
