@@ -51,13 +51,15 @@ def adaptation(model: nn.Module) -> Adaptation:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters in a wrapped model, in the order in which they were added."""
+    """The names of the adapters in ``model``, in the order in which they were added; none of a plain base."""
+    if not any("_lowrank" in module.__dict__ for module in model.modules()):
+        return []
     return list(adaptation(model).plans)
 
 
 def one_name(model: nn.Module, name: str | None) -> str:
     """``name``, or where it is None that of the only adapter; raises ValueError where that is no answer."""
-    names = adapter_names(model)
+    names = list(adaptation(model).plans)
     if name is None and len(names) > 1:
         raise ValueError(f"the model has several adapters, so name one of them: {', '.join(names)}")
     if name is not None and name not in names:

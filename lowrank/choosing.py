@@ -66,8 +66,10 @@ def adapters_for_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator
 
     The output of each example is that of a run with its adapter alone, within rounding; that of None is the
     base's. Each projection makes one grouped product for the whole batch. Gradients reach the adapters of all
-    examples, so that several can train in one step. Works in ``generate``, where a beam is an example. With
-    activation checkpointing call ``backward`` inside too: it runs the forward again.
+    examples, so that several can train in one step. Works in ``generate``, where a beam is an example.
+
+    Where no graph is built, the factors in use are copied at the first call, and the copies kept until the
+    end. With activation checkpointing call ``backward`` inside too: it runs the forward again.
 
     An adapted layer must get the batch as the leading dimension of its input, or an input of two dimensions
     with one row for each example; anything else raises ValueError when it runs, and names the layer.

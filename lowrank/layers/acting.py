@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from lowrank.layers.grouped import ExampleAdapters, Stacks
+from lowrank.layers.grouped import ExampleAdapters
 
 T = TypeVar("T")
 
@@ -28,7 +28,6 @@ class Acting:
         self.names = tuple(names)
         self.weights = dict(weights or {})
         self.rows: ExampleAdapters | None = None  # an adapter for each example; then no names act
-        self.stacks = Stacks()
 
     def choose(
         self, names: Iterable[str], weights: Mapping[str, Tensor], rows: ExampleAdapters | None = None

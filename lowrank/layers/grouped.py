@@ -46,6 +46,18 @@ class ExampleAdapters:
     def __init__(self, names: Sequence[str | None], paths: Mapping[int, str]) -> None:
         self.names, self.paths = tuple(names), paths
         self._known: dict[tuple[tuple[str, ...], torch.device], Places] = {}
+        self._stacks: dict[tuple[int, torch.dtype], tuple[list[tuple[int, ...]], Tensor, Tensor]] = {}
+
+    def factors(self, layer: Any, parts: Sequence[RowBlocks], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`stacked` of ``parts``, which ``layer`` holds; where no graph is built, from an earlier call."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return stacked(parts, layer.out_features, dtype)
+        seen = [_identity(tensor) for part in parts for tensor in _factors(part)]
+        key = id(layer), dtype
+        if key not in self._stacks or self._stacks[key][0] != seen:
+            with torch.inference_mode(False):
+                self._stacks[key] = seen, *stacked(parts, layer.out_features, dtype)
+        return self._stacks[key][1:]
 
     def path(self, layer: Any) -> str:
         return self.paths.get(id(layer), type(layer).__name__)
@@ -76,34 +88,6 @@ class ExampleAdapters:
         return self._known[used, device]
 
 
-class Stacks:
-    """The stacked factors of each layer, as they were used last; made anew where a factor has changed.
-
-    They are no part of a copy.
-    """
-
-    def __init__(self) -> None:
-        self.held: dict[int, tuple[list[tuple[Tensor, int, int]], torch.dtype, Tensor, Tensor]] = {}
-
-    def __reduce__(self) -> Any:
-        return Stacks, ()
-
-    def of(
-        self, layer: int, parts: Sequence[RowBlocks], rows: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """`stacked` of ``parts``, from an earlier call with the same values; without a graph."""
-        seen = [(t, t.data_ptr(), t._version) for part in parts for t in _factors(part)]
-        known = self.held.get(layer)
-        if known is not None and known[1] == dtype and len(known[0]) == len(seen):
-            same = all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(known[0], seen, strict=True))
-            if same:
-                return known[2], known[3]
-        with torch.inference_mode(False), torch.no_grad():
-            A, B = stacked(parts, rows, dtype)
-        self.held[layer] = seen, dtype, A, B
-        return A, B
-
-
 def _factors(part: RowBlocks) -> Iterator[Tensor]:
     for adapter in part.held():
         for tensor in (adapter.A, adapter.B, adapter.A0, adapter.B0):
@@ -111,46 +95,50 @@ def _factors(part: RowBlocks) -> Iterator[Tensor]:
                 yield tensor
 
 
+def _identity(tensor: Tensor) -> tuple[int, ...]:
+    """Changes with what the tensor holds, unless it is written to as ``.data``."""
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
 def stacked(parts: Sequence[RowBlocks], rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A ``(names, r, in)`` and B ``(names, rows, r)`` with the scalings in B; r is the largest rank."""
     pairs = [_pair(part.blocks(), rows) for part in parts]
     most = max(len(A) for A, _ in pairs)
-    A = torch.stack([F.pad(A, (0, 0, 0, most - len(A))) for A, _ in pairs])
-    B = torch.stack([F.pad(B, (0, most - B.shape[1])) for _, B in pairs])
+    A = torch.stack([_padded(A, (0, 0, 0, most - len(A))) for A, _ in pairs])
+    B = torch.stack([_padded(B, (0, most - B.shape[1])) for _, B in pairs])
     return A.to(dtype), B.to(dtype)
 
 
 def _pair(blocks: Sequence[Block], rows: int) -> tuple[Tensor, Tensor]:
     """One pair for all blocks of a weight with ``rows`` rows, anchors and scalings in it."""
-    A = torch.cat([down(block.A, block.A0, block.A.dtype) for block in blocks])
-    placed = [
-        spread((block.scaling * up(block.B, block.B0, block.B.dtype)).mT, block.rows, rows).mT
-        for block in blocks
-    ]
-    return A, torch.cat(placed, 1)
+    downs = [down(block.A, block.A0, block.A.dtype) for block in blocks]
+    ups = []
+    for block in blocks:
+        B = block.scaling * up(block.B, block.B0, block.B.dtype)
+        ups.append(B if block.rows == (0, rows) else spread(B.mT, block.rows, rows).mT)
+    return (downs[0], ups[0]) if len(blocks) == 1 else (torch.cat(downs), torch.cat(ups, 1))
+
+
+def _padded(factor: Tensor, zeros: tuple[int, ...]) -> Tensor:
+    return F.pad(factor, zeros) if any(zeros) else factor  # which would be a copy without any, too
 
 
 def add_grouped(
     y: Tensor,
     x: Tensor,
-    layer: int,
+    layer: Any,
     parts: Mapping[str, RowBlocks],
     rows: ExampleAdapters,
-    stacks: Stacks,
     *,
     training: bool,
 ) -> Tensor:
     """``y`` plus, in each example, the update of the adapter that ``rows`` names for it.
 
-    x ``(examples, …, in)``, y ``(examples, …, out)``. An example without an adapter keeps its bits in y. The
-    stacked factors of ``layer`` are kept in ``stacks`` where no graph is built.
+    x ``(examples, …, in)``, y ``(examples, …, out)``. An example without an adapter keeps its bits in y.
     """
     used, which, at, pick = rows.places(rows.used(parts), y.device)
     held, x = [parts[name] for name in used], x.to(y.device, y.dtype)
-    if torch.is_grad_enabled():
-        A, B = stacked(held, y.shape[-1], y.dtype)
-    else:
-        A, B = stacks.of(layer, held, y.shape[-1], y.dtype)
+    A, B = rows.factors(layer, held, y.dtype)
     if pick is not None:
         A, B = A[pick], B[pick]
     x = (x if at is None else x[at]).reshape(len(which), -1, x.shape[-1])

@@ -102,7 +102,7 @@ class LoRALinear(nn.Module):
         rows.check(x, self)
         for name in used:
             parts[name].note("called")
-        return add_grouped(y, x, id(self), parts, rows, self.acting.stacks, training=self.training)
+        return add_grouped(y, x, self, parts, rows, training=self.training)
 
     def _products(self, use: str) -> list[tuple[list[Block], float]]:
         """The blocks that act, those with one dropout together; it is noted that they are ``use``d."""

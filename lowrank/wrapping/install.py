@@ -58,6 +58,7 @@ class Fittings:
         self.layers: dict[nn.Module, LoRALinear] = {}
         self.trained: dict[nn.Module, TrainedModule] = {}
         self.weights: dict[nn.Module, WeightAdapters] = {}
+        self.installed: str | None = None
 
     @property
     def state(self) -> Adaptation | None:
@@ -98,7 +99,7 @@ class Fittings:
             required_grad = frozenset(path for path, p in root.named_parameters() if p.requires_grad)
             root.requires_grad_(False)
             state = root.__dict__["_lowrank"] = Adaptation({}, Acting((name,)), required_grad)
-        state.plans[name] = plan
+        state.plans[name], self.installed = plan, name
         layers: dict[nn.Module, list[Adapter]] = {}
         weights: dict[nn.Module, dict[str, list[Adapter]]] = {}
         for p, adapter in adapters.items():
@@ -147,7 +148,6 @@ class Fittings:
                     if not own:
                         del held[module]
         acting = state.acting
-        acting.stacks.held.clear()
         acting.choose(
             [name for name in acting.names if name in state.plans],
             {name: weight for name, weight in acting.weights.items() if name in state.plans},
@@ -162,12 +162,16 @@ class Fittings:
 def bare(root: nn.Module) -> Iterator[Fittings]:
     """Inside, ``root`` is its base, and what hung there is in `Fittings`; afterwards it hangs there again.
 
-    After an error too: what was not installed by then is not there.
+    After an error too, and then without what was installed.
     """
     fittings = Fittings(root)
     fittings.take_off()
     try:
         yield fittings
+    except BaseException:
+        if fittings.installed is not None:
+            fittings.drop([fittings.installed])
+        raise
     finally:
         fittings.put_on()
 

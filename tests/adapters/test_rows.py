@@ -241,3 +241,52 @@ def test_names_that_are_none(names: Any) -> None:
     with pytest.raises(ValueError, match="expected a list|no adapter 'xx'"):
         with lowrank.adapters_for_rows(model, names):
             pass
+
+
+# -- among other things ------------------------------------------------------------------------------------
+
+
+def test_choices_nest() -> None:
+    model, batch, names = model_of("bert"), zoo.batch("bert"), ["fr", None, "de"]
+    outside, base = logits(model, batch), frozen_logits(zoo.build("bert"), batch)
+    with lowrank.adapters_for_rows(model, names):
+        mixed = logits(model, batch)
+        with lowrank.disable_adapters(model):
+            assert torch.equal(logits(model, batch), base)
+        with lowrank.use_adapters(model, "fr"):
+            assert torch.equal(logits(model, batch), outside)
+        with pytest.raises(KeyError), lowrank.adapters_for_rows(model, ["it"] * 3):
+            raise KeyError
+        assert torch.equal(logits(model, batch), mixed)
+    assert torch.equal(logits(model, batch), outside)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("graph", [False, True])
+def test_compiled_whole(graph: bool) -> None:
+    torch.compiler.reset()
+    model, ids = model_of("llama"), zoo.batch("llama")["input_ids"]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.set_grad_enabled(graph), lowrank.adapters_for_rows(model, ["fr", None, "de"]):
+        got, wanted = compiled(input_ids=ids).logits, model(input_ids=ids).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+class OwnForward(nn.Linear):
+    """A base that may only be called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2 + 1
+
+
+def test_a_base_that_can_only_be_called() -> None:
+    model = nn.Sequential(OwnForward(8, 6))
+    x = torch.randn(3, 5, 8)
+    base = frozen_logits(model, x)
+    layer = lowrank.LoRALinear(model[0], in_features=8, out_features=6)
+    layer.put("a", [lowrank.layers.Adapter(torch.randn(2, 8), torch.randn(6, 2), 0.5, rows=(0, 6))])
+    with torch.no_grad():
+        layer.part("a")[0].A.add_(0.1)
+    layer.acting.rows = lowrank.layers.grouped.ExampleAdapters([None, "a", None], {})
+    torch.testing.assert_close(logits(layer, x)[1], base[1] + x[1] @ layer.delta_weight("a").T)
+    assert torch.equal(logits(layer, x)[[0, 2]], base[[0, 2]])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank
 from lowrank import Policy, presets
+from lowrank.formats.folder import CONFIG, checksum
+from lowrank.integrations.transformers import AdapterCallback
 from lowrank.layers import Adapter, LoRALinear
 from tests import zoo
 from tests.helpers import frozen_logits, logits, perturb
@@ -362,6 +367,28 @@ def test_a_failure_while_adding_leaves_the_model_as_it_was() -> None:
     assert lowrank.adapter_names(model) == ["a", "b", "c"] and torch.equal(logits(model, batch), before)
 
 
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_failure_while_installing_leaves_the_model_as_it_was(others: int) -> None:
+    """A module trained in full that cannot be copied: the adapters of the others are made by then."""
+    model, batch = zoo.build("bert"), zoo.batch("bert")
+    for name in ("b", "c")[:others]:
+        perturb(
+            lowrank.add_adapter(model, presets.lora(rank=2, target=("query",)), name=name, progress=False)
+        )
+    model.classifier.lock = threading.Lock()
+    modules, kinds = dict(model.named_modules()), [type(m) for m in model.modules()]
+    flags, before = {n: p.requires_grad for n, p in model.named_parameters()}, frozen_logits(model, batch)
+    with pytest.raises(TypeError, match="lock"):
+        lowrank.add_adapter(model, HEADS["a"], name="a", progress=False)
+    assert dict(model.named_modules()) == modules and [type(m) for m in model.modules()] == kinds
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert torch.equal(frozen_logits(model, batch), before)
+    if others:
+        assert lowrank.adapter_names(model) == ["b", "c"]
+    else:
+        assert "_lowrank" not in model.__dict__
+
+
 # -- files, merging, copies --------------------------------------------------------------------------------
 
 
@@ -412,7 +439,7 @@ def test_merging_some_leaves_the_others() -> None:
         lowrank.merge(model)
     lowrank.merge(model, "c")
     lowrank.unwrap(model)
-    assert not lowrank.adapted_layers(model)
+    assert not lowrank.adapted_layers(model) and lowrank.adapter_names(model) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -445,10 +472,6 @@ def test_copies_choose_for_themselves(how: str) -> None:
 
 def test_the_first_of_version_one_is_still_read(tmp_path: Path) -> None:
     """A folder of version 1 says no name; everything else is the same."""
-    import json
-
-    from lowrank.formats.folder import CONFIG, checksum
-
     model, batch = pair(), zoo.batch("llama")
     lowrank.save_adapter(model, tmp_path, "a")
     config = json.loads((tmp_path / CONFIG).read_text())
@@ -514,10 +537,6 @@ def test_swapping_onto_another_base_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_callback_saves_the_adapter_that_it_is_told(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
-    from lowrank.integrations.transformers import AdapterCallback
-
     model, batch = pair(), zoo.batch("llama")
     state = SimpleNamespace(is_world_process_zero=True, global_step=3)
     AdapterCallback(name="b").on_save(SimpleNamespace(output_dir=tmp_path), state, None, model=model)
