@@ -7,7 +7,6 @@ Mode, random state, gradients and hooks are as before, also after an error. What
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ from lowrank.calibration.meter import Meter
 from lowrank.calibration.needs import Needs, by_projection, predicted_bytes
 from lowrank.calibration.reduce import Processes
 from lowrank.calibration.statistics import KINDS, Statistics
+from lowrank.calibration.undisturbed import undisturbed
 from lowrank.models.fingerprint import of_projections
 from lowrank.models.projections import Projection
 from lowrank.models.storage import kept_unpacked
@@ -99,7 +99,7 @@ def calibrate(
     if progress:
         size = predicted_bytes(projections, needs)
         tqdm.write(f"calibrating {len(wanted)} projections: {size / 2**20:.0f} MiB of statistics")
-    with _undisturbed(model), kept_unpacked(model), watched(model, meter):
+    with undisturbed(model), kept_unpacked(model), watched(model, meter):
         run = _Run(model, meter, loss, mask, home)
         _each(_read(batches, steps, progress), run.measure, processes)
     meter.reduce(processes)
@@ -242,25 +242,3 @@ def _spoilt(model: nn.Module) -> str:
     names = [name for name, p in plain if p.dtype in NUMBERS and not p.isfinite().all()]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"; these weights hold NaN or Inf: {', '.join(names[:5])}{more}" if names else ""
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen parameters inside; modes, flags and random state as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    learning = [p for p in model.parameters() if p.requires_grad]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    devices = {p.device.index for p in model.parameters() if p.is_cuda}
-    try:
-        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
-            model.eval()
-            torch.backends.mha.set_fastpath_enabled(False)  # it reads weights past every hook
-            for parameter in learning:
-                parameter.requires_grad_(False)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        for module, mode in modes.items():
-            module.training = mode
