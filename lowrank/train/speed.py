@@ -17,7 +17,7 @@ def recomputing(model: nn.Module, enabled: bool) -> Iterator[None]:
     Raises ValueError where the model does not offer it, as transformers' models do.
     """
     on, off = (getattr(model, f"gradient_checkpointing_{what}", None) for what in ("enable", "disable"))
-    if not enabled or getattr(model, "is_gradient_checkpointing", False):
+    if not enabled or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         yield
         return
     if not callable(on) or not callable(off):

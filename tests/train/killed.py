@@ -13,7 +13,6 @@ import os
 import random
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,10 +138,6 @@ def leave_out(piece: str) -> None:
     }
     owner, name = nothing[piece]
     setattr(owner, name, lambda *arguments, **options: None)
-    if piece == "order":
-        data.fingerprint = lambda batch: ""
-    if piece == "place":
-        warnings.simplefilter("ignore")
 
 
 def job(folder: str, kill: int = 0, kind: str | None = None, workers: int = 0, without: str = "") -> None:
@@ -164,8 +159,10 @@ def main() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            job(**json.loads(line))
-            sys.stderr.flush()
+            try:
+                job(**json.loads(line))
+            except Exception:
+                os._exit(1)
             os._exit(0)
         print(os.waitpid(child, 0)[1], flush=True)
 
