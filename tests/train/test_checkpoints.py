@@ -85,13 +85,13 @@ def broken_off(folder: Path, step: int = 5, **options: Any) -> None:
 
 
 def test_the_last_few_are_kept_and_nothing_of_others_is_deleted(tmp_path: Path) -> None:
-    (tmp_path / "step-00000001").mkdir()
-    (tmp_path / "step-00000001" / "mine.txt").write_text("mine")
+    (tmp_path / "step-00000099").mkdir()
+    (tmp_path / "step-00000099" / "mine.txt").write_text("mine")
     (tmp_path / "notes.txt").write_text("mine")
     run(tmp_path, every=1, keep=3)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["notes.txt", "step-00000001", *(f"step-0000000{n}" for n in (6, 7, 8))]
-    assert (tmp_path / "step-00000001" / "mine.txt").read_text() == "mine"
+    assert names == ["notes.txt", *(f"step-0000000{n}" for n in (6, 7, 8)), "step-00000099"]
+    assert (tmp_path / "step-00000099" / "mine.txt").read_text() == "mine"
 
 
 def test_a_run_that_is_over_returns_at_once(tmp_path: Path) -> None:
