@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lowrank.calibration.accumulators import Rows, Sum
-from lowrank.calibration.reduce import Processes
+from lowrank.processes import Processes
 from lowrank.models.projections import Projection
 
 

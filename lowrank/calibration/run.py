@@ -20,7 +20,7 @@ from lowrank.calibration.hooks import watched
 from lowrank.calibration.masks import token_mask
 from lowrank.calibration.meter import Meter
 from lowrank.calibration.needs import Needs, by_projection, predicted_bytes
-from lowrank.calibration.reduce import Processes
+from lowrank.processes import Processes
 from lowrank.calibration.statistics import KINDS, Statistics
 from lowrank.calibration.undisturbed import undisturbed
 from lowrank.models.fingerprint import of_projections
@@ -96,6 +96,7 @@ def calibrate(
     home = model_device(model)
     meter = Meter(model, wanted, None if device is None else torch.device(device))
     processes = Processes(home)
+    progress = progress and processes.first
     if progress:
         size = predicted_bytes(projections, needs)
         tqdm.write(f"calibrating {len(wanted)} projections: {size / 2**20:.0f} MiB of statistics")
