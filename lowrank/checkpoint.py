@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from lowrank.adapters import (
     adapters_of,
-    added_parameters,
     holder,
     one_name,
     plan_of,
@@ -61,7 +60,7 @@ from lowrank.wrapping.claims import (
     weight_problems,
 )
 from lowrank.wrapping.install import bare, device_beside
-from lowrank.wrapping.unused import describe_unused, unused_layers
+from lowrank.wrapping.unused import describe_unused, unused_layers, warn_of_unsaved
 
 OVERRIDE = 'if that is meant: load_adapter(..., base="other")'
 LOG = logging.getLogger("lowrank")
@@ -111,7 +110,7 @@ def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], bytes]
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"refusing to save: {key} contains NaN or Inf")
-    _warn_of_unsaved(root)
+    warn_of_unsaved(root)
 
     blob = packed(tensors)
     digest = hashlib.sha256(blob).hexdigest()
@@ -225,19 +224,6 @@ def _loaded(
         for path in plan.train
     }
     return plan, adapters, states
-
-
-def _warn_of_unsaved(root: nn.Module) -> None:
-    added = {id(parameter) for parameter in added_parameters(root)}
-    learning = [name for name, p in root.named_parameters() if p.requires_grad and id(p) not in added]
-    if learning:
-        more = f" and {len(learning) - 5} more" if len(learning) > 5 else ""
-        warnings.warn(
-            f"these parameters of the base require grad, but are not saved with the adapter: "
-            f"{', '.join(learning[:5])}{more}; name their modules in Policy(train=...) when wrapping",
-            UserWarning,
-            stacklevel=4,
-        )
 
 
 def _adapter(

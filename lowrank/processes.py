@@ -1,4 +1,4 @@
-"""Several processes that work as one, and tensors that are spread over them. It knows no model and no adapter.
+"""Several processes that work as one, and tensors that are spread over them. It knows no adapter.
 
 Without `torch.distributed`, or in a group of one, everything here is what one process does anyway.
 """
@@ -59,8 +59,12 @@ class Processes:
                     tensor.copy_(moved)
 
     def raise_in_all(self, error: BaseException | None, what: str) -> None:
-        """Raises ``error``, and where another process has one, its message: as ValueError if that was one,
-        else as RuntimeError. Every process must call it, with None where nothing went wrong."""
+        """Raises ``error``, and in the other processes one with its message. Every process must call it, with
+        None where nothing went wrong.
+
+        It is of the same class where that is one of this package, else ValueError where it was one, else
+        RuntimeError.
+        """
         self.all_done(True, error, what)
 
     def all_done(self, done: bool, error: BaseException | None = None, what: str = "calibration") -> bool:
@@ -78,11 +82,19 @@ class Processes:
         return done
 
     def _raise(self, error: BaseException | None, what: str) -> None:
-        said = None if error is None else (isinstance(error, ValueError), f"{type(error).__name__}: {error}")
+        said = None if error is None else (_kind(error), f"{type(error).__name__}: {error}")
         everyone = self.gathered(said)
         if error is None:
-            rank, (bad_input, message) = next((i, each) for i, each in enumerate(everyone) if each)
-            raise (ValueError if bad_input else RuntimeError)(f"{what} failed in rank {rank}: {message}")
+            rank, (kind, message) = next((i, each) for i, each in enumerate(everyone) if each)
+            raise kind(f"{what} failed in rank {rank}: {message}")
+
+
+def _kind(error: BaseException) -> type[Exception]:
+    """What the other processes raise: an error of ours as it is, else the nearest plain one."""
+    own = type(error).__module__.partition(".")[0] == "lowrank"
+    if isinstance(error, ValueError):
+        return type(error) if own else ValueError
+    return RuntimeError
 
 
 def is_sharded(tensor: Tensor) -> bool:

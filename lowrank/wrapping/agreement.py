@@ -56,7 +56,7 @@ def _check_same(everyone: list[Mapping[str, object]]) -> None:
         if names:
             name = names[0]
             raise ValueError(
-                f"the processes made different plans: for {name}, rank 0 has {first.get(name)} and rank {rank} "
-                f"has {other.get(name)} ({len(names)} differences): give every process the same model and "
-                "policy, or plan once, plan.save(path), and pass Plan.load(path) as the policy"
+                f"the processes made different plans: for {name}, rank 0 has {first.get(name)} and rank "
+                f"{rank} has {other.get(name)} ({len(names)} differences): give every process the same model "
+                "and policy, or plan once, plan.save(path), and pass Plan.load(path) as the policy"
             )

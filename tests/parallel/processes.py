@@ -1,4 +1,4 @@
-"""Runs a function in two processes that meet by gloo, ends them after a while, and gives what each returned."""
+"""Runs a function in two processes that meet by gloo, with a limit in time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORLD = 2
 def together(
     function: Callable[..., Any], folder: Path, *arguments: Any, world: int = WORLD, timeout: float = 150
 ) -> list[Any]:
-    """``function(rank, *arguments)`` in each process; their results by rank. Raises what one of them raised."""
+    """``function(rank, *arguments)`` in each process; their results by rank. Raises what one raised."""
     folder.mkdir(parents=True, exist_ok=True)
     spawned = torch.multiprocessing.spawn(
         _process, (function, str(folder), world, arguments), nprocs=world, join=False
