@@ -67,6 +67,12 @@ class Processes:
         """
         self.all_done(True, error, what)
 
+    def raise_told(self, error: BaseException | None, what: str) -> None:
+        """`raise_in_all`, where all processes know already that one of them has an error."""
+        self._raise(error, what)
+        if error is not None:
+            raise error
+
     def all_done(self, done: bool, error: BaseException | None = None, what: str = "calibration") -> bool:
         """Is every process done? Each asks before each of its batches, and goes on asking when it is done.
 
@@ -112,19 +118,23 @@ def part(tensor: Tensor) -> Tensor:
     return cast(Tensor, tensor.detach().to_local()) if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def spread_as(tensor: Tensor, values: Tensor) -> Tensor:
+    """``values``, which every process has in full, sharded as ``tensor`` is, if it is.
+
+    The dtype is that of ``values``.
+    """
+    if not is_sharded(tensor) or is_sharded(values):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    like: Any = tensor
+    return distribute_tensor(values.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def fill(tensor: Tensor, values: Tensor) -> None:
     """Copies ``values``, which every process has in full, into ``tensor``, which may be sharded."""
-    if not is_sharded(tensor):
-        tensor.copy_(values)
-        return
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded: Any = tensor
-    spread = distribute_tensor(
-        values.to(sharded.device, sharded.dtype), sharded.device_mesh, sharded.placements, src_data_rank=None
-    )
-    sharded.to_local().copy_(spread.to_local())
+    part(tensor).copy_(part(spread_as(tensor, values)))
 
 
 def shards(model: nn.Module) -> list[nn.Module]:
