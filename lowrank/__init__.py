@@ -10,6 +10,7 @@ from lowrank.choosing import adapters_for_rows, disable_adapters, set_adapters, 
 from lowrank.combining import combine_adapters
 from lowrank.init import Factors
 from lowrank.layers import LoRALinear, lora_linear
+from lowrank.learning_rates import lora_plus
 from lowrank.merging import merge, remove_adapter, unwrap
 from lowrank.models.projections import Projection, Role, find_projections
 from lowrank.peft_format import PeftExport, export_peft, import_peft
@@ -51,6 +52,7 @@ __all__ = [
     "layers",
     "load_adapter",
     "lora_linear",
+    "lora_plus",
     "measure",
     "merge",
     "plan_model",

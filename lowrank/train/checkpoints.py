@@ -58,7 +58,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """The steps of the checkpoints that are there, damaged or not, in order."""
-        names = (WHOLE.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir())
+        names = (WHOLE.fullmatch(path.name) for path in self.folder.iterdir() if _has_files(path))
         return sorted(int(match[1]) for match in names if match)
 
     def path(self, step: int) -> Path:
@@ -85,9 +85,8 @@ class Checkpoints:
         except BaseException:
             _remove(partial)
             raise
-        for old in self.steps[: -self.keep]:
-            if old < step:
-                self._delete(old)
+        for old in [each for each in self.steps if each <= step][: -self.keep]:
+            self._delete(old)
 
     def _fill(self, partial: Path, step: int, state: Mapping[str, Any]) -> None:
         buffer = io.BytesIO()
@@ -157,6 +156,11 @@ class Checkpoints:
             hidden = self.folder / f".{path.name}.{secrets.token_hex(8)}"
             path.rename(hidden)
             _remove(hidden)
+
+
+def _has_files(folder: Path) -> bool:
+    """Of a checkpoint: one of them may be missing, where it is damaged."""
+    return (folder / MANIFEST).is_file() or (folder / "process-0.pt").is_file()
 
 
 def _remove(folder: Path) -> None:

@@ -143,7 +143,7 @@ class Cursor:
         if fingerprint(self._last) != expected:
             raise ValueError(
                 f"batch {taken} of epoch {self.epoch} is not what it was when the checkpoint was saved: "
-                "pass the batches that the run was started with, in an order that the random numbers of torch, "
+                "pass the batches that the run was started with, in an order that random numbers of torch, "
                 "Python or NumPy decide, or give the batches state_dict and load_state_dict"
             )
 

@@ -102,8 +102,8 @@ def fit(
     log: a file that gets each step's record as a JSON line at once; what it held is overwritten.
     checkpoint: a folder for checkpoints, of which the last ``keep`` stay there. One is saved every ``every``
         steps (by default when ``evaluate`` is due), at the end, and when SIGINT or SIGTERM stops the run,
-        after the step that it is in (`Stopped`, a SystemExit). The same call in a new process continues from the
-        newest and ends with the same bits: see docs/training.md for what it takes. With ``resume=False``
+        after the step that it is in (`Stopped`, a SystemExit). The same call in a new process continues from
+        the newest and ends with the same bits: see docs/training.md for what it takes. With ``resume=False``
         what is there is deleted, and the run starts anew.
     gradient_checkpointing: for models that have ``gradient_checkpointing_enable``, as transformers' do.
     compile: run forward through ``torch.compile``; a mapping has its options.

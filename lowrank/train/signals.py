@@ -48,10 +48,10 @@ def noted(enabled: bool = True) -> Iterator[Wish]:
         wish.number = wish.number or number
         signal.signal(number, before[number])
 
-    for number in SIGNALS:
-        signal.signal(number, note)
+    for each in before:
+        signal.signal(each, note)
     try:
         yield wish
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each in before:
+            signal.signal(each, before[each])

@@ -16,8 +16,10 @@ def recomputing(model: nn.Module, enabled: bool) -> Iterator[None]:
 
     Raises ValueError where the model does not offer it, as transformers' models do.
     """
-    on, off = (getattr(model, f"gradient_checkpointing_{what}", None) for what in ("enable", "disable"))
-    if not enabled or getattr(model, "is_gradient_checkpointing", False):
+    kinds = ("activation", "gradient")  # transformers' name from 5.23 on, and before
+    kind = next((each for each in kinds if hasattr(model, f"{each}_checkpointing_enable")), "gradient")
+    on, off = (getattr(model, f"{kind}_checkpointing_{what}", None) for what in ("enable", "disable"))
+    if not enabled or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         yield
         return
     if not callable(on) or not callable(off):
@@ -25,7 +27,7 @@ def recomputing(model: nn.Module, enabled: bool) -> Iterator[None]:
             f"{type(model).__name__} has no gradient_checkpointing_enable: use torch.utils.checkpoint in its "
             "forward, and leave gradient_checkpointing=False"
         )
-    on(gradient_checkpointing_kwargs={"use_reentrant": False})
+    on({"use_reentrant": False})
     try:
         yield
     finally:
