@@ -55,6 +55,8 @@ class TogetherGradients(Gradients):
             tally = (self._sharded if together.sharded else self._copied)(batches, place)
             weighted = _weighted(tally, step)
         except Exception as raised:
+            if together.told:
+                raise
             error = raised
         total, weighted = together.exchange(sum(tally.counts), weighted, error=error).sum(0).tolist()[:2]
         if not total:
