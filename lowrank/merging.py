@@ -26,6 +26,7 @@ from lowrank.layers.linear import LoRALinear
 from lowrank.layers.tree import hung_at, original, without_copies
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import as_rows, quantized
+from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.install import bare
 from lowrank.wrapping.pretrained import forget_quantization
 from lowrank.wrapping.unused import replaced_layers, unused_layers
@@ -74,9 +75,11 @@ def merge(
     Raises:
         ValueError: a weight is tied to another module's, is quantized, or is not all that its layer
             computes with, an adapter holds NaN or Inf, or a layer was passed by when its module ran, so that
-            its adapter has had no effect; nothing acts, or a name is unknown; nothing was changed.
+            its adapter has had no effect; nothing acts, or a name is unknown; the model is
+            sharded; nothing was changed.
     """
     root = wrapped_root(model)
+    check_whole(model, "merge")
     acting = adaptation(root).acting
     chosen = [names] if isinstance(names, str) else list(acting.names if names is None else names)
     if not chosen:

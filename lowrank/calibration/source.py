@@ -18,6 +18,7 @@ from lowrank.calibration import calibrate, predicted_bytes
 from lowrank.calibration.statistics import KINDS, OF_WEIGHTS, ProjectionStatistics, Statistics
 from lowrank.models.fingerprint import of_projections
 from lowrank.models.projections import Projection
+from lowrank.processes import Processes
 
 MATRICES = frozenset({"covariance", "moment", "gradient"})  # what takes memory
 
@@ -64,6 +65,11 @@ class Source:
             found = found.merged(measured)
         return found
 
+    @property
+    def shows(self) -> bool:
+        """Does this process show bars? Of several the first does."""
+        return self.progress and Processes().first
+
     def fits(self, needs: Mapping[Projection, frozenset[str]]) -> bool:
         """Can all of it be held at once?"""
         return self.memory is None or predicted_bytes(list(needs), needs) <= self.memory
@@ -107,7 +113,7 @@ class Source:
         return chunks
 
     def _of_weights(self, model: nn.Module, projections: Sequence[Projection]) -> Statistics:
-        bar = tqdm(projections, "singular values", disable=not self.progress, delay=2, leave=False)
+        bar = tqdm(projections, "singular values", disable=not self.shows, delay=2, leave=False)
         spectra = {p: ProjectionStatistics(spectrum=_singular_values(model, p)) for p in bar}
         return Statistics(spectra, of_projections(model, projections))
 

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lowrank.models.trials import try_layer
+from lowrank.processes import whole
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 
@@ -21,10 +22,12 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.floa
 def as_rows(module: nn.Module, param: str) -> Tensor:
     """The tensor ``param`` of ``module``, as ``(rows, in)``, whatever the layout it is stored in.
 
+    A sharded one is gathered, which every process must ask for.
+
     Raises ValueError where it is quantized in a way that is not known.
     """
     stored = module._parameters.get(param)
-    tensor = _dequantized(module, param, getattr(module, param) if stored is None else stored)
+    tensor = _dequantized(module, param, whole(getattr(module, param) if stored is None else stored))
     if stored_transposed(module):
         return tensor.T
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() == 3 else tensor

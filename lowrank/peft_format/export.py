@@ -36,6 +36,7 @@ from lowrank.peft_format.folder import (
 from lowrank.peft_format.pairs import Pair, plain, recompressed, stacked, uniform
 from lowrank.peft_format.proof import adapted_paths, check_written
 from lowrank.plan import peft_patterns
+from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.unused import layers_only_read
 
 # By the end of a model's class name: PEFT's task, and the heads that PEFT then trains in full unasked.
@@ -107,6 +108,7 @@ def export_peft(
             in it (all are named).
     """
     root = wrapped_root(model)
+    check_whole(model, "export_peft")
     name = one_name(root, name)
     adapters = adapters_of(root, name)
     _check_exportable(root, adapters, name)

@@ -54,6 +54,10 @@ class Cursor:
                 self.taken, self.done, self._last = self.taken + len(group), self.done + 1, group[-1]
                 yield self.epoch, self.taken - len(group) + 1, group
                 continue
+            if self.groups.rounds is not None and self.done < self.epoch * self.groups.rounds:
+                self.done += 1
+                yield self.epoch, self.taken + 1, []  # other processes have more batches
+                continue
             if self.taken == 0 or isinstance(self.batches, Iterator):
                 raise ValueError(self.groups.ran_dry(self.done))
             self._source = None

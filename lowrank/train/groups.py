@@ -21,10 +21,13 @@ class Groups:
     size: int
     steps: int
     length: int | None
+    rounds: int | None = None  # steps of an epoch in the process that takes the most; the others wait
 
     @property
     def per_epoch(self) -> int | None:
         """Steps in one pass over the batches."""
+        if self.rounds is not None:
+            return self.rounds
         return None if self.length is None else -(-self.length // self.size)
 
     @classmethod

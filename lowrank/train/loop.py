@@ -24,13 +24,14 @@ from lowrank.train.data import Cursor
 from lowrank.train.groups import Groups
 from lowrank.train.history import History
 from lowrank.train.optim import Schedule, make_optimizer
-from lowrank.train.parallel import SingleProcess
+from lowrank.train.parallel import SingleProcess, parallel_of
 from lowrank.train.reports import reporting
 from lowrank.train.run import Run, data_seed
 from lowrank.train.scope import count_steps, evaluating, forked_generators, mode, seed_after, steps_taken
 from lowrank.train.signals import Stopped, noted
 from lowrank.train.speed import compiled, recomputing
 from lowrank.train.step import Gradients, needs_scaling
+from lowrank.train.together import TogetherGradients
 
 
 def fit(
@@ -115,56 +116,70 @@ def fit(
     included, has the steps so far as its ``history``. Warns where a layer's first gradient is exactly zero,
     unless ``allow_unused``.
     """
-    _check_counts(
-        epochs=epochs,
-        steps=steps,
-        accumulate=accumulate,
-        evaluate_every=evaluate_every,
-        every=every,
-        keep=keep,
-    )
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip is a positive norm, or None to leave the gradient as it is, not {clip}")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"autocast is torch.bfloat16, torch.float16 or None, not {autocast}")
-    if evaluate_every is not None and evaluate is None:
-        raise ValueError("evaluate_every says when to evaluate, but there is no evaluate")
-    if every is not None and checkpoint is None:
-        raise ValueError("every says when to save a checkpoint, but there is no checkpoint folder")
-    parallel = SingleProcess()
-    groups = Groups.plan(batches, epochs, steps, accumulate)
-    factor = Schedule(schedule, groups.steps, warmup)
-    made = make_optimizer(model, parameters, optimizer, lr=lr, weight_decay=weight_decay, betas=betas)
-    scaler = torch.amp.GradScaler(model_device(model).type, enabled=needs_scaling(model, autocast))
-    called = compiled(model, compile)
-    gradients = Gradients(called, made, loss or output_loss, weight, clip, autocast, scaler, parallel)
-    evaluate_every = evaluate_every or (groups.per_epoch if steps is None else None) or groups.steps
-    every = every or evaluate_every
-    options: dict[str, Any] = {
-        "epochs": epochs,
-        "steps": steps,
-        "accumulate": accumulate,
-        "clip": clip,
-        "seed": seed,
-    }
-    options |= {"schedule": schedule, "warmup": warmup, "autocast": str(autocast), "processes": parallel.size}
-    options |= {"evaluate_every": evaluate_every if evaluate is not None else None, "compile": bool(compile)}
-    options |= {"gradient_checkpointing": gradient_checkpointing}
-    folder = None if checkpoint is None else Checkpoints(checkpoint, keep)
+    model, parallel = parallel_of(model)
     history = History()
-
     with ExitStack() as scope:
         scope.enter_context(_carried(history))
+        scope.enter_context(parallel.guarded())
+        _check_counts(
+            epochs=epochs,
+            steps=steps,
+            accumulate=accumulate,
+            evaluate_every=evaluate_every,
+            every=every,
+            keep=keep,
+        )
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip is a positive norm, or None to leave the gradient as it is, not {clip}")
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast is torch.bfloat16, torch.float16 or None, not {autocast}")
+        if evaluate_every is not None and evaluate is None:
+            raise ValueError("evaluate_every says when to evaluate, but there is no evaluate")
+        if every is not None and checkpoint is None:
+            raise ValueError("every says when to save a checkpoint, but there is no checkpoint folder")
+        groups = parallel.planned(Groups.plan(batches, epochs, steps, accumulate))
+        factor = Schedule(schedule, groups.steps, warmup)
+        made = make_optimizer(model, parameters, optimizer, lr=lr, weight_decay=weight_decay, betas=betas)
+        scaler = torch.amp.GradScaler(model_device(model).type, enabled=needs_scaling(model, autocast))
+        parallel.check_scaling(scaler.is_enabled())
+        called = compiled(model, compile)
+        kind = Gradients if parallel.size == 1 else TogetherGradients
+        gradients = kind(called, made, loss or output_loss, weight, clip, autocast, scaler, parallel)
+        evaluate_every = evaluate_every or (groups.per_epoch if steps is None else None) or groups.steps
+        every = every or evaluate_every
+        options: dict[str, Any] = {
+            "epochs": epochs,
+            "steps": steps,
+            "accumulate": accumulate,
+            "clip": clip,
+            "seed": seed,
+        }
+        options |= {
+            "schedule": schedule,
+            "warmup": warmup,
+            "autocast": str(autocast),
+            "processes": parallel.size,
+        }
+        options |= {
+            "evaluate_every": evaluate_every if evaluate is not None else None,
+            "compile": bool(compile),
+        }
+        options |= {"gradient_checkpointing": gradient_checkpointing}
+        folder = None if checkpoint is None else Checkpoints(checkpoint, keep)
+
         scope.enter_context(recomputing(model, gradient_checkpointing))
         scope.enter_context(mode(model, training=True))
         if seed is not None:
-            scope.enter_context(forked_generators(seed_after(seed, steps_taken(gradients.parameters))))
+            scope.enter_context(
+                forked_generators(parallel.seed(seed_after(seed, steps_taken(gradients.parameters))))
+            )
         scope.callback(lambda: count_steps(gradients.parameters, len(history)))
         cursor = Cursor(groups, data_seed())
         run = Run(model, gradients, factor, cursor, options, callbacks, allow_unused, history)
         scope.callback(run.clear)
-        _resumed(run, folder, resume)
-        report = scope.enter_context(reporting(run, log, progress and parallel.writes))
+        _resumed(run, folder, resume, parallel)
+        writes = parallel.writes
+        report = scope.enter_context(reporting(run, log if writes else None, progress and writes))
         signalled = scope.enter_context(noted(folder is not None))
 
         run.clear()
@@ -180,7 +195,7 @@ def fit(
                 callback.after_step(run, record)
             asked = parallel.any(signalled.number != 0)
             if folder is not None and (run.over or asked or record.step % every == 0):
-                folder.save(record.step, run.state_dict())
+                _save(folder, run, parallel)
             if asked and not run.over:
                 raise Stopped(signalled.number, _stopped(record.step, groups.steps, folder))
             if run.over:
@@ -193,16 +208,22 @@ def fit(
     return history
 
 
-def _resumed(run: Run, folder: Checkpoints | None, resume: bool) -> None:
+def _save(folder: Checkpoints, run: Run, parallel: SingleProcess) -> None:
+    state = parallel.state(run.state_dict())
+    parallel.by_writer(lambda: folder.save(run.step, state))
+
+
+def _resumed(run: Run, folder: Checkpoints | None, resume: bool, parallel: SingleProcess) -> None:
     """Continues from the newest checkpoint that is whole, if there is one."""
     if folder is None:
         return
     if not resume:
-        folder.clear()
+        parallel.by_writer(folder.clear)
         return
-    for _, state in folder.load():
-        run.load_state_dict(state)
-        return
+    step, state = next(folder.load(), (0, None))
+    parallel.check_same(step, f"the newest checkpoint in {folder.folder}, which all must read,")
+    if state is not None:
+        run.load_state_dict(parallel.own(state))
 
 
 def _scores(evaluate: Callable[[nn.Module], Mapping[str, float]], model: nn.Module) -> dict[str, float]:

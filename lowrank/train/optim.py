@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank.processes import is_sharded
+
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -112,6 +114,7 @@ def adamw(
         _check_options(
             group.get("lr", lr), group.get("weight_decay", weight_decay), group.get("betas", betas)
         )
+    groups = [part for group in groups for part in _by_kind(group)]
     every = [parameter for group in groups for parameter in group["params"]]
     if not every:
         raise ValueError(
@@ -146,6 +149,12 @@ def _groups(parameters: list[Any]) -> list[dict[str, Any]]:
         return [{"params": parameters}]
     kinds = sorted({type(item).__name__ for item in parameters})
     raise ValueError(f"parameters are nn.Parameters, or dicts with 'params', not both; got {kinds}")
+
+
+def _by_kind(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Sharded parameters apart from whole ones, since no kernel takes both at once."""
+    kinds = [[p for p in group["params"] if is_sharded(p) is sharded] for sharded in (False, True)]
+    return [{**group, "params": held} for held in kinds if held]
 
 
 def _check_options(lr: float, weight_decay: float, betas: tuple[float, float]) -> None:

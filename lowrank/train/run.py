@@ -93,7 +93,7 @@ class Run:
             loss=outcome.loss,
             lr=self.optimizer.param_groups[0]["lr"],
             grad_norm=outcome.norm,
-            tokens_per_second=sum(map(count_tokens, group)) / spent,
+            tokens_per_second=self.gradients.parallel.sum(sum(map(count_tokens, group))) / spent,
             seconds=self.seconds,
             skipped=outcome.skipped,
         )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.processes import fill, spread_as
+
 
 class Trained:
     """The tensors of ``model`` that a run changes: ``parameters``, and the buffers that go with them.
@@ -46,7 +48,7 @@ class Trained:
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The shapes are those of `described`, which is for the caller to have compared."""
         for name, saved in state["parameters"].items():
-            self.parameters[name].copy_(saved)
+            fill(self.parameters[name], saved)
         held = {name: (module, key, buffer) for name, module, key, buffer in self._buffers()}
         for name, saved in state["buffers"].items():
             if name not in held:
@@ -85,6 +87,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         for key, value in saved.items():
             if isinstance(value, Tensor) and held[key].dtype != value.dtype:
                 held[key] = value.to(held[key].device)
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape:
+                held[key] = spread_as(parameters[index], held[key])
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

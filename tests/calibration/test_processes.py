@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowrank.calibration import calibrate
 from lowrank.calibration.accumulators import Covariance, Rows
 from lowrank.calibration.inputs import Inputs
-from lowrank.calibration.reduce import Processes
+from lowrank.processes import Processes
 from lowrank.models.projections import Projection
 from lowrank.models.targets import select
 from tests import zoo
