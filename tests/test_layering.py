@@ -29,6 +29,8 @@ LAYERS = [
     {"merging", "combining"},
     {"wrap"},
     {"presets", "checkpoint", "swapping", "peft_format"},
+    {"train"},  # whatever requires grad; see ONLY for what it may import
+    {"memory"},
     {"integrations"},  # one file for each library that drives training, imported by the user
     {"__init__"},  # the public names
     {"demo"},
