@@ -6,6 +6,7 @@ The step itself is followed by `train.memory`; here the plan's adapters are put 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import added_parameters, plan_of
-from lowrank.batches import Loss, output_loss
+from lowrank.batches import Loss, model_device, output_loss
 from lowrank.init import Kaiming
 from lowrank.init.base import frozen_factors, starts_anchored
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
 from lowrank.plan import Plan
 from lowrank.train.memory import MemoryReport, Optimizers, StandIn, optimizer_factory
-from lowrank.wrapping.install import bare, device_beside
+from lowrank.wrapping.install import bare
 from lowrank.wrapping.planning import fitted_plan
 
 PRECISIONS: dict[Any, tuple[torch.dtype | None, torch.dtype | None]] = {  # dtype of the base, autocast
@@ -82,19 +83,18 @@ def memory_report(
         batch: Any, precision: Any, change: Callable[[nn.Module], object] | None = None
     ) -> MemoryReport:
         dtype, autocast = PRECISIONS[precision]
-        stand_in = StandIn(model, dtype, keep=_beside(model) if wrapped else ())
+        outline = _outline(model, dtype, keep=_beside(model))
         if not wrapped:
             assert plan is not None
-            with stand_in.inside():
-                _install(stand_in.model, plan)
+            _install(outline, plan)
         if change is not None:
-            change(stand_in.model)
-        return stand_in.step(
+            change(outline)
+        return StandIn(outline, model_device(model)).step(
             _inputs(model, batch, tokens) if isinstance(batch, int) else batch,
             loss or output_loss,
             autocast=autocast,
             optimizer=factory,
-            beside=list(_beside(stand_in.model)),
+            beside=_beside(outline),
             title=_title(model, batch, tokens, precision),
         )
 
@@ -137,14 +137,29 @@ def _freeze_A(model: nn.Module) -> None:
             module.A0 = module.B0 = None
 
 
+def _outline(model: nn.Module, dtype: torch.dtype | None, keep: Iterable[Tensor]) -> nn.Module:
+    """A copy on the meta device; what is plain and floating-point is in ``dtype``, but for ``keep``."""
+    kept = {id(tensor) for tensor in keep}
+    made: dict[int, Any] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        if type(tensor) in (nn.Parameter, Tensor):
+            cast = dtype is not None and tensor.is_floating_point() and tensor.itemsize > 1
+            to = dtype if cast and id(tensor) not in kept else None
+            held = torch.empty_like(tensor, dtype=to, device="meta")
+            if isinstance(tensor, nn.Parameter):
+                held = nn.Parameter(held, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = held
+    return deepcopy(model, made)
+
+
 def _install(model: nn.Module, plan: Plan) -> None:
-    """The adapters of ``plan`` in a stand-in, without numbers too."""
+    """The adapters of ``plan``, on the meta device too."""
     init = plan.init or Kaiming()
     adapters = {}
     for p in plan.adapted:
         weight = model.get_submodule(p.module)._parameters[p.param]
         assert weight is not None
-        where: dict[str, Any] = {"dtype": master_dtype(weight.dtype), "device": device_beside(model, p)}
+        where: dict[str, Any] = {"dtype": master_dtype(weight.dtype), "device": "meta"}
         state = {"A": torch.empty(plan[p].rank, p.in_features, **where)}
         state["B"] = torch.empty(p.out_features, plan[p].rank, **where)
         if starts_anchored(init, p.role):

@@ -131,19 +131,21 @@ class StandIn:
 
     Args:
         model: is not changed.
-        dtype: what the floating-point tensors are cast to, all but ``keep``; None leaves them as they are.
+        device: where what is on the meta device will be; by default the model's, or the CPU.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, keep: Iterable[Tensor] = ()):
+    def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
         # Importing this takes a second.
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         self.mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
-        kept = {id(tensor) for tensor in keep}
+        self.device = model_device(model) if device is None else device
+        if self.device.type == "meta":
+            self.device = torch.device("cpu")
         self.of: dict[int, Any] = {}  # by the id of the real tensor
         for tensor in chain(model.parameters(), model.buffers()):
             if type(tensor) in (nn.Parameter, Tensor):
-                self.of[id(tensor)] = self._made(tensor, None if id(tensor) in kept else dtype)
+                self.of[id(tensor)] = self._made(tensor)
         with self.inside():
             self.model: nn.Module = deepcopy(model, dict(self.of))
 
@@ -155,12 +157,10 @@ class StandIn:
             warnings.simplefilter("ignore")
             yield
 
-    def _made(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        if dtype is None or not tensor.is_floating_point() or tensor.itemsize == 1:
-            dtype = tensor.dtype
-        device = "cpu" if tensor.is_meta else tensor.device
+    def _made(self, tensor: Tensor) -> Tensor:
+        device = self.device if tensor.is_meta else tensor.device
         with self.mode:
-            made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype, device=device)
+            made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
             if isinstance(tensor, nn.Parameter):
                 made = nn.Parameter(made, requires_grad=tensor.requires_grad)
         return made
@@ -175,9 +175,8 @@ class StandIn:
         beside: Iterable[Tensor] = (),
         title: str = "a training step",
     ) -> MemoryReport:
-        """See `step_memory`; ``beside`` may be tensors of the model or of the stand-in."""
-        model = self.model
-        device = model_device(model)
+        """See `step_memory`."""
+        model, device = self.model, self.device
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         frozen = [t for t in chain(model.parameters(), model.buffers()) if not t.requires_grad]
         added = [self.of.get(id(tensor), tensor) for tensor in beside]
