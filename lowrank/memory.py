@@ -21,7 +21,8 @@ from lowrank.init.base import frozen_factors, starts_anchored
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
 from lowrank.plan import Plan
-from lowrank.train.memory import MemoryReport, Optimizers, StandIn, optimizer_factory
+from lowrank.train.memory import Optimizers, StandIn, optimizer_factory
+from lowrank.train.memory_table import MemoryReport
 from lowrank.wrapping.install import bare
 from lowrank.wrapping.planning import fitted_plan
 

@@ -233,3 +233,24 @@ def test_storages_are_counted_once_and_until_they_are_freed() -> None:
     assert storages.size(storages.alive()) == 32 + 256 and storages.numbers([c]) <= storages.alive()
     assert storages.peak == 1024 + 32
     assert storages.at_peak({"first": storages.numbers([b])}) == {"first": 32, "temporary": 1024}
+
+
+def test_fit_prints_the_report_before_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
+    model, batch = wrapped("llama"), zoo.batch("llama")
+    expected = str(step_memory(model, batch)).splitlines()
+    torch.manual_seed(3)
+    lowrank.train.fit(model, [batch], steps=2, report=True, progress=False)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[: len(expected) - 1] == expected[:-1]  # the last line says what is free just then
+    other = wrapped("llama")
+    lowrank.train.fit(other, [batch], steps=2, progress=False)
+    assert all(p.equal(other.get_parameter(name)) for name, p in model.named_parameters())
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_gradient_checkpointing_keeps_less() -> None:
+    model, batch = wrapped("llama"), zoo.batch("llama")
+    plain = step_memory(model, batch)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    assert step_memory(model, batch).activations < plain.activations / 2

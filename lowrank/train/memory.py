@@ -6,11 +6,11 @@ knows no family of models and no adapter.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lowrank.batches import Loss, model_device, output_loss, scalar_loss
+from lowrank.train.memory_table import MemoryReport
 from lowrank.train.storages import Storages, bytes_of, free_bytes
 
 Optimizers = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -28,68 +29,6 @@ OPTIMIZERS: dict[str, Optimizers] = {
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, fused=True),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
 }
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """What a training step holds, in bytes. ``print`` shows it as a table.
-
-    weights: of the base: parameters and buffers that are not trained.
-    adapters: what is trained, and what adapters keep beside it.
-    gradients, optimizer: of what is trained.
-    activations: kept for backward, at the end of forward.
-    at_peak: how much of each of these is held at the moment when most is held; ``temporary`` is what
-        operations need in passing.
-    free: bytes of the device that the whole may take; None where it is not known.
-    helps: what would make it smaller, and the peak then.
-    """
-
-    weights: int
-    adapters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    at_peak: Mapping[str, int]
-    free: int | None = None
-    helps: tuple[tuple[str, int], ...] = ()
-    title: str = "a training step"
-
-    @property
-    def peak(self) -> int:
-        """The most bytes that are held at once."""
-        return sum(self.at_peak.values())
-
-    @property
-    def fits(self) -> bool:
-        """Is the peak no more than what is free? True where that is not known."""
-        return self.free is None or self.peak <= self.free
-
-    def __str__(self) -> str:
-        """A table: what each part takes in all, and at the peak."""
-        rows = [("MiB", "in all", "at the peak")]
-        for name, held in self.at_peak.items():
-            whole = getattr(self, name, None)
-            rows.append((name, "" if whole is None else _mebibytes(whole), _mebibytes(held)))
-        rows.append(("peak", "", _mebibytes(self.peak)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                [
-                    row[0].ljust(widths[0]),
-                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
-                ]
-            )
-            for row in rows
-        ]
-        rule = "  ".join("-" * width for width in widths)
-        lines = [f"Memory of {self.title}", *lines[:1], rule, *lines[1:-1], rule, lines[-1]]
-        if self.free is not None:
-            verdict = "it fits" if self.fits else "it does not fit"
-            lines.append(f"free on the device: {_mebibytes(self.free)} MiB: {verdict}")
-        if self.helps:
-            lines.append("what would help, and the peak then:")
-            lines += [f"  {what}: {_mebibytes(peak)} MiB" for what, peak in self.helps]
-        return "\n".join(line.rstrip() for line in lines)
 
 
 def step_memory(
@@ -124,6 +63,29 @@ def step_memory(
     return stand_in.step(
         batch, loss or output_loss, autocast=autocast, optimizer=factory, beside=beside, title=title
     )
+
+
+def told(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss | None,
+    autocast: torch.dtype | None,
+    optimizer: torch.optim.Optimizer,
+) -> str:
+    """The table of `step_memory` for an optimizer of this class and its groups, or why there is none."""
+    cls: Any = type(optimizer)
+
+    def made(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return cls(list(parameters), **{k: v for k, v in optimizer.defaults.items() if k in _arguments(cls)})
+
+    try:
+        return str(step_memory(model, batch, loss, autocast=autocast, optimizer=made))
+    except (ValueError, TypeError) as error:
+        return f"no report of memory: {error}"
+
+
+def _arguments(cls: type) -> set[str]:
+    return set(inspect.signature(cls).parameters)
 
 
 class StandIn:
@@ -239,7 +201,3 @@ def optimizer_factory(optimizer: str | Optimizers) -> Optimizers:
             f"optimizer, got {optimizer!r}"
         )
     return OPTIMIZERS[optimizer]
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f}"

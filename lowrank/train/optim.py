@@ -6,7 +6,7 @@ It knows parameters, not what they are part of.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,34 @@ class Schedule:
             return 1.0
         done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
         return 1 - done if self.kind == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+def make_optimizer(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
+    factory: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """`adamw`, or what ``factory`` makes of the groups that it would have.
+
+    Raises ValueError as `adamw` does, and where ``factory`` gives no optimizer of just these parameters.
+    """
+    usual = adamw(model, parameters, **options)
+    if factory is None:
+        return usual
+    groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in usual.param_groups]
+    made = factory(groups)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ValueError(f"optimizer must give a torch.optim.Optimizer, not {type(made).__name__}")
+    if _ids(made) != _ids(usual):
+        raise ValueError(
+            "optimizer must give one that trains the parameters of the groups that it gets, all of them"
+        )
+    return made
+
+
+def _ids(optimizer: torch.optim.Optimizer) -> list[int]:
+    return sorted(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
 
 
 def adamw(
