@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from lowrank.init.base import Factors, Given, Start
+from lowrank.models.projections import Role
 
 
 @dataclass(frozen=True)
 class Kaiming(Start):
     """A Kaiming-uniform with a = √5, as in the authors' code: uniform on ±1/√in. B zero."""
+
+    def anchored(self, role: Role) -> bool:
+        """B is zero."""
+        return False
 
     def factors(self, given: Given) -> Factors:
         """A (rank, in), drawn where the generator lives, and B (out, rank); fp32, on the weight's device."""
@@ -28,6 +33,10 @@ class Kaiming(Start):
 @dataclass(frozen=True)
 class Gaussian(Start):
     """A normal with standard deviation 1/rank. B zero."""
+
+    def anchored(self, role: Role) -> bool:
+        """B is zero."""
+        return False
 
     def factors(self, given: Given) -> Factors:
         """A (rank, in), drawn where the generator lives, and B (out, rank); fp32, on the weight's device."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lowrank.layers.bases import fake
 from lowrank.layers.functional import Block, transformed
 from lowrank.layers.gemm import differentiable_once
 from lowrank.layers.weight import effective_weight
@@ -37,7 +38,7 @@ def read_weight(
             return effective_weight(weight.t(), blocks).t()
         return effective_weight(weight, blocks)
 
-    if torch.compiler.is_compiling() or transformed() or _fake(weight):
+    if torch.compiler.is_compiling() or transformed() or fake(weight):
         return compute()
     spans = [(block.rows, block.scaling) for block in blocks]
     factors = (factor for _, A, B, _, A0, B0 in blocks for factor in (A, B, A0, B0))
@@ -47,16 +48,11 @@ def read_weight(
 def readable(weight: Any) -> bool:
     """Can ΔW be added to ``weight``? Not where it is packed, sharded, elsewhere (meta), or in 8 bits."""
     return (
-        (type(weight) in (nn.Parameter, Tensor) or _fake(weight))
+        (type(weight) in (nn.Parameter, Tensor) or fake(weight))
         and weight.is_floating_point()
         and weight.itemsize > 1
         and not weight.is_meta
     )
-
-
-def _fake(weight: Tensor) -> bool:
-    """Is it a stand-in, as torch.export traces with? Told by name: importing its class takes long."""
-    return type(weight).__name__ == "FakeTensor"
 
 
 class ReadWeight(Tensor):
