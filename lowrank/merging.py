@@ -22,8 +22,9 @@ from lowrank.choosing import check_together
 from lowrank.layers.adapter import Adapter, updates, weighted
 from lowrank.layers.bases import multiplies
 from lowrank.layers.functional import Block
-from lowrank.layers.linear import LoRALinear
+from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.tree import hung_at, original, without_copies
+from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import as_rows, quantized
 from lowrank.wrapping.install import bare
@@ -170,7 +171,8 @@ def _check_mergeable(root: nn.Module, projections: Iterable[Projection], dequant
                 "beside it, or merge(model, dequantize=True) to have these layers in floating point"
             )
         try:
-            product = on_weight(root, p) or multiplies(base, as_rows(base, p.param))
+            known = on_weight(root, p) or kind_of(base) is not None
+            product = known or multiplies(base, as_rows(base, p.param))
         except ValueError as error:
             raise ValueError(f"{p.name}: {error}") from error
         if not product:
@@ -205,7 +207,7 @@ def _match_bias(layer: nn.Module, dtype: torch.dtype) -> None:
 def _unpack(root: nn.Module, p: Projection) -> None:
     """Puts the dequantized weight, in fp32, in the place of the packed one, in a plain layer."""
     layer = without_copies(hung_at(root, p.module))
-    assert isinstance(layer, LoRALinear)
+    assert isinstance(layer, AdaptedLayer)
     weight = nn.Parameter(as_rows(layer.base, p.param).to(torch.float32, copy=True), requires_grad=False)
     if type(layer.base) is not nn.Linear:
         plain = nn.Linear(layer.in_features, layer.out_features, device="meta").train(layer.training)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lowrank.adapters import adapters_of, one_name, plan_of, wrapped_root
 from lowrank.files import packed, write
 from lowrank.layers.adapter import Adapter
-from lowrank.layers.linear import LoRALinear
+from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.tree import hung_at, state_as, without_copies
 from lowrank.linalg.rows import Rows
 from lowrank.models.projections import Projection, on_weight
@@ -169,9 +169,9 @@ def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], n
         raise ValueError(f"PEFT has no place for these adapters; {advice}:\n  " + "\n  ".join(problems))
 
 
-def _layer(root: nn.Module, module: str) -> LoRALinear:
+def _layer(root: nn.Module, module: str) -> AdaptedLayer:
     layer = without_copies(hung_at(root, module))
-    assert isinstance(layer, LoRALinear)
+    assert isinstance(layer, AdaptedLayer)
     return layer
 
 
@@ -190,7 +190,7 @@ def _trained_states(root: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
     problems, states, hung = [], {}, places(root)
     for path in taken:
         module = paths[path]
-        own = [each for each in module.modules() if isinstance(each, LoRALinear) and name in each.adapters]
+        own = [each for each in module.modules() if isinstance(each, AdaptedLayer) and name in each.adapters]
         if own:
             problems.append(f"{path}: it holds adapters, and PEFT would train it in full, going by its name")
         elif any(above in states for above in ancestors(path)):

@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import nn
 
-from lowrank.layers.linear import LoRALinear
+from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight
 from lowrank.models.storage import is_linear, quantized
 
-ADAPTED = (LoRALinear, AdaptedWeight, TrainedModule)
+ADAPTED = (AdaptedLayer, AdaptedWeight, TrainedModule)
 SAVE = "save_pretrained"
 MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 CONFIG_MARKS = ("quantization_config", "_is_quantized")
