@@ -1,4 +1,4 @@
-"""Embeddings and convolutions as targets: what holds for linear layers holds for them, and only when asked."""
+"""Embeddings and convolutions as targets: what holds for linear layers holds for them, when asked for."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_start_train_save_merge_and_unwrap(name: str, init: Any, tmp_path: Path)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gradients_are_those_of_the_updated_weight(name: str) -> None:
     make, target = MODELS[name]
-    model, batch = make()
+    model, _ = make()
     lowrank.wrap_model(model, Policy(target=target, rank=2, init=Principal()), progress=False)
     perturb(model)
     for layer in lowrank.adapted_layers(model).values():
@@ -132,9 +132,8 @@ def test_several_adapters_add_up_and_combine(name: str) -> None:
     make, target = MODELS[name]
     model, batch = make()
     lowrank.wrap_model(model, Policy(target=target, rank=2), progress=False)
-    lowrank.add_adapter(
-        model, Policy(target=target, rank=1, init=Principal(), seed=3), name="b", progress=False
-    )
+    other = Policy(target=target, rank=1, init=Principal(), seed=3)
+    lowrank.add_adapter(model, other, name="b", progress=False)
     perturb(model)
     lowrank.combine_adapters(model, {"default": 0.5, "b": 2.0}, name="both")
     with lowrank.use_adapters(model, {"default": 0.5, "b": 2.0}):
@@ -177,7 +176,7 @@ def test_tokens_that_training_does_not_meet_keep_their_vectors() -> None:
     met = torch.zeros(zoo.VOCABULARY, dtype=torch.bool)
     met[batch["input_ids"][batch["attention_mask"] == 1]] = True
     met[0] = False
-    assert torch.equal(moved, met)
+    assert moved.any() and not moved[~met].any()
 
 
 def test_the_padding_vector_does_not_change_from_an_anchored_start() -> None:

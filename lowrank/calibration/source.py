@@ -118,9 +118,9 @@ def _check_measurable(wanted: Mapping[Projection, frozenset[str]]) -> None:
     for p, needs in wanted.items():
         if p.role in (Role.EMBEDDING, Role.CONV):
             raise ValueError(
-                f"{p.name}: {' and '.join(sorted(needs))} cannot be measured of a projection of role {p.role}: "
-                "choose an initializer and an allocator that need no batches, such as Kaiming() and Uniform(), "
-                "or leave it out of target="
+                f"{p.name}: {' and '.join(sorted(needs))} cannot be measured of a projection of role "
+                f"{p.role}: choose an initializer and an allocator that need no batches, as Kaiming() and "
+                "Uniform(), or leave it out of target="
             )
 
 

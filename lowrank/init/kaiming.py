@@ -1,7 +1,7 @@
 """The usual starts of LoRA (2106.09685): A random, B zero, so that ΔW is zero at first.
 
 An embedding starts the other way round, A zero and B normal, as in the authors' code: a token that training
-does not meet keeps its vector. Only the weight's shape and device are looked at: nothing is copied, whatever its size.
+does not meet keeps its vector. Only the weight's shape and device are looked at: nothing is copied.
 """
 
 from __future__ import annotations

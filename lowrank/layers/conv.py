@@ -1,4 +1,4 @@
-"""`LoRAConv`: a frozen convolution with low-rank updates: a convolution to ``rank`` channels, then a 1×1 one."""
+"""`LoRAConv`: a frozen convolution with low-rank updates, convolutions to ``rank`` channels and back."""
 
 from __future__ import annotations
 

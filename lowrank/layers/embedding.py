@@ -17,7 +17,8 @@ class LoRAEmbedding(StandIn):
 
     A is ``(rank, vocabulary)`` and B is ``(dim, rank)``: the weight as the matrix that maps a one-hot vector
     to an embedding. A token that ``padding_idx`` names gets no gradient. A subclass with a forward of its
-    own, such as one that multiplies by √dim, is called with Aᵀ in the place of its weight. Dropout does not act.
+    own, such as one that multiplies by √dim, is called with Aᵀ in the place of its weight.
+    Dropout does not act.
     """
 
     @property

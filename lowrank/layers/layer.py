@@ -1,4 +1,4 @@
-"""What every adapted layer is: the base with its adapters by name beside it. What it computes, each kind says.
+"""What every adapted layer is: the base with its adapters by name. Each kind says what it computes.
 
 It never writes to the base, and knows no model.
 """

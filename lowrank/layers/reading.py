@@ -20,7 +20,7 @@ from lowrank.linalg.rows import Rows, take
 
 
 class Layout(NamedTuple):
-    """How a matrix ``(out, in)`` is stored: ``rows(stored)`` is the matrix, ``stored(rows, shape)`` undoes it."""
+    """How a matrix ``(out, in)`` is stored: ``rows(…)`` is the matrix, and ``stored(…, shape)`` undoes it."""
 
     rows: Callable[[Tensor], Tensor]
     stored: Callable[[Tensor, torch.Size], Tensor]

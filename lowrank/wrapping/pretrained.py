@@ -108,6 +108,22 @@ def forget_quantization(root: nn.Module) -> None:
                 getattr(getattr(part, "config", None), "__dict__", {}).pop(name, None)
 
 
+def forget_ties(root: nn.Module) -> None:
+    """Removes what says that weights of ``root`` are tied which are not any more."""
+    for model in root.modules():
+        keys = model.__dict__.get("all_tied_weights_keys")
+        if not isinstance(keys, dict):
+            continue
+        named = dict(model.named_parameters(remove_duplicate=False))
+        left = {one: other for one, other in keys.items() if named.get(one) is named.get(other)}
+        if left == keys:
+            continue
+        model.__dict__["all_tied_weights_keys"] = left
+        config = getattr(model, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
 def _list_plain_layers(model: Any) -> None:
     settings = copy.copy(getattr(model.config, "quantization_config", None))
     name = next((each for each in SKIPPED if hasattr(settings, each)), None)
