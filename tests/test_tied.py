@@ -13,7 +13,6 @@ from lowrank import Policy
 from tests import zoo
 from tests.helpers import frozen_logits, logits, perturb
 
-
 TIED = ("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")
 
 
