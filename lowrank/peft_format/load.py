@@ -20,7 +20,7 @@ from lowrank.layers.bases import master_dtype
 from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, Role, further, scan
 from lowrank.models.storage import weight_shape
-from lowrank.peft_format.factors import BASE, factor_problem, factor_shapes
+from lowrank.peft_format.factors import BASE, factor_key, factor_problem, factor_shapes
 from lowrank.peft_format.folder import Contents, Tensors, ancestors, base_paths, places
 from lowrank.peft_format.names import present_name
 from lowrank.peft_format.pairs import reduced
@@ -125,22 +125,27 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
     config.check_cost(known.keys() & contents.layers.keys())
     for path, entries in contents.layers.items():
         if path not in known:
-            problems.append(f"{path}: the model has no such module that can be adapted")
+            problems.append(f"{path}: the model has no such linear module, embedding or convolution")
             continue
         rank, (out, columns) = config.rank(path), known[path].shape
-        wanted = factor_shapes(model.get_submodule(path), rank, (out, columns))
+        module = model.get_submodule(path)
+        wanted = factor_shapes(module, rank, (out, columns))
         shapes = {factor: entry.shape for factor, entry in sorted(entries.items())}
         if shapes != wanted:
             problems.append(f"{path}: its factors are {shapes}, not {wanted}")
+        elif any(f"{path}.{factor_key(module, each)}" not in contents.keys for each in entries):
+            problems.append(
+                f"{path}: its factors have the names of another kind of layer than {type(module).__name__}"
+            )
         elif any(entry.dtype not in FLOATS for entry in entries.values()):
             problems.append(f"{path}: its factors are not floating point")
         elif rank > 2 * (out + columns):
             problems.append(
                 f"{path}: rank {rank} is far more than a weight of shape {(out, columns)} can use"
             )
-        elif hung[model.get_submodule(path)] > 1:
+        elif hung[module] > 1:
             problems.append(f"{path}: it is used in several places, of which PEFT adapts one")
-        elif kind_of(model.get_submodule(path)) and (why := factor_problem(model.get_submodule(path))):
+        elif kind_of(module) and (why := factor_problem(module)):
             problems.append(f"{path}: {why}")
         elif config.lists_targets and not config.adapts(path):
             problems.append(f"{path}: target_modules does not name it, so PEFT would not adapt it")
