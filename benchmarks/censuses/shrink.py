@@ -23,6 +23,7 @@ SIZES: list[tuple[str, int]] = [
     (r"qk_rope_head_dim|rotary_dim", 4),
     (r"qk_head_dim", 12),
     (r"(kv|q|o|decay|gate|value|a|v)_(lora_)?(rank|low_rank_dim)|mla_.*rank", 16),
+    (r"num_feat_extract_layers", 99),
     (r".*(num_hidden_layers|num_layers|n_layers?|encoder_layers|decoder_layers|depth)$|.*_depth|.*_layers$", LAYERS),
     (r"(num|n)_(local_|routed_|moe_)?experts|.*num_experts|n_routed_experts", EXPERTS),
     (r".*experts_per_tok(en)?|moe_k|top_?k(_experts)?|moe_topk", 2),
@@ -39,6 +40,8 @@ SIZES: list[tuple[str, int]] = [
 ]
 KEPT = re.compile(r".*(num_channels|in_channels|in_chans|kernel|stride|dilation|tubelet|ratio|factor|levels).*")
 TOKENS = re.compile(r".*(token_id|token_index|_index|_token)$|(bos|eos|pad|sep|cls|mask|unk)_token_id")
+STAGES = ("out_features", "out_indices", "stage_names")
+INDICES = ("indexes", "indices", "_layer", "_layers", "_idx")
 LISTS = re.compile(r".*(hidden_sizes|dims|embed_dim|channels|embed_dims|conv_dim)$")
 
 
@@ -48,17 +51,37 @@ def configs(config_class: type) -> Iterator[Any]:
     The default may not build at all: then there is none.
     """
     whole = config_class().to_dict()
-    for widths in (True, False):
-        for lists in (True, False):
-            try:
-                yield config_class.from_dict(_small(whole, widths, lists))
-            except Exception:  # whatever a stranger's code raises: the next one may do
+    for lists in ("shrunken", "cut", "kept"):
+        for widths in (True, False):
+            for grouped in (True, False):
+                try:
+                    yield config_class.from_dict(_small(whole, lists, widths, grouped))
+                except Exception:  # whatever a stranger's code raises: the next one may do
+                    continue
+
+
+def _small(config: dict[str, Any], lists: str, widths: bool, grouped: bool) -> dict[str, Any]:
+    """``grouped``: fewer key heads than heads; ``cut``: what has an entry for each layer has fewer, too."""
+    layers, before = _layers(config), _depth(config)
+    made = {}
+    for name, value in config.items():
+        if name in STAGES:  # of layers that are not there
+            continue
+        if isinstance(value, dict) and any(isinstance(key, int) or str(key).isdigit() for key in value):
+            if name not in ("id2label", "label2id"):
+                value = {key: held for key, held in value.items() if int(key) < layers}
+                made[name] = value
                 continue
-
-
-def _small(config: dict[str, Any], widths: bool, lists: bool) -> dict[str, Any]:
-    layers = _layers(config)
-    made = {name: _value(name, value, widths, lists, layers) for name, value in config.items()}
+        if isinstance(value, dict) and name not in ("rope_parameters", "rope_scaling"):
+            made[name] = _small(value, lists, widths, grouped)
+            continue
+        if isinstance(value, (list, tuple)) and lists == "cut" and len(value) == before:
+            value = list(value)[:layers]
+        elif isinstance(value, (list, tuple)) and lists == "cut" and name.endswith(INDICES):
+            value = [i for i in value if i < layers] or [0]
+        made[name] = _value(name, value, widths, lists == "shrunken", layers)
+        if not grouped and "key_value_heads" in name and isinstance(value, int):
+            made[name] = HEADS if widths else value
     for name, value in made.items():
         if isinstance(value, list) and name in ("layer_types", "mlp_layer_types", "layers_block_type"):
             made[name] = _kinds(value, layers)
@@ -67,6 +90,11 @@ def _small(config: dict[str, Any], widths: bool, lists: bool) -> dict[str, Any]:
     if isinstance(made.get("rope_parameters"), dict) or made.get("rope_scaling"):
         made = {name: value for name, value in made.items() if name != "rope_scaling"}
     return made
+
+
+def _depth(config: dict[str, Any]) -> int:
+    said = [config.get(name) for name in ("num_hidden_layers", "num_layers", "n_layer", "depth")]
+    return next((number for number in said if isinstance(number, int)), 0)
 
 
 def _layers(config: dict[str, Any]) -> int:
@@ -81,8 +109,6 @@ def _kinds(value: list[Any], layers: int) -> list[Any]:
 
 
 def _value(name: str, value: Any, widths: bool, lists: bool, layers: int) -> Any:
-    if isinstance(value, dict):
-        return _small(value, widths, lists) if name not in ("rope_parameters", "rope_scaling") else value
     if isinstance(value, bool) or name in ("id2label", "label2id"):
         return value
     if isinstance(value, int):
