@@ -67,11 +67,12 @@ def _small(config: dict[str, Any], lists: str, widths: bool, grouped: bool) -> d
     for name, value in config.items():
         if name in STAGES:  # of layers that are not there
             continue
-        if isinstance(value, dict) and any(isinstance(key, int) or str(key).isdigit() for key in value):
-            if name not in ("id2label", "label2id"):
-                value = {key: held for key, held in value.items() if int(key) < layers}
-                made[name] = value
-                continue
+        if name in ("id2label", "label2id"):
+            made[name] = value
+            continue
+        if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):  # by layer
+            made[name] = {key: held for key, held in value.items() if int(key) < layers}
+            continue
         if isinstance(value, dict) and name not in ("rope_parameters", "rope_scaling"):
             made[name] = _small(value, lists, widths, grouped)
             continue
@@ -109,7 +110,7 @@ def _kinds(value: list[Any], layers: int) -> list[Any]:
 
 
 def _value(name: str, value: Any, widths: bool, lists: bool, layers: int) -> Any:
-    if isinstance(value, bool) or name in ("id2label", "label2id"):
+    if isinstance(value, bool):
         return value
     if isinstance(value, int):
         return _number(name, value, widths, layers)
