@@ -157,7 +157,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         right = sum(map(passed, own))
         share = f"{right / held:.1%}" if held else "–"
         lines.append(f"| {library} | {len(own)} | {built} | {ran} | {held} | {right} | {share} |")
-    wrong = [row for _, row in sorted(rows.items()) if row["state"] in ("checked", "failed") and not passed(row)]
+    wrong = [
+        row for _, row in sorted(rows.items()) if row["state"] in ("checked", "failed") and not passed(row)
+    ]
     if wrong:
         lines += ["", "## Not passed", "", "| model | what was seen |", "|---|---|"]
         for row in wrong:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
+from benchmarks.censuses.sources import Made
 from lowrank import presets
 from lowrank.models.projections import Role
-
-from benchmarks.censuses.sources import Made
 
 # Below an attention or a feed-forward block every projection has a role, but for these: they weight heads,
 # positions or time steps, and choose experts or tokens.
@@ -35,7 +34,10 @@ def check(make: Callable[[], Made]) -> dict[str, Any]:
     Raises whatever ``make`` raises.
     """
     model, batch = make()
-    found: dict[str, Any] = {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
+    found: dict[str, Any] = {
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     linear = lowrank.find_projections(model)
     found["projections"] = len(linear)
     if not linear:
@@ -60,7 +62,9 @@ def check(make: Callable[[], Made]) -> dict[str, Any]:
         checks["trains"] = _attempt(lambda: trains(model.train(), batch, before))
         model.eval()
     checks["reloads"] = _attempt(lambda: reloads(model, base, batch))
-    checks["unwraps"] = _attempt(lambda: unwraps(model, base, batch, before if found["deterministic"] else None))
+    checks["unwraps"] = _attempt(
+        lambda: unwraps(model, base, batch, before if found["deterministic"] else None)
+    )
     checks["roles"] = ", ".join(without_role(plan))
     checks["named"] = ", ".join(not_named(base, plan))
     return found
@@ -164,7 +168,7 @@ def not_named(base: nn.Module, plan: lowrank.Plan) -> list[str]:
     """Matrices above 1 % of the parameters that are neither adapted nor in the plan's list, embeddings apart."""
     adapted = {(p.module, p.param) for p in plan.adapted}
     whole, found = sum(p.numel() for p in base.parameters()), []
-    said = set(getattr(plan, "left_out", ()))
+    said = set(plan.left_out)
     for path, module in base.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}".lstrip(".")

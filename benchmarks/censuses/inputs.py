@@ -1,4 +1,4 @@
-"""What a model of transformers is called with: text, images, sound or series, by the names of its arguments."""
+"""What a model of transformers is called with: text, images, sound or series, by its arguments' names."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
     needed = [
         name
         for name, each in names.items()
-        if each.default is inspect.Parameter.empty and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+        if each.default is inspect.Parameter.empty
+        and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
     ]
     if needed and all(name in known for name in needed):
         yield {name: known[name] for name in needed}

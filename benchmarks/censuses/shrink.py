@@ -24,21 +24,35 @@ SIZES: list[tuple[str, int]] = [
     (r"qk_head_dim", 12),
     (r"(kv|q|o|decay|gate|value|a|v)_(lora_)?(rank|low_rank_dim)|mla_.*rank", 16),
     (r"num_feat_extract_layers", 99),
-    (r".*(num_hidden_layers|num_layers|n_layers?|encoder_layers|decoder_layers|depth)$|.*_depth|.*_layers$", LAYERS),
+    (
+        r".*(num_hidden_layers|num_layers|n_layers?|encoder_layers|decoder_layers|depth)$|.*_depth|.*_layers$",
+        LAYERS,
+    ),
     (r"(num|n)_(local_|routed_|moe_)?experts|.*num_experts|n_routed_experts", EXPERTS),
     (r".*experts_per_tok(en)?|moe_k|top_?k(_experts)?|moe_topk", 2),
     (r"n_groups?|topk_group|num_expert_groups?", 1),
-    (r".*intermediate_(size|dim)|.*ffn_(hidden_)?(dim|size)|d_ff|mlp_dim|.*feed_?forward_(size|dim|hidden_size)|n_inner", WIDER),
+    (
+        r".*intermediate_(size|dim)|.*ffn_(hidden_)?(dim|size)|d_ff|mlp_dim|.*feed_?forward_(size|dim|hidden_size)|n_inner",
+        WIDER,
+    ),
     (r".*linear_units|ff_dim|.*dim_feedforward", WIDER),
-    (r".*(hidden_size|hidden_dim|embed_dim|d_model|n_embd|projection_dim|project_dim|proj_dim|embedding_size)", WIDTH),
-    (r"dim|width|emb_dim|embedding_dim|latent_dim|.*_channels?_list|out_hidden_size|.*output_dim|.*proj_size", WIDTH),
+    (
+        r".*(hidden_size|hidden_dim|embed_dim|d_model|n_embd|projection_dim|project_dim|proj_dim|embedding_size)",
+        WIDTH,
+    ),
+    (
+        r"dim|width|emb_dim|embedding_dim|latent_dim|.*_channels?_list|out_hidden_size|.*output_dim|.*proj_size",
+        WIDTH,
+    ),
     (r".*(max_position_embeddings|n_positions|max_source_positions|max_target_positions|max_seq_len)", 128),
     (r".*sliding_window|attention_window|.*chunk_size|attention_chunk_size", 8),
     (r"num_mel_bins|n_mels", 16),
     (r"image_size|img_size|input_image_size", 64),
     (r"mamba_d_state|ssm_state_size|state_size", 8),
 ]
-KEPT = re.compile(r".*(num_channels|in_channels|in_chans|kernel|stride|dilation|tubelet|ratio|factor|levels).*")
+KEPT = re.compile(
+    r".*(num_channels|in_channels|in_chans|kernel|stride|dilation|tubelet|ratio|factor|levels).*"
+)
 TOKENS = re.compile(r".*(token_id|token_index|_index|_token)$|(bos|eos|pad|sep|cls|mask|unk)_token_id")
 STAGES = ("out_features", "out_indices", "stage_names")
 INDICES = ("indexes", "indices", "_layer", "_layers", "_idx")

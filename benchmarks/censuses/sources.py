@@ -1,4 +1,4 @@
-"""The models that a census counts: transformers' types, and diffusers' and timm's where these are installed."""
+"""The models that a census counts: transformers' types, and timm's where it is installed."""
 
 from __future__ import annotations
 
