@@ -1,4 +1,4 @@
-"""What a census asks of one model: wrap, compare, train a step, save, reload, unwrap; roles and what is left out."""
+"""What a census asks of one model: wrap, compare, train, save, reload, unwrap; roles and what is left out."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ WITHOUT_ROLE = re.compile(
     r"hash|cond|embed|[fgb]_proj|[abg]_?proj|[fg]_[ab]|in_proj_[ab]|score|r_net|coef)",
     re.IGNORECASE,
 )
+ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(wg|shared_expert_gate|indexer)(\.|$)")
+NO_PROJECTION = re.compile(r"pos|token|embed|bias|latents|A_log")  # positions, tokens, decays
 
 
 def check(make: Callable[[], Made]) -> dict[str, Any]:
@@ -66,6 +68,7 @@ def check(make: Callable[[], Made]) -> dict[str, Any]:
         lambda: unwraps(model, base, batch, before if found["deterministic"] else None)
     )
     checks["roles"] = ", ".join(without_role(plan))
+    checks["no routers"] = ", ".join(sorted({_pattern(p.module) for p in plan if ROUTER.search(p.module)}))
     checks["named"] = ", ".join(not_named(base, plan))
     return found
 
@@ -161,11 +164,13 @@ def unwraps(model: nn.Module, base: nn.Module, batch: Mapping[str, Any], before:
 def without_role(plan: lowrank.Plan) -> list[str]:
     """Adapted projections in an attention or a feed-forward block whose role is not known."""
     paths = {_pattern(p.module) for p in plan if p.role == Role.OTHER and BLOCK.search(p.module)}
-    return sorted(path for path in paths if not WITHOUT_ROLE.search(path.rpartition(".")[2]))
+    return sorted(
+        path for path in paths if not WITHOUT_ROLE.search(path.rpartition(".")[2]) and "position" not in path
+    )
 
 
 def not_named(base: nn.Module, plan: lowrank.Plan) -> list[str]:
-    """Matrices above 1 % of the parameters that are neither adapted nor in the plan's list, embeddings apart."""
+    """Matrices above 1 % of the parameters that are neither adapted nor in the plan's list; no embeddings."""
     adapted = {(p.module, p.param) for p in plan.adapted}
     whole, found = sum(p.numel() for p in base.parameters()), []
     said = set(plan.left_out)
@@ -173,7 +178,12 @@ def not_named(base: nn.Module, plan: lowrank.Plan) -> list[str]:
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}".lstrip(".")
             matrix = sum(size > 1 for size in parameter.shape) > 1
-            if isinstance(module, nn.Embedding) or not matrix or parameter.numel() <= 0.01 * whole:
+            if (
+                isinstance(module, nn.Embedding)
+                or not matrix
+                or NO_PROJECTION.search(name)
+                or parameter.numel() <= 0.01 * whole
+            ):
                 continue
             if (path, name) not in adapted and path not in said and full not in said:
                 found.append(_pattern(full))

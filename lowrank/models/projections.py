@@ -157,7 +157,9 @@ def _routes(model: nn.Module, path: str) -> Doubt | None:
     if any(part in INDEXERS for part in parts):
         return Doubt(f"{path}: it chooses tokens, and no gradient reaches it", routes=True)
     for i, part in enumerate(parts):
-        if part in ROUTERS and hasattr(model.get_submodule(".".join(parts[:i])), "experts"):
+        if part == "router" or (
+            part in ROUTERS and hasattr(model.get_submodule(".".join(parts[:i])), "experts")
+        ):
             return Doubt(f"{path}: it chooses experts", routes=True)
     return None
 

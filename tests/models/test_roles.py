@@ -6,7 +6,8 @@ from collections import OrderedDict
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import lowrank
 from lowrank import Plan, Policy, plan_model, presets
@@ -74,3 +75,53 @@ def test_a_target_by_name_leaves_nothing_out() -> None:
     assert plan_model(many_kinds(), presets.lora(rank=2, target="body")).left_out == {}
     excluded = presets.lora(rank=2, exclude=("wide", *(f"small_{letter}" for letter in "abcdefg")))
     assert plan_model(many_kinds(), excluded).left_out == {}
+
+
+# -- structure ------------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """act(first) · second, or first · act(second): names say nothing of which is the gate."""
+
+    def __init__(self, bent: str, activation: Any = nn.functional.silu) -> None:
+        super().__init__()
+        self.alpha, self.beta, self.omega = nn.Linear(6, 10), nn.Linear(6, 10), nn.Linear(10, 6)
+        self.bent, self.activation = bent, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = {"alpha": self.alpha(x), "beta": self.beta(x)}
+        parts[self.bent] = self.activation(parts[self.bent])
+        return self.omega(parts["alpha"] * parts["beta"])
+
+
+def roles(block: nn.Module) -> dict[str, str]:
+    found = lowrank.find_projections(nn.ModuleDict({"block": block}))
+    return {p.module.removeprefix("block."): p.role.value for p in found}
+
+
+@pytest.mark.parametrize("activation", [nn.functional.silu, nn.functional.gelu, torch.sigmoid, torch.relu])
+@pytest.mark.parametrize("bent", ["alpha", "beta"])
+def test_gate_and_up_are_told_by_which_is_bent(bent: str, activation: Any) -> None:
+    class Block(Gated):  # a class of its own: a trial is made once for each
+        pass
+
+    other = {"alpha": "beta", "beta": "alpha"}[bent]
+    assert roles(Block(bent, activation)) == {bent: "gate", other: "up", "omega": "down"}
+
+
+def test_a_block_that_widens_and_narrows_has_an_up_and_a_down() -> None:
+    def block(*sizes: tuple[int, int]) -> nn.Module:
+        return nn.ModuleDict({f"part_{i}": nn.Linear(*each) for i, each in enumerate(sizes)})
+
+    assert roles(block((4, 8), (8, 4))) == {"part_0": "up", "part_1": "down"}
+    assert set(roles(block((4, 8), (8, 8))).values()) == {"other"}, "a projector"
+    assert set(roles(block((8, 4), (4, 8))).values()) == {"other"}, "a bottleneck"
+    attention = nn.ModuleDict({"attention": block((4, 8), (8, 4))})
+    assert {p.role for p in lowrank.find_projections(attention)} == {Role.OTHER}
+
+
+def test_a_router_without_experts_beside_it_is_left_out() -> None:
+    mixture = nn.ModuleDict({"router": nn.ModuleDict({"layer": nn.Linear(4, 2)}), "body": nn.Linear(4, 4)})
+    plan = plan_model(nn.ModuleDict({"mlp": mixture}), presets.lora(rank=2))
+    assert [p.module for p in plan] == ["mlp.body"]
+    assert plan.left_out == {"mlp.router.layer": "it chooses experts"}
