@@ -26,6 +26,7 @@ MODEL = [
     "ours, LoRA", "ours, A frozen (TLoRA)", "ours, anchored (PiSSA)",
 ]  # fmt: skip
 SERVING = ["ours, one adapter", "ours, one each", "ours, the base", "PEFT, one adapter", "PEFT, one each"]
+TRAIN = ["bare loop", "fit", "HF Trainer", "Lightning"]
 BOUNDS = ["frozen", "separate (what is built)", "shared inputs"]
 TOP = [("top 16", "ours"), ("top 16", "svd_lowrank, 4 iterations"), ("top 16", "svd_lowrank, 16 iterations")]
 SPECTRUM = [("all", "exact fp32 SVD"), *TOP, ("bottom 16", "ours")]
@@ -114,12 +115,23 @@ def check_serving(results: dict[str, Any]) -> None:
     assert added["model_bytes"] == added["parameters_bytes"] > 0 and 0 < added["switch"] < 1
 
 
+def check_train(results: dict[str, Any]) -> None:
+    assert len(results["cases"]) == 2
+    for case in results["cases"].values():
+        assert [r["contender"] for r in case] == TRAIN
+        assert all(in_order(record, "seconds") for record in case) and case[0]["over"] == 0
+        for record in case:
+            assert record["over"] == pytest.approx(record["seconds"] / case[0]["seconds"] - 1)
+    assert results["once"].keys() == {"stall", "scaling"} and results["once"]["scaling"] > 0
+
+
 CHECKS = {
     "bench_bounds": check_bounds,
     "bench_init": check_init,
     "bench_linear": check_linear,
     "bench_model": check_model,
     "bench_serving": check_serving,
+    "bench_train": check_train,
 }
 
 
