@@ -13,6 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from lowrank.linalg.rows import Rows, shifted, take
+from lowrank.models.experts import Stack, stack_of
 from lowrank.models.trials import try_layer
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
@@ -25,9 +27,26 @@ def as_rows(module: nn.Module, param: str) -> Tensor:
     """
     stored = module._parameters.get(param)
     tensor = _dequantized(module, param, getattr(module, param) if stored is None else stored)
-    if stored_transposed(module):
-        return tensor.T
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() == 3 else tensor
+    if tensor.dim() == 3:
+        stack = stack_of(module, param)
+        tensor = tensor.mT if stack is not None and stack.transposed else tensor
+        return tensor.reshape(-1, tensor.shape[-1])
+    return tensor.T if stored_transposed(module) else tensor
+
+
+def rows_of(module: nn.Module, param: str, rows: Rows) -> Tensor:
+    """Some rows of `as_rows`: a view, or a copy where they are interleaved or quantized."""
+    stored, stack = module._parameters.get(param), stack_of(module, param)
+    if stored is None or stack is None or packed(stored):
+        return take(as_rows(module, param), rows)
+    expert = rows[0] // stack.out
+    own = one_expert(stored.detach(), stack, expert)
+    return take(own, shifted(rows, -expert * stack.out))
+
+
+def one_expert(stored: Tensor, stack: Stack, expert: int) -> Tensor:
+    """``(out, in)`` of one expert, a view of ``stored``."""
+    return stored[expert].T if stack.transposed else stored[expert]
 
 
 def packed(stored: Tensor) -> bool:
@@ -52,6 +71,8 @@ def weight_shape(module: nn.Module, param: str) -> tuple[int, int]:
     tensor = getattr(module, param)
     if param == "weight" and stored_transposed(module):
         return tensor.shape[1], tensor.shape[0]
+    if (stack := stack_of(module, param)) is not None:
+        return stack.experts * stack.out, stack.columns
     return tensor.numel() // tensor.shape[-1], tensor.shape[-1]
 
 
