@@ -59,7 +59,8 @@ def model() -> nn.Module:
 
     torch.manual_seed(0)
     config = hf.Qwen3MoeConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=512, moe_intermediate_size=256, num_hidden_layers=2,
+        vocab_size=512, hidden_size=256, intermediate_size=512, moe_intermediate_size=256,
+        num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=32, num_experts_per_tok=4,
     )  # fmt: skip
     return hf.Qwen3MoeForCausalLM(config).train()

@@ -111,8 +111,6 @@ def original_class(module: AdaptedWeight) -> Any:
 def effective_weight(weight: Tensor, blocks: Sequence[Block]) -> Tensor:
     """W + ΔW, added in fp32, in W's dtype and shape, differentiable; a zero ΔW gives W's own values."""
     rows = weight.reshape(-1, weight.shape[-1])
-    if _apart(blocks) and all(block.A.dtype == weight.dtype and block.A0 is None for block in blocks):
-        return _added(rows, blocks).view(weight.shape)
     parts, done = [], 0
     for start, stop, update in updates(blocks):
         if start > done:
@@ -124,10 +122,12 @@ def effective_weight(weight: Tensor, blocks: Sequence[Block]) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(weight.shape)
 
 
-def _apart(blocks: Sequence[Block]) -> bool:
-    """Are these blocks of rows that lie one after the other, and not upon each other?"""
+def _simple(weight: Tensor, blocks: Sequence[Block]) -> bool:
+    """Are W, the factors and the sum of one dtype, and the blocks' rows one after the other in W?"""
+    plain = all(block.A.dtype == weight.dtype and block.A0 is None for block in blocks)
     spans = [block.rows for block in blocks]
-    return all(len(rows) == 2 for rows in spans) and all(a[1] <= b[0] for a, b in pairwise(spans))
+    apart = all(len(rows) == 2 for rows in spans) and all(a[1] <= b[0] for a, b in pairwise(spans))
+    return plain and apart and weight.dim() == 2 and weight.is_contiguous()
 
 
 def _added(rows: Tensor, blocks: Sequence[Block]) -> Tensor:
@@ -154,7 +154,8 @@ def _read(module: Any, param: str) -> Tensor:
             cache[param] = adapted_experts(weight, parts)
         else:
             blocks = [block for part, factor in parts for block in part.blocks(factor)]
-            cache[param] = effective_weight(weight, blocks)
+            made = _added if _simple(weight, blocks) else effective_weight
+            cache[param] = made(weight, blocks)
     return cache[param]
 
 
