@@ -17,6 +17,7 @@ from lowrank.allocate.base import Allocation
 from lowrank.files import write
 from lowrank.formats.plans import plan_arguments, plan_to_json
 from lowrank.models.projections import Projection
+from lowrank.plots import heat_map
 
 
 class Plan(Mapping[Projection, Allocation]):
@@ -33,6 +34,8 @@ class Plan(Mapping[Projection, Allocation]):
         seed: of every random draw.
         energies: share of the squared singular values that the start holds, where it is known.
         notes: what a reader should know and the rows do not show: what was left out or limited, and why.
+        left_out: what "all-linear" does not adapt, modules and weights by name, each with why; the notes
+            say the same in short.
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
 
@@ -53,6 +56,7 @@ class Plan(Mapping[Projection, Allocation]):
         seed: int = 0,
         energies: Mapping[Projection, float] | None = None,
         notes: Sequence[str] = (),
+        left_out: Mapping[str, str] | None = None,
         reference_rank: int | None = None,
     ) -> None:
         for projection, allocation in allocations.items():
@@ -76,6 +80,7 @@ class Plan(Mapping[Projection, Allocation]):
         self.seed = seed
         self.energies = dict(energies or {})
         self.notes = tuple(notes)
+        self.left_out = dict(left_out or {})
         self.reference_rank = reference_rank
 
     def __getitem__(self, projection: Projection) -> Allocation:
@@ -151,6 +156,22 @@ class Plan(Mapping[Projection, Allocation]):
             total += f" of a budget of {self.budget:,}" + (f" ({left:,} left)" if left else "")
         return total + ("" if self.reference_rank is None else f", reference rank {self.reference_rank}")
 
+    def plot(self, path: str | Path | None = None) -> Any:
+        """A heat map of the ranks, layer × role; where a cell has several projections, their ranks add up.
+
+        The layer is the first number in a module's path; modules without one are a column of their own, "–".
+        Needs matplotlib. It is written to ``path``, whose ending says the format, where there is one, and
+        the figure is returned.
+        """
+        ranks: dict[tuple[str, str], int] = {}
+        for p, allocation in self.items():
+            cell = (p.role.value, _layer(p.module))
+            ranks[cell] = ranks.get(cell, 0) + allocation.rank
+        roles = list(dict.fromkeys(role for role, _ in ranks))
+        layers = sorted({layer for _, layer in ranks}, key=lambda layer: (layer == "–", len(layer), layer))
+        cells = [[ranks.get((role, layer)) for layer in layers] for role in roles]
+        return heat_map(cells, roles, layers, path, title=self._total(), xlabel="layer")
+
     # -- JSON ---------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
@@ -195,6 +216,10 @@ class Plan(Mapping[Projection, Allocation]):
             ranks[p.module] = ranks.get(p.module, 0) + rank
             alphas[p.module] = alphas.get(p.module, 0.0) + rank * scaling
         return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas)}
+
+
+def _layer(module: str) -> str:
+    return next((part for part in module.split(".") if part.isdigit()), "–")
 
 
 def peft_patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from lowrank.models.families import (
     Role,
 )
 from lowrank.models.fused import Doubt, Fused, blocks_of
-from lowrank.models.storage import declared_shape, is_embedding, is_linear, rows_of
+from lowrank.models.kinds import kind_of
+from lowrank.models.roles import Roles, told_role
+from lowrank.models.storage import declared_shape, is_linear, rows_of, weight_shape
 from lowrank.models.trials import try_layer
 
 
@@ -74,7 +76,9 @@ READ_BY_WEIGHT = {
 Found = tuple[Projection, Doubt | None]
 
 
-def find_projections(model: nn.Module, fused: Fused | None = None) -> list[Projection]:
+def find_projections(
+    model: nn.Module, fused: Fused | None = None, roles: Roles | None = None
+) -> list[Projection]:
     """Every linear projection of ``model``, in its own order; shared modules once, heads included.
 
     A fused weight whose blocks cannot be told is listed whole, as ``Role.OTHER``; `scan` says why.
@@ -84,18 +88,28 @@ def find_projections(model: nn.Module, fused: Fused | None = None) -> list[Proje
             ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
             rows of one group, and ``"groups"``: how many there are. Of several patterns that name a weight,
             the longest counts.
+        roles: of weights of one role, by dotted-suffix pattern: ``{"mixer.theta": "query"}``. It goes before
+            what names tell. A router stays one.
     """
-    return list(scan(model, fused))
+    return list(scan(model, fused, roles))
 
 
-def scan(model: nn.Module, fused: Fused | None = None) -> dict[Projection, Doubt | None]:
+def scan(
+    model: nn.Module, fused: Fused | None = None, roles: Roles | None = None
+) -> dict[Projection, Doubt | None]:
     """The projections of `find_projections`, each with what speaks against adapting it.
 
     Raises:
         ValueError: ``fused`` does not add up to the rows of a weight, or is not how a family that is known to
             interleave heads does so.
     """
-    return dict(_scan(model, fused or {}))
+    return {said(p, roles or {}): doubt for p, doubt in _scan(model, fused or {})}
+
+
+def said(p: Projection, roles: Roles) -> Projection:
+    """``p`` with the role that ``roles`` say, where they name it; a block of a fused weight keeps its own."""
+    role = None if p.block else told_role(p.module, roles)
+    return p if role is None else replace(p, role=role)
 
 
 def read_by_weight(model: nn.Module, path: str) -> bool:
@@ -145,7 +159,9 @@ def _routes(model: nn.Module, path: str) -> Doubt | None:
     if any(part in INDEXERS for part in parts):
         return Doubt(f"{path}: it chooses tokens, and no gradient reaches it", routes=True)
     for i, part in enumerate(parts):
-        if part in ROUTERS and hasattr(model.get_submodule(".".join(parts[:i])), "experts"):
+        if part == "router" or (
+            part in ROUTERS and hasattr(model.get_submodule(".".join(parts[:i])), "experts")
+        ):
             return Doubt(f"{path}: it chooses experts", routes=True)
     return None
 
@@ -177,6 +193,21 @@ def _experts(path: str, module: nn.Module) -> Iterator[Found]:
     yield Projection(path, "gate_up_proj", (0, flat), Role.OTHER, up.shape[2], flat), doubt
 
 
+def further(model: nn.Module) -> dict[Projection, Doubt | None]:
+    """Projections beside the linear ones, each with what speaks against adapting it: see `kinds`."""
+    found: dict[Projection, Doubt | None] = {}
+    for path, module in model.named_modules():
+        kind = kind_of(module)
+        weight = None if kind is None else module._parameters.get("weight")
+        if kind is None or weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+            continue
+        out, columns = weight_shape(module, "weight")
+        problem = kind.problem(module)
+        doubt = Doubt(f"{path}: {problem}", adaptable=False) if problem else None
+        found[Projection(path, "weight", (0, out), kind.role, columns, out)] = doubt
+    return found
+
+
 def unheld(model: nn.Module, projections: Iterable[Projection]) -> dict[str, str]:
     """Matrices that none of ``projections`` covers, such as an LSTM's: names, each with its module's path.
 
@@ -185,7 +216,7 @@ def unheld(model: nn.Module, projections: Iterable[Projection]) -> dict[str, str
     covered = {(p.module, p.param) for p in projections}
     found = {}
     for path, module in model.named_modules():
-        if is_embedding(module) or isinstance(module, nn.modules.conv._ConvNd):
+        if kind_of(module) is not None or isinstance(module, nn.modules.conv._ConvNd):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if (path, name) in covered or any(
