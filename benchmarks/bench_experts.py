@@ -21,7 +21,7 @@ import lowrank
 from lowrank import presets
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.expert_stack import ExpertStacks, Layout
-from lowrank.layers.experts import adapted_experts
+from lowrank.layers.expert_weight import adapted_experts
 
 EXPERTS, IN, OUT, RANK, TOKENS = 64, 512, 1024, 8, 1024
 

@@ -3,7 +3,7 @@
 The module keeps its place, its parameters and their names; its class is exchanged for a subclass on which the
 adapted name reads as W + ΔW. Unlike `torch.nn.utils.parametrize` the subclass is never changed afterwards, so
 copies do not depend on each other, and it pickles. For `nn.MultiheadAttention` the price is a full ΔW
-(out, in) for each forward; a tensor of experts reads as one that adapts the products with it: see `experts`.
+(out, in) for each forward; a tensor of experts adapts the products with it: see `expert_weight`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter, RowBlocks, full_delta, updates
 from lowrank.layers.expert_stack import ExpertStacks, Layout
-from lowrank.layers.experts import adapted_experts
+from lowrank.layers.expert_weight import adapted_experts
 from lowrank.layers.functional import Block
 
 ADAPTERS = "lora"  # the child module that holds them, in state dicts too

@@ -1,4 +1,4 @@
-"""Weights that no Linear holds, adapted on the weight: attention of PyTorch, and experts."""
+"""Weights that no Linear holds: attention of PyTorch, adapted on the weight, and experts."""
 
 from __future__ import annotations
 
