@@ -51,7 +51,9 @@ def accumulate(C: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
 def _addmm_pieces_(C: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
     parts = C.transpose(0, 1)
     pieces = rearrange(b, "r (pieces size) -> pieces r size", pieces=len(parts))
-    if C.is_cuda:
+    if pieces.shape[2] < 16:  # of interleaved gate and up: too many to go one by one
+        C.add_((a @ b).view(C.shape), alpha=alpha)
+    elif C.is_cuda:
         parts.baddbmm_(a.expand(len(parts), *a.shape), pieces, alpha=alpha)
     else:  # one by one: oneDNN knows no such strides
         for part, piece in zip(parts, pieces, strict=True):
