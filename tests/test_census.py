@@ -19,9 +19,9 @@ FAMILIES = """
 albert bart bert big_bird biogpt bloom camembert codegen cohere cohere2 convbert convnext ctrl data2vec-text
 deberta deberta-v2 deepseek_v3 deit distilbert electra ernie exaone4 falcon fnet funnel gemma gemma2
 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe jetmoe layoutlm llama
-llama4_text longformer marian mistral mixtral modernbert mpnet mpt nemotron_h olmo2 olmoe opt pegasus persimmon phi phi3
-phimoe qwen2 qwen2_moe qwen3 qwen3_5_text qwen3_moe qwen3_next roberta roformer segformer siglip_vision_model
-smollm3 stablelm starcoder2 t5 vit xglm
+llama4_text longformer marian mistral mixtral modernbert mpnet mpt nemotron_h olmo2 olmoe opt pegasus
+persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_text qwen3_moe qwen3_next roberta roformer segformer
+siglip_vision_model smollm3 stablelm starcoder2 t5 vit xglm
 """.split()
 
 
