@@ -1,10 +1,11 @@
-"""Many modules in one line: those that differ by numbers only are counted, large ones are never cut off."""
+"""Names in messages: many in one line, large ones never cut off, and those nearest to what was asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import difflib
+from collections.abc import Collection, Iterable, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 LARGE = 0.01  # of the model's parameters
 
@@ -32,7 +33,15 @@ def large_weights(model: nn.Module, names: Iterable[str]) -> set[str]:
 
     def size(name: str) -> int:
         module = modules.get(name)
-        held = parameters.get(name) if module is None else getattr(module, "weight", None)
-        return held.numel() if isinstance(held, Tensor) else 0
+        held = [parameters[name]] if module is None else list(module.parameters(recurse=False))
+        return sum(parameter.numel() for parameter in held)
 
     return {name for name in names if size(name) > LARGE * whole}
+
+
+def nearest(name: str, paths: Sequence[str]) -> str:
+    """`; the nearest names are …`, by the suffixes of as many parts as ``name`` has."""
+    parts = name.count(".") + 1
+    suffixes = list(dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))
+    near = difflib.get_close_matches(name, suffixes, n=4, cutoff=0.3) or suffixes[:8]
+    return f"; the nearest names are {', '.join(near)}"

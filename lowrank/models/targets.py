@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,8 +10,8 @@ from torch import nn
 
 from lowrank.models.fused import Doubt, Fused, matches
 from lowrank.models.heads import output_heads
-from lowrank.models.listing import large_weights, listed
-from lowrank.models.projections import Projection, Role, scan, unheld
+from lowrank.models.listing import large_weights, listed, nearest
+from lowrank.models.projections import Projection, Role, further, scan, unheld
 from lowrank.models.roles import Roles, unnamed
 
 ROLE_UNKNOWN = "left out, since its role is not known: roles={pattern: role} says it"
@@ -50,12 +49,12 @@ def select(
     paths = [path for path, _ in model.named_modules() if path]
     for pattern in fused:
         if not any(matches(path, pattern) for path in paths):
-            raise ValueError(f"fused={pattern!r} names no module{_nearest(pattern, paths)}")
+            raise ValueError(f"fused={pattern!r} names no module{nearest(pattern, paths)}")
     doubts = scan(model, fused, roles)
     layers = dict.fromkeys(p.module for p in doubts if not p.block)
     for pattern in unnamed(layers, roles or {}):
         raise ValueError(
-            f"roles={pattern!r} names no projection of one role{_nearest(pattern, list(layers) or paths)}"
+            f"roles={pattern!r} names no projection of one role{nearest(pattern, list(layers) or paths)}"
         )
     if not doubts:
         raise ValueError(f"{type(model).__name__} has no linear projection to adapt")
@@ -65,7 +64,8 @@ def select(
     unheld_ = [name for name, path in unheld(model, doubts).items() if not aside(path)]
     inside_trained = _under(trained)
     doubts = {p: doubt for p, doubt in doubts.items() if not inside_trained(p.module)}
-    known = _Known(model, doubts, output_heads(model), unheld_)
+    besides = {p: doubt for p, doubt in further(model).items() if not inside_trained(p.module)}
+    known = _Known(model, doubts, output_heads(model), unheld_, besides)
 
     excluded = {p for name in excludes for p in known.named(name, excluding=True)}
     if callable(target):
@@ -89,6 +89,7 @@ def select(
     notes = known.notes(target, chosen, excluded, left_out)
     if not chosen:
         raise ValueError(_nothing_left(target, excludes, train, notes))
+    doubts |= besides
     broken = [doubt.reason for p in chosen if (doubt := doubts[p]) and not doubt.adaptable]
     if broken:
         more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
@@ -104,19 +105,26 @@ class _Known:
     doubts: Mapping[Projection, Doubt | None]
     heads: Mapping[str, str]
     unheld: Sequence[str]
+    further: Mapping[Projection, Doubt | None]
 
     def named(self, name: str, *, excluding: bool = False) -> set[Projection]:
         """The projections that ``name`` means; raises ValueError where it means nothing."""
         if name == "all-linear":
             return {p for p, doubt in self.doubts.items() if excluding or not self._left_out(p, doubt)}
         if name in _ROLES:
-            hits = {p for p in self.doubts if p.role == name and p.module not in self.heads}
+            offered = (*self.doubts, *self.further)
+            hits = {p for p in offered if p.role == name and p.module not in self.heads}
             if hits:
                 return hits
+        # A name that linear projections have means these alone; embeddings and convolutions it means by
+        # their whole path, or where nothing linear is called so.
         hits = {p for p in self.doubts if _is_called(p, name)}
+        if excluding or not hits:
+            hits |= {p for p in self.further if _is_called(p, name)}
+        hits |= {p for p in self.further if p.name == name}
         if excluding:
             inside = [path for path, _ in self.model.named_modules() if path and matches(path, name)]
-            hits |= {p for p in self.doubts if _under(inside)(p.module)}
+            hits |= {p for p in (*self.doubts, *self.further) if _under(inside)(p.module)}
             if inside:
                 return hits
         if hits:
@@ -125,8 +133,8 @@ class _Known:
             return set()
         what = "exclude" if excluding else "target"
         roles = [p.role.value for p in self.doubts if p.role != Role.OTHER]
-        suggestions = _nearest(
-            name, [*(p.module for p in self.doubts), *(p.name for p in self.doubts), *roles]
+        suggestions = nearest(
+            name, [*(p.module for p in (*self.doubts, *self.further)), *(p.name for p in self.doubts), *roles]
         )
         raise ValueError(f"{what}={name!r} matches no projection{suggestions}")
 
@@ -164,7 +172,9 @@ class _Known:
                 why = self.heads.get(p.module)
                 found[p.module] = f"an output head ({why})" if why else _why(p, doubt) if doubt else ""
         found |= dict.fromkeys(self.unheld, "no linear layer holds it")
-        return found | dict.fromkeys(self._convolutions(), "convolutions are not adapted")
+        adapted = {p.module for p in chosen}
+        convolutions = [path for path in self._convolutions() if path not in adapted]
+        return found | dict.fromkeys(convolutions, "convolutions are not adapted")
 
     def notes(
         self,
@@ -211,7 +221,7 @@ def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
     for pattern in _as_names(train, "train"):
         hits = [path for path in paths if matches(path, pattern)]
         if not hits:
-            raise ValueError(f"train={pattern!r} names no module{_nearest(pattern, paths)}")
+            raise ValueError(f"train={pattern!r} names no module{nearest(pattern, paths)}")
         for hit in hits:
             kind = type(model.get_submodule(hit))
             if kind.forward is nn.Module.forward:
@@ -237,11 +247,3 @@ def _as_names(names: str | Sequence[str], what: str) -> list[str]:
 
 def _under(paths: Sequence[str]) -> Callable[[str], bool]:
     return lambda path: any(path == above or path.startswith(above + ".") for above in paths)
-
-
-def _nearest(name: str, paths: Sequence[str]) -> str:
-    """`; the nearest names are …`, by the suffixes of as many parts as ``name`` has."""
-    parts = name.count(".") + 1
-    suffixes = list(dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))
-    near = difflib.get_close_matches(name, suffixes, n=4, cutoff=0.3) or suffixes[:8]
-    return f"; the nearest names are {', '.join(near)}"
