@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import nn
 
@@ -45,3 +45,14 @@ def nearest(name: str, paths: Sequence[str]) -> str:
     suffixes = list(dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))
     near = difflib.get_close_matches(name, suffixes, n=4, cutoff=0.3) or suffixes[:8]
     return f"; the nearest names are {', '.join(near)}"
+
+
+def as_names(names: str | Sequence[str], what: str) -> list[str]:
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, Iterable) or not all(isinstance(name, str) and name for name in listed):
+        raise ValueError(f"{what} takes names, not {names!r}")
+    return list(listed)
+
+
+def under(paths: Sequence[str]) -> Callable[[str], bool]:
+    return lambda path: any(path == above or path.startswith(above + ".") for above in paths)
