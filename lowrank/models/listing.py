@@ -29,12 +29,16 @@ def listed(modules: Iterable[str], large: Collection[str] = ()) -> str:
 def large_weights(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Those of ``names``, modules or weights, that hold more than `LARGE` of the model's parameters."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    whole = sum(parameter.numel() for parameter in parameters.values())
+
+    def numbers(held: Iterable[nn.Parameter]) -> int:
+        lazy = nn.parameter.UninitializedParameter  # has no shape yet
+        return sum(parameter.numel() for parameter in held if not isinstance(parameter, lazy))
 
     def size(name: str) -> int:
         module = modules.get(name)
-        held = [parameters[name]] if module is None else list(module.parameters(recurse=False))
-        return sum(parameter.numel() for parameter in held)
+        return numbers([parameters[name]] if module is None else module.parameters(recurse=False))
+
+    whole = numbers(parameters.values())
 
     return {name for name in names if size(name) > LARGE * whole}
 
