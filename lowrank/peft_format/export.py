@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from lowrank.adapters import adapters_of, one_name, plan_of, wrapped_root
 from lowrank.files import packed, write
 from lowrank.layers.adapter import Adapter
-from lowrank.layers.linear import LoRALinear
+from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.tree import hung_at, state_as, without_copies
 from lowrank.linalg.rows import Rows
+from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import stored_transposed
 from lowrank.peft_format.config import PeftConfig
+from lowrank.peft_format.factors import factor_problem
+from lowrank.peft_format.factors import written as written_factors
 from lowrank.peft_format.folder import (
     CONFIG,
     PREFIX,
@@ -138,8 +141,8 @@ def export_peft(
 
     tensors = {f"{PREFIX}{module}.{key}": t for module, state in trained.items() for key, t in state.items()}
     for module, pair in pairs.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.A
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.B
+        factors = written_factors(_layer(root, module).base, pair)
+        tensors |= {f"{PREFIX}{module}.{key}": tensor for key, tensor in factors.items()}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"refusing to export: {key.removeprefix(PREFIX)} contains NaN or Inf")
@@ -162,8 +165,8 @@ def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], n
             problems.append(
                 f"{p.name}: its weight is read without a call, where PEFT's layers have no effect"
             )
-        elif not isinstance(module.base, nn.Linear) and type(module.base).__name__ != "Conv1D":
-            problems.append(f"{p.name}: PEFT adapts nn.Linear and Conv1D, not {type(module.base).__name__}")
+        elif problem := factor_problem(module.base):
+            problems.append(f"{p.name}: {problem}")
         elif counts[hung] > 1:
             problems.append(f"{p.name}: it is used in several places, of which PEFT would adapt one")
     if problems:
@@ -171,9 +174,9 @@ def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], n
         raise ValueError(f"PEFT has no place for these adapters; {advice}:\n  " + "\n  ".join(problems))
 
 
-def _layer(root: nn.Module, module: str) -> LoRALinear:
+def _layer(root: nn.Module, module: str) -> AdaptedLayer:
     layer = without_copies(hung_at(root, module))
-    assert isinstance(layer, LoRALinear)
+    assert isinstance(layer, AdaptedLayer)
     return layer
 
 
@@ -192,7 +195,7 @@ def _trained_states(root: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
     problems, states, hung = [], {}, places(root)
     for path in taken:
         module = paths[path]
-        own = [each for each in module.modules() if isinstance(each, LoRALinear) and name in each.adapters]
+        own = [each for each in module.modules() if isinstance(each, AdaptedLayer) and name in each.adapters]
         if own:
             problems.append(f"{path}: it holds adapters, and PEFT would train it in full, going by its name")
         elif any(above in states for above in ancestors(path)):
@@ -208,6 +211,7 @@ def _trained_states(root: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
 def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequence[str]) -> dict[str, Any]:
     ranks = {module: pair.rank for module, pair in pairs.items()}
     alphas = {module: pair.rank * pair.scaling for module, pair in pairs.items()}
+    linear = [base for module in pairs if kind_of(base := _layer(root, module).base) is None]
     config = {
         "peft_type": "LORA",
         "task_type": _task(root, trained),
@@ -216,7 +220,7 @@ def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequ
         **peft_patterns(ranks, alphas),
         "target_modules": sorted(pairs),
         "modules_to_save": list(trained) or None,
-        "fan_in_fan_out": all(stored_transposed(_layer(root, module).base) for module in pairs),
+        "fan_in_fan_out": bool(linear) and all(map(stored_transposed, linear)),
         "lora_dropout": plan_of(root, name).dropout,
         "bias": "none",
         "use_rslora": False,

@@ -2,6 +2,7 @@
 
 from lowrank.train.callbacks import Callback, EarlyStopping, KeepBest
 from lowrank.train.checkpoints import CheckpointError, DamagedCheckpointWarning
+from lowrank.train.events import TensorBoard
 from lowrank.train.history import History, Record
 from lowrank.train.loop import fit
 from lowrank.train.signals import Stopped
@@ -18,5 +19,6 @@ __all__ = [
     "NonFiniteLoss",
     "Record",
     "Stopped",
+    "TensorBoard",
     "fit",
 ]

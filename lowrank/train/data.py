@@ -122,9 +122,7 @@ class Cursor:
         if self._stateful():
             self.batches.load_state_dict(state["batches"])  # type: ignore[attr-defined]
             self._open()
-        elif self.groups.length == state["taken"] and not isinstance(self.batches, Iterator):
-            self._source = iter(())  # the epoch is over
-        else:
+        else:  # also where an epoch is over: a sampler may draw numbers when it ends
             self._open()
             self._again(state["taken"], state["batch"])
         self.taken = state["taken"]

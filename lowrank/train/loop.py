@@ -23,6 +23,7 @@ from lowrank.train.checkpoints import Checkpoints
 from lowrank.train.data import Cursor
 from lowrank.train.groups import Groups
 from lowrank.train.history import History
+from lowrank.train.memory import told
 from lowrank.train.optim import Schedule, make_optimizer
 from lowrank.train.parallel import SingleProcess, parallel_of
 from lowrank.train.reports import reporting
@@ -65,6 +66,7 @@ def fit(
     gradient_checkpointing: bool = False,
     compile: bool | Mapping[str, Any] = False,
     allow_unused: bool = False,
+    report: bool = False,
 ) -> History:
     """Train what requires grad in ``model``, in place. Returns what each step showed.
 
@@ -108,6 +110,7 @@ def fit(
     gradient_checkpointing: for models that have ``gradient_checkpointing_enable``, as transformers' do.
     compile: run forward through ``torch.compile``; a mapping has its options.
     allow_unused: let the first step's loss reach only some of the parameters (experts, say).
+    report: print what memory a step on the first batch will take, before it is run: see `step_memory`.
 
     Raises ValueError for a bad option before anything is touched, after the first backward if a parameter
     got no gradient (an adapted layer is named by its path), and at the end if no batch had a label;
@@ -179,18 +182,21 @@ def fit(
         scope.callback(run.clear)
         _resumed(run, folder, resume, parallel)
         writes = parallel.writes
-        report = scope.enter_context(reporting(run, log if writes else None, progress and writes))
+        shown = scope.enter_context(reporting(run, log if writes else None, progress and writes))
         signalled = scope.enter_context(noted(folder is not None))
 
         run.clear()
         clock = perf_counter()
         for epoch, place, group in () if run.over else cursor:
+            if report and parallel.writes:
+                tqdm.write(told(model, group[0], loss, autocast, made))
+                report, clock = False, perf_counter()
             record = run.take(epoch, place, group, clock)
             last = record.step == groups.steps
             if evaluate is not None and (last or record.step % evaluate_every == 0):
                 record = replace(record, evaluation=_scores(evaluate, model))
             history.append(record)
-            report(record)
+            shown(record)
             for callback in callbacks:
                 callback.after_step(run, record)
             asked = parallel.any(signalled.number != 0)

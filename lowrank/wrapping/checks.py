@@ -9,7 +9,7 @@ from torch import nn
 
 from lowrank.adapters import adaptation, wrapped_root
 from lowrank.layers.acting import Acting
-from lowrank.layers.linear import LoRALinear
+from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
 from lowrank.linalg.rows import height, lie_within
@@ -26,7 +26,7 @@ PARALLEL = frozenset(
 def check_unwrapped(model: nn.Module) -> None:
     """Raises ValueError where ``model`` cannot be wrapped at all, or is wrapped already."""
     check_adaptable(model)
-    if any(isinstance(m, (LoRALinear, AdaptedWeight, TrainedModule)) for m in model.modules()):
+    if any(isinstance(m, (AdaptedLayer, AdaptedWeight, TrainedModule)) for m in model.modules()):
         raise ValueError(
             "the model is wrapped already: unwrap(model) or merge(model) first, or put another adapter "
             "beside those that it has with add_adapter(model, policy, name=…)"

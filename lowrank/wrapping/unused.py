@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lowrank.adapters import added_parameters, one_name, wrapped_root
 from lowrank.layers.adapter import RowBlocks
-from lowrank.layers.linear import LoRALinear, seen_by_compiler
+from lowrank.layers.layer import AdaptedLayer, seen_by_compiler
 from lowrank.layers.tree import base_modules, without_copies
 
 
@@ -36,13 +36,13 @@ def layers_only_read(model: nn.Module, name: str | None = None) -> set[str]:
 
 
 def replaced_layers(model: nn.Module, name: str | None = None) -> dict[str, RowBlocks]:
-    """What ``name`` adds to each `LoRALinear`, by the path of that in the base; shared layers once."""
+    """What ``name`` adds to each `AdaptedLayer`, by the path of that in the base; shared layers once."""
     root, name = wrapped_root(model), one_name(model, name)
     layers = {without_copies(hung): path for path, hung in reversed(base_modules(root).items())}
     return {
         path: layer.part(name)
         for layer, path in reversed(layers.items())
-        if isinstance(layer, LoRALinear) and name in layer.adapters
+        if isinstance(layer, AdaptedLayer) and name in layer.adapters
     }
 
 

@@ -293,6 +293,7 @@ def test_lora_plus_gives_b_a_rate_of_its_own() -> None:
         lowrank.lora_plus(nn.Linear(2, 2), 1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 def test_recomputed_activations_and_a_compiled_model_train_alike() -> None:
     histories = []
     for options in ({}, {"gradient_checkpointing": True}, {"compile": {"backend": "eager"}}):
