@@ -34,6 +34,8 @@ class Plan(Mapping[Projection, Allocation]):
         seed: of every random draw.
         energies: share of the squared singular values that the start holds, where it is known.
         notes: what a reader should know and the rows do not show: what was left out or limited, and why.
+        left_out: what "all-linear" does not adapt, modules and weights by name, each with why; the notes
+            say the same in short.
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
 
@@ -54,6 +56,7 @@ class Plan(Mapping[Projection, Allocation]):
         seed: int = 0,
         energies: Mapping[Projection, float] | None = None,
         notes: Sequence[str] = (),
+        left_out: Mapping[str, str] | None = None,
         reference_rank: int | None = None,
     ) -> None:
         for projection, allocation in allocations.items():
@@ -77,6 +80,7 @@ class Plan(Mapping[Projection, Allocation]):
         self.seed = seed
         self.energies = dict(energies or {})
         self.notes = tuple(notes)
+        self.left_out = dict(left_out or {})
         self.reference_rank = reference_rank
 
     def __getitem__(self, projection: Projection) -> Allocation:

@@ -43,6 +43,8 @@ class Policy:
             ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
             rows of one group, and how many there are: ``{"wqkv": {"groups": 8, "query": 512, "key": 128,
             "value": 128}}``.
+        roles: of weights that names tell nothing of, or tell wrongly, by dotted-suffix pattern:
+            ``{"mixer.theta": "query"}``. The longest pattern counts. `ByRole` and targets by role follow it.
         seed: of every random draw in wrapping.
 
     Raises:
@@ -60,6 +62,7 @@ class Policy:
     dropout: float = 0.0
     train: Sequence[str] = ()
     fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,6 +93,13 @@ class Policy:
             raise ValueError(
                 'fused says rows by role for each name, such as {"qkv_proj": {"query": 64, "key": 16, '
                 f'"value": 16}}}}: {self.fused!r}'
+            )
+        if not isinstance(self.roles, Mapping) or not all(
+            isinstance(name, str) and name and role in set(Role) for name, role in self.roles.items()
+        ):
+            raise ValueError(
+                f'roles says the role of each name, such as {{"mixer.theta": "query"}}, one of '
+                f"{', '.join(Role)}: {self.roles!r}"
             )
         for name in ("init", "allocate"):
             choice = getattr(self, name)

@@ -71,7 +71,9 @@ def measure(
 
     Arguments and errors as for `plan_model`.
     """
-    projections = select(model, policy.target, policy.exclude, policy.train, policy.fused).projections
+    projections = select(
+        model, policy.target, policy.exclude, policy.train, policy.fused, policy.roles
+    ).projections
     needs = {p: policy.allocate.needs | needs_of(policy.init, p.role) for p in projections}
     return Source(batches, loss, mask, progress=progress).measure(model, needs)
 

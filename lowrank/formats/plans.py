@@ -26,6 +26,7 @@ def plan_to_json(plan: Any) -> dict[str, Any]:
         "train": list(plan.train),
         "seed": plan.seed,
         "notes": list(plan.notes),
+        "left_out": plan.left_out,
         "projections": [
             {
                 **asdict(p),
@@ -70,6 +71,7 @@ def plan_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
             "seed": typed(data["seed"], int),
             "energies": energies,
             "notes": [typed(note, str) for note in data.get("notes", ())],
+            "left_out": {name: typed(why, str) for name, why in data.get("left_out", {}).items()},
             "reference_rank": _whole(data.get("reference_rank")),
         }
     except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:

@@ -45,7 +45,7 @@ ROLES_BY_NAME = {
 # Below an attention, these are its output.
 ATTENTION_OUTPUTS = frozenset(
     "out_proj o out_lin wo to_out c_proj dense proj output_proj linear_out projection projection_layer "
-    "output post".split()
+    "output post final".split()
 )
 DENSE_ROLES = {"intermediate": Role.UP, "output": Role.DOWN}  # BERT: intermediate.dense, output.dense
 FEED_FORWARD = frozenset("mlp ff ffn feed_forward feedforward ff_context densereludense".split())
@@ -95,6 +95,7 @@ HEADS = frozenset(
 HEADS_ANYWHERE = frozenset("lm_head output_projection".split())  # outside attention
 HEAD_LAYERS = 4  # a head has no more linear layers than this, and no attention
 
-# Beside `experts`: what chooses among them. Below an indexer: what chooses tokens, without a gradient.
+# Beside `experts`, and a router anywhere: what chooses among them.
+# Below an indexer: what chooses tokens, without a gradient.
 ROUTERS = frozenset("router gate gating wg shared_expert_gate".split())
 INDEXERS = frozenset(["indexer"])

@@ -22,6 +22,7 @@ from lowrank.models.layouts import (
     likely_blocks,
 )
 from lowrank.models.storage import declared_shape, is_linear
+from lowrank.models.structure import role_by_structure
 from lowrank.models.trials import divides
 
 Fused = Mapping[str, Mapping[str, int]]
@@ -89,7 +90,8 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
         output = getattr(parent, "Wo", None)
         if getattr(output, "in_features", None) == rows // 2:
             return gate_up(parent, rows)
-    return in_order([(role_of(path), rows)])
+    role = role_of(path)
+    return in_order([(role_by_structure(model, path) if role == Role.OTHER else role, rows)])
 
 
 def _told(path: str, rows: int, fused: Fused) -> Blocks | None:

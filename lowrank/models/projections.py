@@ -7,7 +7,7 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lowrank.models.families import (
 )
 from lowrank.models.fused import Doubt, Fused, blocks_of
 from lowrank.models.kinds import kind_of
+from lowrank.models.roles import Roles, told_role
 from lowrank.models.storage import as_rows, declared_shape, is_linear, weight_shape
 from lowrank.models.trials import try_layer
 
@@ -74,7 +75,9 @@ READ_BY_WEIGHT = {
 Found = tuple[Projection, Doubt | None]
 
 
-def find_projections(model: nn.Module, fused: Fused | None = None) -> list[Projection]:
+def find_projections(
+    model: nn.Module, fused: Fused | None = None, roles: Roles | None = None
+) -> list[Projection]:
     """Every linear projection of ``model``, in its own order; shared modules once, heads included.
 
     A fused weight whose blocks cannot be told is listed whole, as ``Role.OTHER``; `scan` says why.
@@ -84,18 +87,28 @@ def find_projections(model: nn.Module, fused: Fused | None = None) -> list[Proje
             ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
             rows of one group, and ``"groups"``: how many there are. Of several patterns that name a weight,
             the longest counts.
+        roles: of weights of one role, by dotted-suffix pattern: ``{"mixer.theta": "query"}``. It goes before
+            what names tell. A router stays one.
     """
-    return list(scan(model, fused))
+    return list(scan(model, fused, roles))
 
 
-def scan(model: nn.Module, fused: Fused | None = None) -> dict[Projection, Doubt | None]:
+def scan(
+    model: nn.Module, fused: Fused | None = None, roles: Roles | None = None
+) -> dict[Projection, Doubt | None]:
     """The projections of `find_projections`, each with what speaks against adapting it.
 
     Raises:
         ValueError: ``fused`` does not add up to the rows of a weight, or is not how a family that is known to
             interleave heads does so.
     """
-    return dict(_scan(model, fused or {}))
+    return {said(p, roles or {}): doubt for p, doubt in _scan(model, fused or {})}
+
+
+def said(p: Projection, roles: Roles) -> Projection:
+    """``p`` with the role that ``roles`` say, where they name it; a block of a fused weight keeps its own."""
+    role = None if p.block else told_role(p.module, roles)
+    return p if role is None else replace(p, role=role)
 
 
 def read_by_weight(model: nn.Module, path: str) -> bool:
@@ -145,7 +158,9 @@ def _routes(model: nn.Module, path: str) -> Doubt | None:
     if any(part in INDEXERS for part in parts):
         return Doubt(f"{path}: it chooses tokens, and no gradient reaches it", routes=True)
     for i, part in enumerate(parts):
-        if part in ROUTERS and hasattr(model.get_submodule(".".join(parts[:i])), "experts"):
+        if part == "router" or (
+            part in ROUTERS and hasattr(model.get_submodule(".".join(parts[:i])), "experts")
+        ):
             return Doubt(f"{path}: it chooses experts", routes=True)
     return None
 

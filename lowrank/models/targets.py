@@ -11,8 +11,11 @@ from torch import nn
 
 from lowrank.models.fused import Doubt, Fused, matches
 from lowrank.models.heads import output_heads
+from lowrank.models.listing import large_weights, listed
 from lowrank.models.projections import Projection, Role, further, scan, unheld
+from lowrank.models.roles import Roles, unnamed
 
+ROLE_UNKNOWN = "left out, since its role is not known: roles={pattern: role} says it"
 _ROLES = frozenset(role.value for role in Role)
 
 Target = str | Sequence[str] | Callable[[Projection], bool]
@@ -23,6 +26,7 @@ class Selection(NamedTuple):
 
     projections: list[Projection]
     notes: list[str]
+    left_out: dict[str, str]  # of "all-linear": modules and weights that it does not adapt, each with why
 
 
 def select(
@@ -31,6 +35,7 @@ def select(
     exclude: Sequence[str] = (),
     train: Sequence[str] = (),
     fused: Fused | None = None,
+    roles: Roles | None = None,
 ) -> Selection:
     """The projections of ``model`` that ``target`` means, in the model's order.
 
@@ -46,7 +51,12 @@ def select(
     for pattern in fused:
         if not any(matches(path, pattern) for path in paths):
             raise ValueError(f"fused={pattern!r} names no module{_nearest(pattern, paths)}")
-    doubts = scan(model, fused)
+    doubts = scan(model, fused, roles)
+    layers = dict.fromkeys(p.module for p in doubts if not p.block)
+    for pattern in unnamed(layers, roles or {}):
+        raise ValueError(
+            f"roles={pattern!r} names no projection of one role{_nearest(pattern, list(layers) or paths)}"
+        )
     if not doubts:
         raise ValueError(f"{type(model).__name__} has no linear projection to adapt")
     excludes = _as_names(exclude, "exclude")
@@ -67,16 +77,17 @@ def select(
         names = _as_names(target, "target")
         if not names:
             raise ValueError('no target: name projections, a role such as "query", or "all-linear"')
-        roles = [name for name in names if name in _ROLES]
-        chosen = {p for name in names if name not in roles for p in known.named(name)}
+        by_role = [name for name in names if name in _ROLES]
+        chosen = {p for name in names if name not in by_role for p in known.named(name)}
         among = doubts.keys() - chosen - excluded
-        for name in roles:
+        for name in by_role:
             known.check_role(f"target={name!r}", name, among)
             chosen |= known.named(name)
     chosen -= excluded
     for name in excludes:
         known.check_role(f"exclude={name!r}", name, chosen)
-    notes = known.notes(target, chosen, excluded)
+    left_out = known.left_out(target, chosen, excluded)
+    notes = known.notes(target, chosen, excluded, left_out)
     if not chosen:
         raise ValueError(_nothing_left(target, excludes, train, notes))
     doubts |= besides
@@ -84,7 +95,7 @@ def select(
     if broken:
         more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
         raise ValueError(f"{broken[0]}; it cannot be adapted: leave it out with exclude={more}")
-    return Selection([p for p in doubts if p in chosen], notes)
+    return Selection([p for p in doubts if p in chosen], notes, left_out)
 
 
 @dataclass(frozen=True)
@@ -150,48 +161,48 @@ class _Known:
     def _left_out(self, p: Projection, doubt: Doubt | None) -> bool:
         return p.module in self.heads or (doubt is not None and (doubt.routes or not doubt.adaptable))
 
-    def notes(
+    def left_out(
         self, target: Target, chosen: Collection[Projection], excluded: Collection[Projection]
+    ) -> dict[str, str]:
+        """Why each module or weight is left out that "all-linear" does not adapt; else nothing."""
+        if callable(target) or "all-linear" not in _as_names(target, "target"):
+            return {}
+        found = {}
+        for p, doubt in self.doubts.items():
+            if p not in chosen and p not in excluded:
+                why = self.heads.get(p.module)
+                found[p.module] = f"an output head ({why})" if why else _why(p, doubt) if doubt else ""
+        found |= dict.fromkeys(self.unheld, "no linear layer holds it")
+        return found | dict.fromkeys(self._convolutions(), "convolutions are not adapted")
+
+    def notes(
+        self,
+        target: Target,
+        chosen: Collection[Projection],
+        excluded: Collection[Projection],
+        left_out: Mapping[str, str],
     ) -> list[str]:
         """What a plan for ``target`` should say of what it adapts as a whole or leaves out."""
         found: dict[str, list[str]] = {}
         by_role = not callable(target) and any(name in _ROLES for name in _as_names(target, "target"))
-        everything = not callable(target) and "all-linear" in _as_names(target, "target")
         for p, doubt in self.doubts.items():
             if p in chosen:
                 if doubt and doubt.roles:
                     found.setdefault(f"adapted as a whole, since {_why(p, doubt)}", []).append(p.module)
-            elif p in excluded:
+            elif p in excluded or left_out:
                 continue
-            elif everything:
-                why = self.heads.get(p.module)
-                reason = f"an output head ({why})" if why else _why(p, doubt) if doubt else ""
-                found.setdefault(f"left out: {reason}", []).append(p.module)
             elif callable(target) and doubt and doubt.roles:
                 found.setdefault(f"left out, and {_why(p, doubt)}", []).append(p.module)
             elif by_role and p.role == Role.OTHER and p.module not in self.heads and not doubt:
-                found.setdefault("left out, since its role is not known", []).append(p.module)
-        if everything and self.unheld:
-            found["left out: no linear layer holds it"] = list(self.unheld)
-        adapted = {p.module for p in chosen}
-        convolutions = [path for path in self._convolutions() if path not in adapted]
-        if everything and convolutions:
-            found["left out: convolutions are not adapted"] = convolutions
-        return [f"{_listed(modules)}: {what}" for what, modules in found.items()]
+                found.setdefault(ROLE_UNKNOWN, []).append(p.module)
+        for name, why in left_out.items():
+            found.setdefault(f"left out: {why}", []).append(name)
+        large = large_weights(self.model, left_out)
+        return [f"{listed(modules, large)}: {what}" for what, modules in found.items()]
 
 
 def _why(p: Projection, doubt: Doubt) -> str:
     return doubt.reason.removeprefix(p.module).removeprefix(": ").strip()
-
-
-def _listed(modules: Iterable[str]) -> str:
-    """``head, layers.*.mlp.gate (12)``: modules that differ by numbers only are counted."""
-    kinds: dict[str, list[str]] = {}
-    for module in dict.fromkeys(modules):
-        pattern = ".".join("*" if part.isdigit() else part for part in module.split("."))
-        kinds.setdefault(pattern, []).append(module)
-    shown = [held[0] if len(held) == 1 else f"{pattern} ({len(held)})" for pattern, held in kinds.items()]
-    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} kinds more" if len(shown) > 6 else "")
 
 
 def _nothing_left(target: Target, exclude: Sequence[str], train: Sequence[str], notes: Sequence[str]) -> str:

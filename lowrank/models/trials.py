@@ -47,9 +47,9 @@ def try_layer(module: nn.Module, rows: int, columns: int) -> LayerTrial:
     weight: Any = getattr(module, "weight", None)
     kind = type(module)
     known = kind.forward is nn.Linear.forward or kind.__module__ == "transformers.pytorch_utils"
-    if known or not _is_plain(weight):
+    if known or not is_plain(weight):
         return LayerTrial()
-    return _once(module, ("layer", rows, columns), lambda: _try_layer(module, weight, rows, columns))
+    return once(module, ("layer", rows, columns), lambda: _try_layer(module, weight, rows, columns))
 
 
 def divides(parent: nn.Module, leaf: str, columns: int, blocks: Blocks) -> bool:
@@ -60,13 +60,13 @@ def divides(parent: nn.Module, leaf: str, columns: int, blocks: Blocks) -> bool:
     whole, and its first and its last row alone. False where the call does not work, too.
     """
     tensors = [*parent.parameters(), *parent.buffers()]
-    if not all(_is_plain(tensor) or not tensor.is_floating_point() for tensor in tensors):
+    if not all(is_plain(tensor) or not tensor.is_floating_point() for tensor in tensors):
         return False
     weight: Any = parent.get_submodule(leaf).weight
     if any(tensor.is_meta for tensor in tensors) or sum(p.numel() for p in tensors) > 16 * weight.numel():
         return False
     key = ("blocks", leaf, columns, *blocks)
-    return _once(parent, key, lambda: _divides(parent, leaf, columns, blocks))
+    return once(parent, key, lambda: _divides(parent, leaf, columns, blocks))
 
 
 # -- layers -------------------------------------------------------------------------------------------
@@ -76,8 +76,8 @@ def _try_layer(module: nn.Module, weight: Tensor, rows: int, columns: int) -> La
     problem = ""
     for shape in ((1, 2, columns), (2, columns)):
         x = torch.arange(2.0 * columns, device=weight.device).cos().view(shape).to(weight.dtype)
-        with _unnoticed(weight.device):
-            copy = _copy(module, torch.clone)
+        with unnoticed(weight.device):
+            copy = copied(module, torch.clone)
             try:
                 y: Any = type(module).forward(copy, x)
             except Exception as error:  # whatever a stranger's code raises
@@ -124,8 +124,8 @@ def _divides(parent: nn.Module, leaf: str, columns: int, blocks: Blocks) -> bool
             return tensor.double()
         return (random(tensor.shape) / max(1, tensor.shape[-1] if tensor.dim() else 1) ** 0.5).to(device)
 
-    with _unnoticed(device):
-        copy = _copy(parent, refilled)
+    with unnoticed(device):
+        copy = copied(parent, refilled)
         x = random((1, TOKENS, columns)).to(device)
         moved: dict[str, Any] = {"by": 0.0}
         copy.get_submodule(leaf).register_forward_hook(lambda module, args, y: y + moved["by"])
@@ -181,7 +181,7 @@ def _acts_as(
 _RESULTS: WeakKeyDictionary[type, dict[Any, Any]] = WeakKeyDictionary()
 
 
-def _once(module: nn.Module, key: tuple[Any, ...], attempt: Callable[[], Any]) -> Any:
+def once(module: nn.Module, key: tuple[Any, ...], attempt: Callable[[], Any]) -> Any:
     """One trial for all modules of a class that have the same settings, dtype and device."""
     settings = tuple(
         (name, value)
@@ -197,7 +197,7 @@ def _once(module: nn.Module, key: tuple[Any, ...], attempt: Callable[[], Any]) -
     return known[key]
 
 
-def _is_plain(tensor: object) -> bool:
+def is_plain(tensor: object) -> bool:
     return (
         type(tensor) in (nn.Parameter, Tensor)
         and not tensor.is_meta  # type: ignore[attr-defined]
@@ -206,7 +206,7 @@ def _is_plain(tensor: object) -> bool:
     )
 
 
-def _copy(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Any:
+def copied(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Any:
     """``module`` without its hooks, in evaluation mode, with tensors of its own."""
     copy = module.__class__.__new__(module.__class__)
     for name, value in module.__dict__.items():  # what a forward may write into becomes the copy's own
@@ -223,13 +223,13 @@ def _copy(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Any:
         name: None if b is None else new(b.detach()) for name, b in module._buffers.items()
     }
     copy.__dict__["_modules"] = {
-        name: None if child is None else _copy(child, new) for name, child in module._modules.items()
+        name: None if child is None else copied(child, new) for name, child in module._modules.items()
     }
     return copy
 
 
 @contextmanager
-def _unnoticed(device: torch.device) -> Iterator[None]:
+def unnoticed(device: torch.device) -> Iterator[None]:
     """No gradient, no warning, and the random numbers that come next stay what they would be."""
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices), warnings.catch_warnings():

@@ -31,7 +31,9 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
     if not isinstance(policy, Policy):
         raise ValueError(f"expected a Policy, such as lowrank.presets.lora(), not {policy!r}")
     train = trained_modules(model, policy.train)
-    projections, notes = select(model, policy.target, policy.exclude, policy.train, policy.fused)
+    projections, notes, left_out = select(
+        model, policy.target, policy.exclude, policy.train, policy.fused, policy.roles
+    )
     check_layers(model, projections, train, policy.dropout)
     cost = _costs(policy.init, projections)
     rank, budget = _resolved(model, policy, cost)
@@ -63,6 +65,7 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
         train=train,
         seed=policy.seed,
         notes=notes,
+        left_out=left_out,
         reference_rank=rank,
     )
     return plan, statistics
@@ -183,5 +186,6 @@ def fitted_plan(model: nn.Module, plan: Plan) -> Plan:
         train=trained_modules(model, plan.train),
         seed=plan.seed,
         notes=plan.notes,
+        left_out=plan.left_out,
         reference_rank=plan.reference_rank,
     )

@@ -304,7 +304,9 @@ def test_a_predicate_that_leaves_an_undivided_weight_out_has_a_note() -> None:
 
 def test_a_role_target_says_which_layers_have_no_known_role() -> None:
     model = nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": linear(), "mystery": linear()})})
-    assert notes(model, "query") == "attn.mystery: left out, since its role is not known"
+    assert notes(model, "query") == (
+        "attn.mystery: left out, since its role is not known: roles={pattern: role} says it"
+    )
     assert notes(model, "q_proj") == ""
 
 

@@ -1,0 +1,149 @@
+"""The models that a census counts: transformers' types, and timm's where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.censuses.inputs import inputs
+from benchmarks.censuses.shrink import configs
+
+LARGEST = 40_000_000  # parameters; a model that cannot be shrunk below is not run
+HEADED = (
+    "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CTC",
+)  # fmt: skip
+
+Made = tuple[nn.Module, dict[str, Any]]  # in evaluation mode, and what it can be called with
+
+
+class NotBuilt(Exception):
+    """Nothing of this type could be built small."""
+
+
+class NotRun(Exception):
+    """It was built, and no guess of its inputs ran."""
+
+
+def names() -> list[str]:
+    """``transformers:bert`` and so on: everything that can be counted here."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    found = [f"transformers:{name}" for name in CONFIG_MAPPING]
+    if importlib.util.find_spec("timm"):
+        import timm
+
+        found += [f"timm:{name}" for name in _families(timm.list_models())]
+    return found
+
+
+def make(name: str) -> Made:
+    """A small random model of this name, the same each time, and inputs that it was called with.
+
+    Raises:
+        NotBuilt, NotRun: with what the last attempt said.
+    """
+    library, _, kind = name.partition(":")
+    return {"transformers": _transformers, "timm": _timm}[library](kind)
+
+
+def _transformers(kind: str) -> Made:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    built, last = False, "no configuration"
+    for config in configs(CONFIG_MAPPING[kind]):
+        for model_class in _classes(type(config)):
+            try:
+                with torch.device("meta"):
+                    size = sum(p.numel() for p in model_class(config).parameters())
+                if size > LARGEST:
+                    raise ValueError(f"{size:,} parameters")
+                torch.manual_seed(0)
+                model = model_class(config).eval()
+            except Exception as error:  # whatever a stranger's code raises
+                last = f"{type(error).__name__}: {error}" if not built else last
+                continue
+            built = True
+            _settle(model)
+            for batch in inputs(model):
+                try:
+                    with torch.no_grad():
+                        torch.manual_seed(0)
+                        model(**batch)
+                    return model, batch
+                except Exception as error:
+                    last = f"{type(error).__name__}: {error}"
+    raise (NotRun if built else NotBuilt)(last)
+
+
+def _settle(model: nn.Module) -> None:
+    """Numbers for what a checkpoint would fill: weights that start as zeros hide what depends on them."""
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.dim() > 1 and not parameter.any():
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
+            elif parameter.is_floating_point() and not parameter.isfinite().all():
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
+
+
+def _classes(config_class: type) -> Iterator[type]:
+    """Models of this configuration: with a head where there is one, then without."""
+    import transformers.models.auto.modeling_auto as auto
+
+    seen: set[str] = set()
+    mappings = [getattr(auto, f"MODEL_FOR_{task}_MAPPING", {}) for task in HEADED]
+    mappings += [auto.MODEL_MAPPING]
+    for mapping in mappings:
+        if config_class in mapping:
+            found: Any = mapping[config_class]
+            for each in found if isinstance(found, tuple) else (found,):
+                if each.__name__ not in seen:
+                    seen.add(each.__name__)
+                    yield each
+    if not seen:  # in no table: whatever its file has
+        from transformers import PreTrainedModel
+
+        file = config_class.__module__.replace(".configuration_", ".modeling_")
+        try:
+            module = importlib.import_module(file)
+        except ImportError:
+            return
+        for each in vars(module).values():
+            if isinstance(each, type) and issubclass(each, PreTrainedModel):
+                if getattr(each, "config_class", None) is config_class and "forward" in vars(each):
+                    yield each
+
+
+# -- timm ---------------------------------------------------------------------------------------------
+
+
+def _families(listed: list[str]) -> list[str]:
+    """One name of each family: the first part of a name."""
+    return list({name.partition("_")[0]: name for name in reversed(listed)}.values())
+
+
+def _timm(kind: str) -> Made:
+    import timm
+
+    attempts: list[Callable[[], nn.Module]] = [
+        lambda: timm.create_model(kind, pretrained=False, num_classes=5, img_size=64),
+        lambda: timm.create_model(kind, pretrained=False, num_classes=5),
+    ]
+    last = ""
+    for attempt in attempts:
+        try:
+            torch.manual_seed(0)
+            model = attempt().eval()
+            side = model.default_cfg["input_size"][-1] if attempt is attempts[1] else 64
+            batch = {"x": torch.randn(2, 3, side, side)}
+            with torch.no_grad():
+                model(**batch)
+            return model, batch
+        except Exception as error:
+            last = f"{type(error).__name__}: {error}"
+    raise NotBuilt(last)
