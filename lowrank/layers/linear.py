@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter, RowBlocks, full_delta
 from lowrank.layers.bases import plain_weight
-from lowrank.layers.functional import Block, add_lora, fused_lora
+from lowrank.layers.block import Block
+from lowrank.layers.functional import add_lora, fused_lora
 from lowrank.layers.grouped import ExampleAdapters, add_grouped
+from lowrank.layers.inference import Kept
 from lowrank.layers.loading import move_below_base
 from lowrank.layers.reading import read_weight, readable
 
@@ -59,6 +61,7 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.transposed = hasattr(base, "nf") if transposed is None else transposed
         self.acting = Acting((name,)) if acting is None else acting
+        self.kept = Kept()
         first = list(adapters)
         if first:
             self.put(name, first, dropout)
@@ -76,9 +79,10 @@ class LoRALinear(nn.Module):
         if not products:
             return self.base(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        weight = plain_weight(self.base)
+        base = cast(nn.Module, self._modules["base"])  # a module's __getattr__ takes ten times as long
+        weight = plain_weight(base)
         if weight is None:
-            y = self.base(*args, **kwargs)  # which may take x to another device
+            y = base(*args, **kwargs)  # which may take x to another device
             if self.training and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
                 raise RuntimeError(
                     f"{type(self.base).__name__} passes no gradient to its input, so the layers below it "
@@ -88,7 +92,9 @@ class LoRALinear(nn.Module):
             x = x.to(y.device)
         else:
             blocks, dropout = products.pop(0)
-            y = fused_lora(x, weight, self.bias, blocks, dropout=dropout)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.kept.drop()
+            y = fused_lora(x, weight, base._parameters["bias"], blocks, dropout=dropout, kept=self.kept)
         for blocks, dropout in products:
             y = add_lora(y, x, blocks, dropout=dropout)
         return y
