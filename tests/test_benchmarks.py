@@ -114,7 +114,34 @@ def check_serving(results: dict[str, Any]) -> None:
     assert added["model_bytes"] == added["parameters_bytes"] > 0 and 0 < added["switch"] < 1
 
 
+def check_launches(results: dict[str, Any]) -> None:
+    """Ours dispatches fewer operations than PEFT, in whatever dtype; the frozen projection is the floor."""
+    for case in results["cases"].values():
+        by = {record["contender"]: record for record in case}
+        for when in ("forward", "backward", "no_grad"):
+            floor, rival = by["frozen"][when], by["PEFT, no autocast_adapter_dtype"][when]
+            assert 1 <= floor < by["ours, LoRA"][when]
+            if when != "forward":  # which casts the fp32 masters, where this rival trains half precision
+                assert by["ours, LoRA"][when] <= rival
+
+
+def check_generate(results: dict[str, Any]) -> None:
+    for case in results["cases"].values():
+        assert [r["contender"] for r in case] == [*MODEL[:4], MODEL[5]]
+        assert all(in_order(record, "seconds") for record in case) and case[0]["over_frozen"] == 1
+
+
+def check_scale(results: dict[str, Any]) -> None:
+    small, shapes = results["cases"].values()
+    assert [r["stage"] for r in small] == ["find", "plan", "wrap", "save", "load", "unwrap"]
+    assert [r["stage"] for r in shapes] == ["find", "plan", "wrap", "unwrap"]
+    assert {r["projections"] for r in small} == {36} and all(r["seconds"] > 0 for r in [*small, *shapes])
+
+
 CHECKS = {
+    "bench_generate": check_generate,
+    "bench_launches": check_launches,
+    "bench_scale": check_scale,
     "bench_bounds": check_bounds,
     "bench_init": check_init,
     "bench_linear": check_linear,
