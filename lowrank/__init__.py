@@ -10,12 +10,15 @@ from lowrank.choosing import adapters_for_rows, disable_adapters, set_adapters, 
 from lowrank.combining import combine_adapters
 from lowrank.init import Factors
 from lowrank.layers import LoRALinear, lora_linear
+from lowrank.learning_rates import lora_plus
+from lowrank.memory import memory_report
 from lowrank.merging import merge, remove_adapter, unwrap
 from lowrank.models.projections import Projection, Role, find_projections
 from lowrank.peft_format import PeftExport, export_peft, import_peft
 from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.swapping import swap_adapter
+from lowrank.train.memory_table import MemoryReport
 from lowrank.wrap import add_adapter, measure, plan_model, wrap_model
 from lowrank.wrapping.new_heads import FrozenHeadWarning
 from lowrank.wrapping.pretrained import SavePretrainedWarning
@@ -28,6 +31,7 @@ __all__ = [
     "Factors",
     "FrozenHeadWarning",
     "LoRALinear",
+    "MemoryReport",
     "PeftExport",
     "Plan",
     "Policy",
@@ -51,7 +55,9 @@ __all__ = [
     "layers",
     "load_adapter",
     "lora_linear",
+    "lora_plus",
     "measure",
+    "memory_report",
     "merge",
     "plan_model",
     "plan_of",

@@ -14,7 +14,7 @@ from torch import nn
 
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
-from lowrank.layers.linear import LoRALinear
+from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import hung_at, hung_by_name, original, without_copies
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
@@ -77,8 +77,8 @@ def plan_of(model: nn.Module, name: str | None = None) -> Plan:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The adapted modules by path: `LoRALinear`s, and modules adapted on the weight."""
-    kinds: Any = (LoRALinear, AdaptedWeight)
+    """The adapted modules by path: `AdaptedLayer`s, and modules adapted on the weight."""
+    kinds: Any = (AdaptedLayer, AdaptedWeight)
     return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
 
 
@@ -116,7 +116,7 @@ def adapters_of(model: nn.Module, name: str | None = None) -> dict[Projection, A
         if isinstance(module, AdaptedWeight):
             held = module.lora.of(name, p.param)
         else:
-            held = cast(LoRALinear, module).part(name).held()
+            held = cast(AdaptedLayer, module).part(name).held()
         (found[p],) = [adapter for adapter in held if adapter.rows == p.rows]
     return found
 

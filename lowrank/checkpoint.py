@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from lowrank.adapters import (
     adapters_of,
-    added_parameters,
     holder,
     one_name,
     plan_of,
     wrapped_root,
 )
+from lowrank.batches import model_device
 from lowrank.files import (
     AdapterError,
     make_folder,
@@ -47,6 +47,7 @@ from lowrank.layers.adapter import Adapter
 from lowrank.models.fingerprint import Sample, of_projection
 from lowrank.models.projections import Projection
 from lowrank.plan import Plan
+from lowrank.processes import Processes, in_parts, whole
 from lowrank.wrapping.checks import check_beside, check_layers
 from lowrank.wrapping.claims import (
     TRAINED,
@@ -59,7 +60,7 @@ from lowrank.wrapping.claims import (
     weight_problems,
 )
 from lowrank.wrapping.install import bare, device_beside
-from lowrank.wrapping.unused import describe_unused, unused_layers
+from lowrank.wrapping.unused import describe_unused, unused_layers, warn_of_unsaved
 
 OVERRIDE = 'if that is meant: load_adapter(..., base="other")'
 LOG = logging.getLogger("lowrank")
@@ -73,6 +74,10 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
     noticed. Of what the folder holds only the tensors of the adapter that was there are deleted.
     Adapted layers that no forward has used are named in a warning.
 
+    A sharded model (FSDP2) is gathered, one tensor of the base at a time: every process must call this.
+    The first one writes, and all wait for it; what fails in one fails in all. A model that each process holds
+    in full is written by whoever calls, so it is enough that one does.
+
     Args:
         name: of the adapter; it may be left out where there is one.
 
@@ -80,17 +85,32 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
         ValueError: the model is not wrapped, a tensor is not finite, or there is no adapter of that name.
             What was there stays then.
     """
+    if not in_parts(model):
+        _write(Path(path), *_content(model, name))
+        return
+    processes, error = Processes(model_device(model)), None
+    try:
+        content = _content(model, name)
+        if processes.first:
+            _write(Path(path), *content)
+    except Exception as raised:
+        error = raised
+    processes.raise_in_all(error, "save_adapter")
+
+
+def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], bytes]:
+    """What is to be written: the configuration, and the tensors as one blob."""
     root = wrapped_root(model)
     name = one_name(root, name)
     plan = plan_of(root, name)
     adapters = adapters_of(root, name)
     if unused := unused_layers(root, name):
-        warnings.warn(describe_unused(unused), stacklevel=2)
-    tensors = adapter_tensors(root, name)
+        warnings.warn(describe_unused(unused), stacklevel=3)
+    tensors = {key: whole(tensor) for key, tensor in adapter_tensors(root, name).items()}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"refusing to save: {key} contains NaN or Inf")
-    _warn_of_unsaved(root)
+    warn_of_unsaved(root)
 
     sha256 = digest(packed(tensors))
     config = {
@@ -105,8 +125,11 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
         "rest": {name: sample.to_json() for name, sample in samples_of_the_rest(root, plan).items()},
     }
     config["checksum"] = checksum(config)
+    return config, blob
+
+
+def _write(folder: Path, config: Mapping[str, Any], blob: bytes) -> None:
     content = json.dumps(config, indent=1, allow_nan=False).encode()
-    folder = Path(path)
     make_folder(folder)
     before, file = own_tensors(folder), folder / str(config["tensors"])
     obsolete = {before} if file.exists() else {before, file}
@@ -200,19 +223,6 @@ def _loaded(
         for path in plan.train
     }
     return plan, adapters, states
-
-
-def _warn_of_unsaved(root: nn.Module) -> None:
-    added = {id(parameter) for parameter in added_parameters(root)}
-    learning = [name for name, p in root.named_parameters() if p.requires_grad and id(p) not in added]
-    if learning:
-        more = f" and {len(learning) - 5} more" if len(learning) > 5 else ""
-        warnings.warn(
-            f"these parameters of the base require grad, but are not saved with the adapter: "
-            f"{', '.join(learning[:5])}{more}; name their modules in Policy(train=...) when wrapping",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def _adapter(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters import adaptation, one_name, wrapped_root
 from lowrank.layers.grouped import ExampleAdapters
+from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import base_modules, hung_at, hung_by_name, without_copies
@@ -89,6 +90,10 @@ def adapters_for_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator
         layer = without_copies(hung)
         if isinstance(layer, LoRALinear):
             paths[id(layer)] = path
+        elif isinstance(layer, AdaptedLayer):
+            if shared := used.intersection(hung_by_name(layer)):
+                kind = type(layer.base).__name__
+                problems.append(f"{path}: {', '.join(sorted(shared))} adapts this {kind}")
         elif shared := used.intersection(hung_by_name(layer)):
             problems.append(
                 f"{path}: {', '.join(sorted(shared))} is added to its weight, which is read without a call"

@@ -22,12 +22,14 @@ from lowrank.choosing import check_together
 from lowrank.layers.adapter import Adapter, updates, weighted
 from lowrank.layers.bases import multiplies
 from lowrank.layers.functional import Block
-from lowrank.layers.linear import LoRALinear
+from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.tree import hung_at, original, without_copies
+from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import as_rows, quantized
+from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.install import bare
-from lowrank.wrapping.pretrained import forget_quantization
+from lowrank.wrapping.pretrained import forget_quantization, forget_ties
 from lowrank.wrapping.unused import replaced_layers, unused_layers
 
 
@@ -58,7 +60,11 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
 
 
 def merge(
-    model: nn.Module, names: str | Iterable[str] | None = None, *, dequantize: bool = False
+    model: nn.Module,
+    names: str | Iterable[str] | None = None,
+    *,
+    dequantize: bool = False,
+    untie: bool = False,
 ) -> nn.Module:
     """Adds ΔW to the weights, in fp32 and rounded once, and takes the adapters out.
 
@@ -70,13 +76,18 @@ def merge(
             by default those that act now.
         dequantize: a quantized weight, which cannot take ΔW without being quantized again, is replaced by
             W + ΔW in floating point; its layer then needs the memory of an unquantized one.
+        untie: a weight that is tied to another module's, which must keep W, becomes a weight of its own. What
+            transformers' configuration says of tied embeddings changes with it, so that a saved folder is
+            read as it was written.
 
     Raises:
         ValueError: a weight is tied to another module's, is quantized, or is not all that its layer
             computes with, an adapter holds NaN or Inf, or a layer was passed by when its module ran, so that
-            its adapter has had no effect; nothing acts, or a name is unknown; nothing was changed.
+            its adapter has had no effect; nothing acts, or a name is unknown; the model is
+            sharded; nothing was changed.
     """
     root = wrapped_root(model)
+    check_whole(model, "merge")
     acting = adaptation(root).acting
     chosen = [names] if isinstance(names, str) else list(acting.names if names is None else names)
     if not chosen:
@@ -84,7 +95,7 @@ def merge(
     chosen = [one_name(root, name) for name in dict.fromkeys(chosen)]
     check_together(root, {name: float(acting.weights.get(name, 1.0)) for name in chosen})
     adapters = {name: adapters_of(root, name) for name in chosen}
-    _check_mergeable(root, [p for held in adapters.values() for p in held], dequantize)
+    _check_mergeable(root, [p for held in adapters.values() for p in held], dequantize, untie)
     by_weight: dict[tuple[str, str], list[tuple[Projection, Block]]] = {}
     for name, held in adapters.items():
         _check_effects(root, name, held)
@@ -92,6 +103,8 @@ def merge(
             block = weighted(adapter.block, acting.weights.get(name))
             by_weight.setdefault((p.module, p.param), []).append((p, block))
     usual = _usual_dtype(root)
+    if untie and any([_untie(root, held[0][0]) for held in by_weight.values()]):
+        forget_ties(root)
     unpacked = [_merge_weight(root, held, usual) for held in by_weight.values()]
     with bare(root) as fittings:
         for trained in fittings.trained.values():
@@ -150,15 +163,36 @@ def _check_effects(root: nn.Module, name: str, adapters: Mapping[Projection, Ada
             )
 
 
-def _check_mergeable(root: nn.Module, projections: Iterable[Projection], dequantize: bool) -> None:
+def _holders(root: nn.Module) -> dict[int, set[nn.Module]]:
+    """The modules that hold each parameter, by its id."""
     holders: dict[int, set[nn.Module]] = {}
     for module in root.modules():
         for parameter in module.parameters(recurse=False):
             holders.setdefault(id(parameter), set()).add(module)
+    return holders
+
+
+def _untie(root: nn.Module, p: Projection) -> bool:
+    """Gives the module of ``p`` a weight of its own where it shared one; says whether it did."""
+    weight = _stored(root, p)
+    if len(_holders(root)[id(weight)]) == 1:
+        return False
+    own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    holder(root, p).register_parameter(p.param, own)
+    return True
+
+
+def _check_mergeable(
+    root: nn.Module, projections: Iterable[Projection], dequantize: bool, untie: bool
+) -> None:
+    holders = _holders(root)
     for p in projections:
         weight, base = _stored(root, p), holder(root, p)
-        if len(holders[id(weight)]) > 1:
-            raise ValueError(f"{p.name} is tied to another module's weight, which merging would change too")
+        if len(holders[id(weight)]) > 1 and not untie:
+            raise ValueError(
+                f"{p.name} is tied to another module's weight, which merging would change too: "
+                "merge(model, untie=True) gives it a weight of its own"
+            )
         if weight.is_meta:
             raise ValueError(
                 f"{p.name} is on the meta device: there is nothing yet that ΔW could be added to"
@@ -170,7 +204,8 @@ def _check_mergeable(root: nn.Module, projections: Iterable[Projection], dequant
                 "beside it, or merge(model, dequantize=True) to have these layers in floating point"
             )
         try:
-            product = on_weight(root, p) or multiplies(base, as_rows(base, p.param))
+            known = on_weight(root, p) or kind_of(base) is not None
+            product = known or multiplies(base, as_rows(base, p.param))
         except ValueError as error:
             raise ValueError(f"{p.name}: {error}") from error
         if not product:
@@ -205,7 +240,7 @@ def _match_bias(layer: nn.Module, dtype: torch.dtype) -> None:
 def _unpack(root: nn.Module, p: Projection) -> None:
     """Puts the dequantized weight, in fp32, in the place of the packed one, in a plain layer."""
     layer = without_copies(hung_at(root, p.module))
-    assert isinstance(layer, LoRALinear)
+    assert isinstance(layer, AdaptedLayer)
     weight = nn.Parameter(as_rows(layer.base, p.param).to(torch.float32, copy=True), requires_grad=False)
     if type(layer.base) is not nn.Linear:
         plain = nn.Linear(layer.in_features, layer.out_features, device="meta").train(layer.training)

@@ -17,6 +17,7 @@ from lowrank.allocate.base import Allocation
 from lowrank.files import write
 from lowrank.formats.plans import plan_arguments, plan_to_json
 from lowrank.models.projections import Projection
+from lowrank.plots import heat_map
 
 
 class Plan(Mapping[Projection, Allocation]):
@@ -151,6 +152,22 @@ class Plan(Mapping[Projection, Allocation]):
             total += f" of a budget of {self.budget:,}" + (f" ({left:,} left)" if left else "")
         return total + ("" if self.reference_rank is None else f", reference rank {self.reference_rank}")
 
+    def plot(self, path: str | Path | None = None) -> Any:
+        """A heat map of the ranks, layer × role; where a cell has several projections, their ranks add up.
+
+        The layer is the first number in a module's path; modules without one are a column of their own, "–".
+        Needs matplotlib. It is written to ``path``, whose ending says the format, where there is one, and
+        the figure is returned.
+        """
+        ranks: dict[tuple[str, str], int] = {}
+        for p, allocation in self.items():
+            cell = (p.role.value, _layer(p.module))
+            ranks[cell] = ranks.get(cell, 0) + allocation.rank
+        roles = list(dict.fromkeys(role for role, _ in ranks))
+        layers = sorted({layer for _, layer in ranks}, key=lambda layer: (layer == "–", len(layer), layer))
+        cells = [[ranks.get((role, layer)) for layer in layers] for role in roles]
+        return heat_map(cells, roles, layers, path, title=self._total(), xlabel="layer")
+
     # -- JSON ---------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
@@ -195,6 +212,10 @@ class Plan(Mapping[Projection, Allocation]):
             ranks[p.module] = ranks.get(p.module, 0) + rank
             alphas[p.module] = alphas.get(p.module, 0.0) + rank * scaling
         return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas)}
+
+
+def _layer(module: str) -> str:
+    return next((part for part in module.split(".") if part.isdigit()), "–")
 
 
 def peft_patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lowrank.adapters import adaptation, adapters_of, one_name, plan_of, wrapped
 from lowrank.files import AdapterError, read_header, read_tensors
 from lowrank.formats.folder import read_config, refuse, tensors_file
 from lowrank.plan import Plan
+from lowrank.processes import fill
 from lowrank.wrapping.claims import (
     adapter_tensors,
     frozen_names,
@@ -90,5 +91,5 @@ def _exchange_values(model: nn.Module, path: str | Path, name: str, *, whole_bas
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise AdapterError(f"{folder} does not hold a whole adapter: {error}") from error
     for key, tensor in here.items():
-        tensor.copy_(saved[key])
+        fill(tensor, saved[key])
     return saved_plan

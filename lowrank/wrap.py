@@ -23,6 +23,7 @@ from lowrank.models.projections import Projection
 from lowrank.models.targets import select
 from lowrank.plan import Plan
 from lowrank.policy import Policy
+from lowrank.wrapping.agreement import agreed
 from lowrank.wrapping.checks import check_beside, check_layers, check_unwrapped
 from lowrank.wrapping.install import bare, make_adapter
 from lowrank.wrapping.new_heads import warn_of_new_heads
@@ -95,6 +96,9 @@ def wrap_model(
     The base's weights are not written. Before the first training step the output is the base's, bit for
     bit on the CPU. On an error the model is as it was.
 
+    Under `torch.distributed` every process must call this, with its own copy of the same base, before it is
+    made parallel. All get the same plan and the same factors, from the calibration batches of all.
+
     Args:
         policy: what to do, or a `Plan` that says it projection by projection.
         name: of the adapter. Others can be put beside it: see `add_adapter`.
@@ -144,24 +148,27 @@ def _adapt(model: nn.Module, policy: Policy | Plan, name: str, source: Source) -
     if torch.is_inference_mode_enabled():
         raise ValueError("parameters made under torch.inference_mode() cannot be trained: wrap outside of it")
     with bare(root) as fittings:
-        if isinstance(policy, Plan):
-            plan, init = fitted_plan(root, policy), policy.init or Kaiming()
-            check_layers(root, plan.adapted, plan.train, plan.dropout)
-        else:
-            plan, source.statistics = make_plan(root, policy, source, start=True)
-            init = policy.init
-        adapters = _adapters(root, plan, init, source)
+        plan, adapters = agreed(root, lambda: _made(root, policy, source))
         warn_of_new_heads(root, plan)
         fittings.install(name, plan, adapters)
     return model
 
 
+def _made(root: nn.Module, policy: Policy | Plan, source: Source) -> tuple[Plan, dict[Projection, Adapter]]:
+    """The plan for the base ``root``, and all its adapters."""
+    if isinstance(policy, Plan):
+        plan, init = fitted_plan(root, policy), policy.init or Kaiming()
+        check_layers(root, plan.adapted, plan.train, plan.dropout)
+    else:
+        plan, source.statistics = make_plan(root, policy, source, start=True)
+        init = policy.init
+    return plan, _adapters(root, plan, init, source)
+
+
 def _adapters(root: nn.Module, plan: Plan, init: Initializer, source: Source) -> dict[Projection, Adapter]:
     """All adapters of ``plan``, as ``init`` starts them; the plan notes the energies of the starts."""
     adapters: dict[Projection, Adapter] = {}
-    bar = tqdm(
-        total=len(plan.adapted), desc="initializing", disable=not source.progress, delay=2, leave=False
-    )
+    bar = tqdm(total=len(plan.adapted), desc="initializing", disable=not source.shows, delay=2, leave=False)
     with bar:
         needs = {p: needs_of(init, p.role) for p in plan.adapted}
         for part, measured in source.parts(root, needs):

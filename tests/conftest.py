@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled code keeps no record of the layers that it uses, for the rest of the process."""
-    monkeypatch.setattr("lowrank.layers.linear._compiled", False)
+    monkeypatch.setattr("lowrank.layers.layer._compiled", False)
 
 
 @pytest.fixture(autouse=True)

@@ -17,18 +17,20 @@ PACKAGE = Path(__file__).parents[1] / "lowrank"
 # Lowest first. A file imports from lower layers only; a package's own files may import one another,
 # but for the siblings below.
 LAYERS = [
-    {"batches", "files", "linalg"},
+    {"batches", "files", "linalg", "plots", "processes"},
     {"models"},  # what is known of other people's models
     {"calibration"},
     {"init", "allocate"},
     {"formats"},  # data classes as JSON
     {"plan", "layers"},
-    {"policy", "adapters"},
+    {"policy", "adapters", "learning_rates"},
     {"choosing"},
     {"wrapping"},  # what wrapping, loading and importing share
     {"merging", "combining"},
     {"wrap"},
     {"presets", "checkpoint", "swapping", "peft_format"},
+    {"train"},  # whatever requires grad; see ONLY for what it may import
+    {"memory"},
     {"integrations"},  # one file for each library that drives training, imported by the user
     {"__init__"},  # the public names
     {"demo"},
@@ -38,7 +40,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Narrower than their place in the table: the only other parts that these may name.
 ONLY = {
     "layers": {"linalg"},  # plain tensors, no model
-    "train": {"batches", "files"},  # knows requires_grad, never LoRA
+    "train": {"batches", "files", "plots", "processes"},  # knows requires_grad, never LoRA
 }
 
 # Each file there is one idea, and may import of its own package only these.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.batches import model_device
-from lowrank.calibration.reduce import Processes
 from lowrank.linalg.precision import fast_precision, full_precision, is_half, wide
 from lowrank.linalg.rows import shifted, take
 from lowrank.models.projections import Projection
+from lowrank.processes import Processes
 
 
 class Gradients:

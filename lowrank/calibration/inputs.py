@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lowrank.calibration.accumulators import Rows, Sum
-from lowrank.calibration.reduce import Processes
 from lowrank.models.projections import Projection
+from lowrank.processes import Processes
 
 
 class _Seen:

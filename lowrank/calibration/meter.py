@@ -13,10 +13,10 @@ from lowrank.calibration.examples import Example
 from lowrank.calibration.gradients import Gradients
 from lowrank.calibration.inputs import Inputs
 from lowrank.calibration.masks import Masks, Routed
-from lowrank.calibration.reduce import Processes
 from lowrank.calibration.statistics import ProjectionStatistics, Statistics
 from lowrank.linalg.precision import is_half, symmetric, wide
 from lowrank.models.projections import Projection
+from lowrank.processes import Processes
 
 
 class Meter:

@@ -20,12 +20,12 @@ from lowrank.calibration.hooks import watched
 from lowrank.calibration.masks import token_mask
 from lowrank.calibration.meter import Meter
 from lowrank.calibration.needs import Needs, by_projection, predicted_bytes
-from lowrank.calibration.reduce import Processes
 from lowrank.calibration.statistics import KINDS, Statistics
 from lowrank.calibration.undisturbed import undisturbed
 from lowrank.models.fingerprint import of_projections
 from lowrank.models.projections import Projection
 from lowrank.models.storage import kept_unpacked
+from lowrank.processes import Processes
 
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_SCALE = 2.0**15  # of the loss in float16, where small gradients are zero; the smallest is its inverse
@@ -96,6 +96,7 @@ def calibrate(
     home = model_device(model)
     meter = Meter(model, wanted, None if device is None else torch.device(device))
     processes = Processes(home)
+    progress = progress and processes.first
     if progress:
         size = predicted_bytes(projections, needs)
         tqdm.write(f"calibrating {len(wanted)} projections: {size / 2**20:.0f} MiB of statistics")

@@ -17,7 +17,8 @@ from lowrank.batches import Loss, Mask
 from lowrank.calibration import calibrate, predicted_bytes
 from lowrank.calibration.statistics import KINDS, OF_WEIGHTS, ProjectionStatistics, Statistics
 from lowrank.models.fingerprint import of_projections
-from lowrank.models.projections import Projection
+from lowrank.models.projections import Projection, Role
+from lowrank.processes import Processes
 
 MATRICES = frozenset({"covariance", "moment", "gradient"})  # what takes memory
 
@@ -49,6 +50,7 @@ class Source:
             found = found.merged(self._of_weights(model, spectra))
         wanted = {p: each - OF_WEIGHTS for p, each in missing.items() if each - OF_WEIGHTS}
         if wanted:
+            _check_measurable(wanted)
             if self.batches is None:
                 names = " and ".join(sorted(frozenset().union(*wanted.values())))
                 raise ValueError(f"this policy measures {names}: pass calibration batches=")
@@ -63,6 +65,11 @@ class Source:
             )
             found = found.merged(measured)
         return found
+
+    @property
+    def shows(self) -> bool:
+        """Does this process show bars? Of several the first does."""
+        return self.progress and Processes().first
 
     def fits(self, needs: Mapping[Projection, frozenset[str]]) -> bool:
         """Can all of it be held at once?"""
@@ -107,9 +114,20 @@ class Source:
         return chunks
 
     def _of_weights(self, model: nn.Module, projections: Sequence[Projection]) -> Statistics:
-        bar = tqdm(projections, "singular values", disable=not self.progress, delay=2, leave=False)
+        bar = tqdm(projections, "singular values", disable=not self.shows, delay=2, leave=False)
         spectra = {p: ProjectionStatistics(spectrum=_singular_values(model, p)) for p in bar}
         return Statistics(spectra, of_projections(model, projections))
+
+
+def _check_measurable(wanted: Mapping[Projection, frozenset[str]]) -> None:
+    """Raises ValueError for projections that calibration does not watch: it does so for linear ones only."""
+    for p, needs in wanted.items():
+        if p.role in (Role.EMBEDDING, Role.CONV):
+            raise ValueError(
+                f"{p.name}: {' and '.join(sorted(needs))} cannot be measured of a projection of role "
+                f"{p.role}: choose an initializer and an allocator that need no batches, as Kaiming() and "
+                "Uniform(), or leave it out of target="
+            )
 
 
 def _singular_values(model: nn.Module, p: Projection) -> Tensor:

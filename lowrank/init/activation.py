@@ -8,6 +8,7 @@ import torch
 
 from lowrank.init.base import Factors, Given, Start
 from lowrank.linalg import top_singular
+from lowrank.models.projections import Role
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,10 @@ class ActivationPrincipal(Start):
     """
 
     needs = frozenset({"moment"})
+
+    def anchored(self, role: Role) -> bool:
+        """B is zero."""
+        return False
 
     def factors(self, given: Given) -> Factors:
         """A (rank, in) and B (out, rank), fp32, on the weight's device; ``energy`` is of the covariance.

@@ -55,7 +55,8 @@ class Initializer(Protocol):
     - ``needs_by_role(role) -> frozenset[str]``, where needs differ by role: nothing is measured in vain;
     - ``frozen(role) -> frozenset[str]``, the factors that it does not train: a plan counts what is left;
     - ``largest_rank(shape, role) -> int``, with shape ``(out, in)``, where it cannot make every rank up to
-      ``min(out, in)``: a plan is within its limits before anything is measured.
+      ``min(out, in)``: a plan is within its limits before anything is measured;
+    - ``anchored(role) -> bool``, whether B starts away from zero, for a memory report; else it may.
     """
 
     @property
@@ -114,6 +115,12 @@ def largest_rank(initializer: Initializer, shape: tuple[int, int], role: Role) -
     declared = getattr(initializer, "largest_rank", None)
     most = min(shape)
     return most if declared is None else max(0, min(most, declared(shape, role)))
+
+
+def starts_anchored(initializer: Initializer, role: Role) -> bool:
+    """May B start away from zero? Then the start is kept beside the factors, where A trains."""
+    declared = getattr(initializer, "anchored", None)
+    return "A" not in frozen_factors(initializer, role) and (declared is None or declared(role))
 
 
 def needs_of(initializer: Initializer, role: Role) -> frozenset[str]:

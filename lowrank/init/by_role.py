@@ -14,6 +14,7 @@ from lowrank.init.base import (
     frozen_factors,
     largest_rank,
     needs_of,
+    starts_anchored,
 )
 from lowrank.models.projections import Role
 
@@ -57,6 +58,10 @@ class ByRole(Start):
     def frozen(self, role: Role) -> frozenset[str]:
         """What the initializer of that role will not train."""
         return frozen_factors(self._of(role), role)
+
+    def anchored(self, role: Role) -> bool:
+        """Whether the initializer of that role may start B away from zero."""
+        return starts_anchored(self._of(role), role)
 
     def largest_rank(self, shape: tuple[int, int], role: Role) -> int:
         """The largest rank that the initializer of that role can make of a weight ``(out, in)``."""

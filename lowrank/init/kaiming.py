@@ -1,6 +1,7 @@
 """The usual starts of LoRA (2106.09685): A random, B zero, so that ΔW is zero at first.
 
-Only the weight's shape and device are looked at: nothing is copied, whatever its size.
+An embedding starts the other way round, A zero and B normal, as in the authors' code: a token that training
+does not meet keeps its vector. Only the weight's shape and device are looked at: nothing is copied.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ import torch
 from torch import Tensor
 
 from lowrank.init.base import Factors, Given, Start
+from lowrank.models.projections import Role
 
 
 @dataclass(frozen=True)
 class Kaiming(Start):
     """A Kaiming-uniform with a = √5, as in the authors' code: uniform on ±1/√in. B zero."""
 
+    def anchored(self, role: Role) -> bool:
+        """B is zero."""
+        return False
+
     def factors(self, given: Given) -> Factors:
         """A (rank, in), drawn where the generator lives, and B (out, rank); fp32, on the weight's device."""
+        if given.role == Role.EMBEDDING:
+            return _looked_up(given)
         bound = 1 / sqrt(given.weight.shape[1])
         A = torch.empty(given.rank, given.weight.shape[1], dtype=torch.float32, device=given.generator.device)
         return _with_zero(given.weight, A.uniform_(-bound, bound, generator=given.generator))
@@ -29,8 +37,14 @@ class Kaiming(Start):
 class Gaussian(Start):
     """A normal with standard deviation 1/rank. B zero."""
 
+    def anchored(self, role: Role) -> bool:
+        """B is zero."""
+        return False
+
     def factors(self, given: Given) -> Factors:
         """A (rank, in), drawn where the generator lives, and B (out, rank); fp32, on the weight's device."""
+        if given.role == Role.EMBEDDING:
+            return _looked_up(given)
         A = torch.empty(given.rank, given.weight.shape[1], dtype=torch.float32, device=given.generator.device)
         return _with_zero(given.weight, A.normal_(0, 1 / given.rank, generator=given.generator))
 
@@ -38,3 +52,12 @@ class Gaussian(Start):
 def _with_zero(weight: Tensor, A: Tensor) -> Factors:
     B = torch.zeros(weight.shape[0], A.shape[0], dtype=torch.float32, device=weight.device)
     return Factors(A=A.to(weight.device), B=B)
+
+
+def _looked_up(given: Given) -> Factors:
+    """A zero, B standard normal."""
+    out, columns = given.weight.shape
+    B = torch.empty(out, given.rank, dtype=torch.float32, device=given.generator.device)
+    B.normal_(generator=given.generator)
+    A = torch.zeros(given.rank, columns, dtype=torch.float32, device=given.weight.device)
+    return Factors(A=A, B=B.to(given.weight.device))

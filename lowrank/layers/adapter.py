@@ -19,7 +19,7 @@ from lowrank.linalg.rows import Rows, height, pieces
 class Adapter(nn.Module):
     """``ΔW = scaling · B·A`` on some output rows of a weight ``(out, in)``.
 
-    A start with B ≠ 0 is an anchor: the start ``(A0, B0)`` is kept beside the parameters ``A`` and
+    A start with B·A ≠ 0 is an anchor: the start ``(A0, B0)`` is kept beside the parameters ``A`` and
     ``B``, which then hold the offsets from it, zero at first:
     ``ΔW = scaling · (B·(A0 + A) + B0·A)``. That trains as W − scaling·B0·A0 in place of W would (same
     gradients), while W is never written, and zero offsets add exact zeros.
@@ -59,8 +59,8 @@ class Adapter(nn.Module):
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError("the initializer made factors that are not finite")
         A, B = (factor.detach().to(dtype).contiguous().clone() for factor in (A, B))
-        anchored = bool(B.any())
-        if "B" in frozen and not anchored:
+        anchored = bool(A.any() and B.any())  # else B·A is zero at first
+        if "B" in frozen and not B.any():
             raise ValueError("a frozen B must not be zero")
         if anchored and "A" in frozen:
             # B·A − B0·A is (B − B0)·A: with A fixed the offset alone is an ordinary adapter.

@@ -25,7 +25,9 @@ def plain_weight(base: nn.Module) -> Tensor | None:
     weight = parameters.get("weight")
     if (
         weight is None
-        or type(weight) not in (nn.Parameter, Tensor)
+        or not (
+            type(weight) in (nn.Parameter, Tensor) or (fake(weight) and not torch.compiler.is_compiling())
+        )
         or not weight.is_floating_point()
         or weight.itemsize == 1  # fp8, which nothing multiplies by without a scale
         or base._forward_hooks
@@ -40,6 +42,11 @@ def plain_weight(base: nn.Module) -> Tensor | None:
     if type(base).__name__ == "Conv1D" and getattr(base, "nf", None) == weight.shape[1]:
         return weight.t()
     return None
+
+
+def fake(weight: Tensor) -> bool:
+    """Is it a stand-in without numbers, as torch.export traces with? Told by name: its import takes long."""
+    return type(weight).__name__ == "FakeTensor"
 
 
 @torch.no_grad()

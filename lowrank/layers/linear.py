@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.acting import Acting
-from lowrank.layers.adapter import Adapter, RowBlocks, full_delta
+from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import plain_weight
 from lowrank.layers.block import Block
 from lowrank.layers.functional import add_lora, fused_lora
 from lowrank.layers.grouped import ExampleAdapters, add_grouped
 from lowrank.layers.inference import Kept
-from lowrank.layers.loading import move_below_base
-from lowrank.layers.reading import read_weight, readable
+from lowrank.layers.layer import AdaptedLayer, note_compiler
+from lowrank.layers.reading import AS_STORED, TRANSPOSED, Layout
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdaptedLayer):
     """``y = base(x) + Σ scaling · x·Aᵀ·Bᵀ``, the sum over what acts, each term on its own rows of the output.
 
     The base may be an ``nn.Linear``, a Conv1D (weight stored as ``(in, out)``), a quantized layer, or
@@ -41,8 +41,6 @@ class LoRALinear(nn.Module):
         transposed: the base keeps its weight as ``(in, out)``; by default only a Conv1D does.
     """
 
-    is_layer = True  # messages about its parameters name it as a whole
-
     def __init__(
         self,
         base: nn.Module,
@@ -55,21 +53,16 @@ class LoRALinear(nn.Module):
         acting: Acting | None = None,
         transposed: bool | None = None,
     ) -> None:
-        super().__init__()
-        self.base = base
-        self.adapters = nn.ModuleDict()  # name → RowBlocks
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(base, in_features=in_features, out_features=out_features, name=name, acting=acting)
         self.transposed = hasattr(base, "nf") if transposed is None else transposed
-        self.acting = Acting((name,)) if acting is None else acting
         self.kept = Kept()
         first = list(adapters)
         if first:
             self.put(name, first, dropout)
-        self.train(base.training)
 
-    def put(self, name: str, adapters: Iterable[Adapter], dropout: float = 0.0) -> None:
-        """Hangs up the adapters of ``name``, on rows that do not overlap."""
-        self.adapters[name] = RowBlocks(adapters, dropout).train(self.training)
+    @property
+    def layout(self) -> Layout:
+        return TRANSPOSED if self.transposed else AS_STORED
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base makes of its arguments, of which the first is x, plus the updates."""
@@ -115,7 +108,7 @@ class LoRALinear(nn.Module):
         products: list[tuple[list[Block], float]] = []
         compiling = torch.compiler.is_compiling()
         if compiling:
-            _note_compiler()
+            note_compiler()
         for part, weight in self.acting.among(self._parts()):
             if not compiling:
                 part.note(use)
@@ -125,102 +118,3 @@ class LoRALinear(nn.Module):
             else:
                 products.append((part.blocks(weight), dropout))
         return products
-
-    def _parts(self) -> dict[str, RowBlocks]:
-        return cast("dict[str, RowBlocks]", self.adapters._modules)
-
-    @property
-    def weight(self) -> Tensor:
-        """W + ΔW for whatever computes with it, in the base's dtype and layout; see `ReadWeight`.
-
-        Dropout does not act in it. It is the base's own parameter while no adapter acts, and where ΔW cannot
-        be added to that: packed, sharded, or on the meta device.
-        """
-        weight = cast(Tensor, self.base.weight)
-        acting = list(self.acting.among(self._parts()))
-        rows = self.acting.rows
-        if rows is not None:
-            acting = [(part, None) for name, part in self._parts().items() if name in rows.names]
-        if not acting or not readable(weight) or weight.dim() != 2:
-            return weight
-        if (weight.t() if self.transposed else weight).shape != (self.out_features, self.in_features):
-            return weight
-        blocks = [block for part, factor in acting for block in part.blocks(factor)]
-
-        def used() -> None:
-            if rows is not None:
-                raise ValueError(
-                    f"{rows.path(self)}: its weight is read without a call, so adapters for single examples "
-                    "cannot act on it: run the examples of one adapter at a time, with use_adapters"
-                )
-            if torch.compiler.is_compiling():
-                _note_compiler()
-            else:
-                for part, _ in acting:
-                    part.note("read")
-
-        return read_weight(weight, blocks, transposed=self.transposed, used=used)
-
-    def part(self, name: str | None = None) -> RowBlocks:
-        """The adapters of ``name``, which may be left out where there is one; else raises ValueError."""
-        parts = self._parts()
-        if name is None and len(parts) == 1:
-            return next(iter(parts.values()))
-        if name not in parts:
-            raise ValueError(f"expected the name of an adapter of this layer, of {list(parts)}, got {name!r}")
-        return parts[name]
-
-    @property
-    def used(self) -> bool:
-        """Was it ever called, or its weight used in an operation, while adapters acted?"""
-        return any(part.used for part in self._parts().values())
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
-
-    @property
-    def rank(self) -> int:
-        """The rank of the only adapter's update: the sum over its row blocks."""
-        return sum(adapter.rank for adapter in self.part().held())
-
-    @property
-    def scaling(self) -> float:
-        """The factor of B·A of the only adapter; raises ValueError where its row blocks have several."""
-        scalings = sorted({adapter.scaling for adapter in self.part().held()})
-        if len(scalings) > 1:
-            raise ValueError(f"the row blocks have scalings of their own: {scalings}; see .adapters")
-        return scalings[0]
-
-    def delta_weight(self, name: str | None = None) -> Tensor:
-        """``ΔW`` (out, in), detached, in fp32 (fp64 for fp64 adapters): what is added to the weight.
-
-        That of the adapter ``name``, which may be left out where there is one. Its weight in a mixture is
-        not applied, and it need not act.
-        """
-        return full_delta(self.part(name).blocks(), self.out_features)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        move_below_base(state_dict, prefix, ("base.", "adapters."))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
-_compiled = False
-
-
-def _note_compiler() -> None:
-    """Runs while the compiler traces a layer, and is no part of what it compiles."""
-    global _compiled
-    _compiled = True
-
-
-# What torch.compiler.assume_constant_result sets; calling that would import the whole compiler here.
-_note_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def seen_by_compiler() -> bool:
-    """Has the compiler traced a layer in this process? Compiled code keeps no record in a layer."""
-    return _compiled

@@ -7,56 +7,62 @@ only ask a weight for its dtype. `ReadWeight` serves both. The layer's own forwa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lowrank.layers.bases import fake
 from lowrank.layers.functional import Block, transformed
 from lowrank.layers.gemm import differentiable_once
 from lowrank.layers.weight import effective_weight
 from lowrank.linalg.rows import Rows, take
 
 
+class Layout(NamedTuple):
+    """How a matrix ``(out, in)`` is stored: ``rows(…)`` is the matrix, and ``stored(…, shape)`` undoes it."""
+
+    rows: Callable[[Tensor], Tensor]
+    stored: Callable[[Tensor, torch.Size], Tensor]
+
+
+AS_STORED = Layout(lambda stored: stored, lambda rows, shape: rows)
+TRANSPOSED = Layout(torch.t, lambda rows, shape: rows.t())
+FLATTENED = Layout(lambda stored: stored.flatten(1), lambda rows, shape: rows.view(shape))  # a kernel's axes
+
+
 def read_weight(
-    weight: Tensor, blocks: Sequence[Block], *, transposed: bool, used: Callable[[], None]
+    weight: Tensor, blocks: Sequence[Block], *, layout: Layout, used: Callable[[], None]
 ) -> Tensor:
     """W + ΔW in W's shape and dtype, differentiable once in the factors and in W.
 
     In compiled and exported code, and under `torch.func`, it is computed at once, from ordinary operations.
 
     Args:
-        weight: (out, in), or (in, out) where it is `transposed`.
+        weight: the matrix ``(out, in)``, stored as `layout` says.
         used: called when the values are asked for.
     """
 
     def compute() -> Tensor:
         used()
-        if transposed:
-            return effective_weight(weight.t(), blocks).t()
-        return effective_weight(weight, blocks)
+        return layout.stored(effective_weight(layout.rows(weight), blocks), weight.shape)
 
-    if torch.compiler.is_compiling() or transformed() or _fake(weight):
+    if torch.compiler.is_compiling() or transformed() or fake(weight):
         return compute()
     spans = [(block.rows, block.scaling) for block in blocks]
     factors = (factor for _, A, B, _, A0, B0 in blocks for factor in (A, B, A0, B0))
-    return _Read.apply(compute, spans, transposed, weight, *factors)
+    return _Read.apply(compute, spans, layout, weight, *factors)
 
 
 def readable(weight: Any) -> bool:
     """Can ΔW be added to ``weight``? Not where it is packed, sharded, elsewhere (meta), or in 8 bits."""
     return (
-        (type(weight) in (nn.Parameter, Tensor) or _fake(weight))
+        (type(weight) in (nn.Parameter, Tensor) or fake(weight))
         and weight.is_floating_point()
         and weight.itemsize > 1
         and not weight.is_meta
     )
-
-
-def _fake(weight: Tensor) -> bool:
-    """Is it a stand-in, as torch.export traces with? Told by name: importing its class takes long."""
-    return type(weight).__name__ == "FakeTensor"
 
 
 class ReadWeight(Tensor):
@@ -133,7 +139,7 @@ def _gradients(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
     """Of ΔW = s·(B·(A0 + A) + B0·A), in fp32: dA = s·(B + B0)ᵀ·dW, dB = s·dW·(A0 + A)ᵀ."""
     factors = ctx.saved_tensors
     needs_weight, *needs = ctx.needs_input_grad[3:]
-    whole = dW.t() if ctx.transposed else dW
+    whole = ctx.layout.rows(dW)
     grads: list[Tensor | None] = [None] * len(factors)
     for i, (rows, scaling) in enumerate(ctx.spans):
         A, B, A0, B0 = factors[4 * i : 4 * i + 4]
@@ -156,10 +162,10 @@ class _Read(torch.autograd.Function):
         ctx: Any,
         compute: Callable[[], Tensor],
         spans: list[tuple[Rows, float]],
-        transposed: bool,
+        layout: Layout,
         weight: Tensor,
         *factors: Any,
     ) -> Tensor:
-        ctx.spans, ctx.transposed = spans, transposed
+        ctx.spans, ctx.layout = spans, layout
         ctx.save_for_backward(*factors)
         return ReadWeight(weight, compute, [])

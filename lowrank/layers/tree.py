@@ -6,14 +6,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lowrank.layers.linear import LoRALinear
+from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
 
 
 def hung_by_name(module: Any) -> dict[str, nn.Module]:
     """What hangs at ``module`` itself, by the name of the adapter that it belongs to; may be changed."""
-    if isinstance(module, LoRALinear):
+    if isinstance(module, AdaptedLayer):
         return module.adapters._modules
     if isinstance(module, TrainedModule):
         return module.copies._modules
@@ -29,7 +29,7 @@ def without_copies(module: nn.Module) -> nn.Module:
 def original(module: nn.Module) -> nn.Module:
     """The base's own module beneath what was put in its place."""
     module = without_copies(module)
-    return module.base if isinstance(module, LoRALinear) else module
+    return module.base if isinstance(module, AdaptedLayer) else module
 
 
 def hung_at(root: nn.Module, path: str) -> nn.Module:

@@ -19,6 +19,8 @@ class Role(StrEnum):
     UP = "up"
     DOWN = "down"
     OTHER = "other"
+    EMBEDDING = "embedding"  # these two are adapted only where they are asked for
+    CONV = "conv"
 
 
 # -- roles by name ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowrank.linalg.rows import view
 from lowrank.models.projections import Projection
 from lowrank.models.storage import as_rows, packed
+from lowrank.processes import is_sharded, whole
 
 OF_PROJECTION = 64  # values of an adapted or measured weight, evenly spread
 OF_TENSOR = 8, 4  # values of any other tensor: evenly spread, and in its last row
@@ -88,7 +89,7 @@ def of_tensor(module: nn.Module, name: str) -> Sample | None:
     if buffer and not stored.is_floating_point():
         return None
     dtype, coded = _dtype(stored), _packed(stored)
-    tensor = _read(module, name) if coded else None if stored.is_meta else stored.detach()
+    tensor = _read(module, name) if coded else None if stored.is_meta else whole(stored.detach())
     if tensor is None:
         return None if coded else Sample(dtype, tuple(stored.shape), None)
     spread, last = OF_TENSOR
@@ -136,7 +137,7 @@ def _dtype(stored: Tensor) -> str:
 
 
 def _packed(stored: Tensor) -> bool:
-    return type(stored) not in (nn.Parameter, Tensor) or packed(stored)
+    return packed(stored) or not (type(stored) in (nn.Parameter, Tensor) or is_sharded(stored))
 
 
 def _read(module: nn.Module, param: str) -> Tensor | None:

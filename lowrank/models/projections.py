@@ -19,7 +19,8 @@ from lowrank.models.families import (
     Role,
 )
 from lowrank.models.fused import Doubt, Fused, blocks_of
-from lowrank.models.storage import as_rows, declared_shape, is_embedding, is_linear
+from lowrank.models.kinds import kind_of
+from lowrank.models.storage import as_rows, declared_shape, is_linear, weight_shape
 from lowrank.models.trials import try_layer
 
 
@@ -183,6 +184,21 @@ def _experts(path: str, module: nn.Module) -> Iterator[Found]:
         yield Projection(path, "down_proj", rows_of_one, Role.DOWN, half, columns, f"{e}.down"), None
 
 
+def further(model: nn.Module) -> dict[Projection, Doubt | None]:
+    """Projections beside the linear ones, each with what speaks against adapting it: see `kinds`."""
+    found: dict[Projection, Doubt | None] = {}
+    for path, module in model.named_modules():
+        kind = kind_of(module)
+        weight = None if kind is None else module._parameters.get("weight")
+        if kind is None or weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+            continue
+        out, columns = weight_shape(module, "weight")
+        problem = kind.problem(module)
+        doubt = Doubt(f"{path}: {problem}", adaptable=False) if problem else None
+        found[Projection(path, "weight", (0, out), kind.role, columns, out)] = doubt
+    return found
+
+
 def unheld(model: nn.Module, projections: Iterable[Projection]) -> dict[str, str]:
     """Matrices that none of ``projections`` covers, such as an LSTM's: names, each with its module's path.
 
@@ -191,7 +207,7 @@ def unheld(model: nn.Module, projections: Iterable[Projection]) -> dict[str, str
     covered = {(p.module, p.param) for p in projections}
     found = {}
     for path, module in model.named_modules():
-        if is_embedding(module) or isinstance(module, nn.modules.conv._ConvNd):
+        if kind_of(module) is not None or isinstance(module, nn.modules.conv._ConvNd):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if (path, name) in covered or any(

@@ -13,7 +13,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from lowrank.models.kinds import kind_of
+from lowrank.models.packing import packed
 from lowrank.models.trials import try_layer
+from lowrank.processes import whole
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 
@@ -21,23 +24,18 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.floa
 def as_rows(module: nn.Module, param: str) -> Tensor:
     """The tensor ``param`` of ``module``, as ``(rows, in)``, whatever the layout it is stored in.
 
+    A sharded one is gathered, which every process must ask for.
+
     Raises ValueError where it is quantized in a way that is not known.
     """
     stored = module._parameters.get(param)
-    tensor = _dequantized(module, param, getattr(module, param) if stored is None else stored)
+    tensor = _dequantized(module, param, whole(getattr(module, param) if stored is None else stored))
+    kind = kind_of(module)
+    if kind is not None:
+        return kind.rows(tensor)
     if stored_transposed(module):
         return tensor.T
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() == 3 else tensor
-
-
-def packed(stored: Tensor) -> bool:
-    """Can the tensor not be added to, because it is packed, of integers, or in fp8?"""
-    # A floating-point number of one byte is fp8, in one of its formats.
-    return (
-        not stored.is_floating_point()
-        or stored.itemsize == 1
-        or type(stored).__module__.partition(".")[0] == "torchao"
-    )
 
 
 def quantized(stored: Tensor) -> bool:
@@ -50,6 +48,10 @@ def weight_shape(module: nn.Module, param: str) -> tuple[int, int]:
     if param == "weight" and isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     tensor = getattr(module, param)
+    kind = kind_of(module)
+    if kind is not None:
+        rows, columns = kind.rows(tensor).shape
+        return rows, columns
     if param == "weight" and stored_transposed(module):
         return tensor.shape[1], tensor.shape[0]
     return tensor.numel() // tensor.shape[-1], tensor.shape[-1]

@@ -11,7 +11,7 @@ from torch import nn
 
 from lowrank.models.fused import Doubt, Fused, matches
 from lowrank.models.heads import output_heads
-from lowrank.models.projections import Projection, Role, scan, unheld
+from lowrank.models.projections import Projection, Role, further, scan, unheld
 
 _ROLES = frozenset(role.value for role in Role)
 
@@ -55,7 +55,8 @@ def select(
     unheld_ = [name for name, path in unheld(model, doubts).items() if not aside(path)]
     inside_trained = _under(trained)
     doubts = {p: doubt for p, doubt in doubts.items() if not inside_trained(p.module)}
-    known = _Known(model, doubts, output_heads(model), unheld_)
+    besides = {p: doubt for p, doubt in further(model).items() if not inside_trained(p.module)}
+    known = _Known(model, doubts, output_heads(model), unheld_, besides)
 
     excluded = {p for name in excludes for p in known.named(name, excluding=True)}
     if callable(target):
@@ -78,6 +79,7 @@ def select(
     notes = known.notes(target, chosen, excluded)
     if not chosen:
         raise ValueError(_nothing_left(target, excludes, train, notes))
+    doubts |= besides
     broken = [doubt.reason for p in chosen if (doubt := doubts[p]) and not doubt.adaptable]
     if broken:
         more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
@@ -93,19 +95,26 @@ class _Known:
     doubts: Mapping[Projection, Doubt | None]
     heads: Mapping[str, str]
     unheld: Sequence[str]
+    further: Mapping[Projection, Doubt | None]
 
     def named(self, name: str, *, excluding: bool = False) -> set[Projection]:
         """The projections that ``name`` means; raises ValueError where it means nothing."""
         if name == "all-linear":
             return {p for p, doubt in self.doubts.items() if excluding or not self._left_out(p, doubt)}
         if name in _ROLES:
-            hits = {p for p in self.doubts if p.role == name and p.module not in self.heads}
+            offered = (*self.doubts, *self.further)
+            hits = {p for p in offered if p.role == name and p.module not in self.heads}
             if hits:
                 return hits
+        # A name that linear projections have means these alone; embeddings and convolutions it means by
+        # their whole path, or where nothing linear is called so.
         hits = {p for p in self.doubts if _is_called(p, name)}
+        if excluding or not hits:
+            hits |= {p for p in self.further if _is_called(p, name)}
+        hits |= {p for p in self.further if p.name == name}
         if excluding:
             inside = [path for path, _ in self.model.named_modules() if path and matches(path, name)]
-            hits |= {p for p in self.doubts if _under(inside)(p.module)}
+            hits |= {p for p in (*self.doubts, *self.further) if _under(inside)(p.module)}
             if inside:
                 return hits
         if hits:
@@ -115,7 +124,7 @@ class _Known:
         what = "exclude" if excluding else "target"
         roles = [p.role.value for p in self.doubts if p.role != Role.OTHER]
         suggestions = _nearest(
-            name, [*(p.module for p in self.doubts), *(p.name for p in self.doubts), *roles]
+            name, [*(p.module for p in (*self.doubts, *self.further)), *(p.name for p in self.doubts), *roles]
         )
         raise ValueError(f"{what}={name!r} matches no projection{suggestions}")
 
@@ -164,7 +173,9 @@ class _Known:
                 found.setdefault("left out, since its role is not known", []).append(p.module)
         if everything and self.unheld:
             found["left out: no linear layer holds it"] = list(self.unheld)
-        if everything and (convolutions := self._convolutions()):
+        adapted = {p.module for p in chosen}
+        convolutions = [path for path in self._convolutions() if path not in adapted]
+        if everything and convolutions:
             found["left out: convolutions are not adapted"] = convolutions
         return [f"{_listed(modules)}: {what}" for what, modules in found.items()]
 

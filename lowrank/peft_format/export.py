@@ -19,12 +19,15 @@ from lowrank.adapters import adapters_of, one_name, plan_of, wrapped_root
 from lowrank.files import write, write_pieces
 from lowrank.formats.tensors import packed
 from lowrank.layers.adapter import Adapter
-from lowrank.layers.linear import LoRALinear
+from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.tree import hung_at, state_as, without_copies
 from lowrank.linalg.rows import Rows
+from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import stored_transposed
 from lowrank.peft_format.config import PeftConfig
+from lowrank.peft_format.factors import factor_problem
+from lowrank.peft_format.factors import written as written_factors
 from lowrank.peft_format.folder import (
     CONFIG,
     PREFIX,
@@ -37,6 +40,7 @@ from lowrank.peft_format.folder import (
 from lowrank.peft_format.pairs import Pair, plain, recompressed, stacked, uniform
 from lowrank.peft_format.proof import adapted_paths, check_written
 from lowrank.plan import peft_patterns
+from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.unused import layers_only_read
 
 # By the end of a model's class name: PEFT's task, and the heads that PEFT then trains in full unasked.
@@ -108,6 +112,7 @@ def export_peft(
             in it (all are named).
     """
     root = wrapped_root(model)
+    check_whole(model, "export_peft")
     name = one_name(root, name)
     adapters = adapters_of(root, name)
     _check_exportable(root, adapters, name)
@@ -137,8 +142,8 @@ def export_peft(
 
     tensors = {f"{PREFIX}{module}.{key}": t for module, state in trained.items() for key, t in state.items()}
     for module, pair in pairs.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.A
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.B
+        factors = written_factors(_layer(root, module).base, pair)
+        tensors |= {f"{PREFIX}{module}.{key}": tensor for key, tensor in factors.items()}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"refusing to export: {key.removeprefix(PREFIX)} contains NaN or Inf")
@@ -161,8 +166,8 @@ def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], n
             problems.append(
                 f"{p.name}: its weight is read without a call, where PEFT's layers have no effect"
             )
-        elif not isinstance(module.base, nn.Linear) and type(module.base).__name__ != "Conv1D":
-            problems.append(f"{p.name}: PEFT adapts nn.Linear and Conv1D, not {type(module.base).__name__}")
+        elif problem := factor_problem(module.base):
+            problems.append(f"{p.name}: {problem}")
         elif counts[hung] > 1:
             problems.append(f"{p.name}: it is used in several places, of which PEFT would adapt one")
     if problems:
@@ -170,9 +175,9 @@ def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], n
         raise ValueError(f"PEFT has no place for these adapters; {advice}:\n  " + "\n  ".join(problems))
 
 
-def _layer(root: nn.Module, module: str) -> LoRALinear:
+def _layer(root: nn.Module, module: str) -> AdaptedLayer:
     layer = without_copies(hung_at(root, module))
-    assert isinstance(layer, LoRALinear)
+    assert isinstance(layer, AdaptedLayer)
     return layer
 
 
@@ -191,7 +196,7 @@ def _trained_states(root: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
     problems, states, hung = [], {}, places(root)
     for path in taken:
         module = paths[path]
-        own = [each for each in module.modules() if isinstance(each, LoRALinear) and name in each.adapters]
+        own = [each for each in module.modules() if isinstance(each, AdaptedLayer) and name in each.adapters]
         if own:
             problems.append(f"{path}: it holds adapters, and PEFT would train it in full, going by its name")
         elif any(above in states for above in ancestors(path)):
@@ -207,6 +212,7 @@ def _trained_states(root: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
 def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequence[str]) -> dict[str, Any]:
     ranks = {module: pair.rank for module, pair in pairs.items()}
     alphas = {module: pair.rank * pair.scaling for module, pair in pairs.items()}
+    linear = [base for module in pairs if kind_of(base := _layer(root, module).base) is None]
     config = {
         "peft_type": "LORA",
         "task_type": _task(root, trained),
@@ -215,7 +221,7 @@ def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequ
         **peft_patterns(ranks, alphas),
         "target_modules": sorted(pairs),
         "modules_to_save": list(trained) or None,
-        "fan_in_fan_out": all(stored_transposed(_layer(root, module).base) for module in pairs),
+        "fan_in_fan_out": bool(linear) and all(map(stored_transposed, linear)),
         "lora_dropout": plan_of(root, name).dropout,
         "bias": "none",
         "use_rslora": False,

@@ -6,7 +6,6 @@ It reads one, and puts a new one in its place; what a model has to do with it, `
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +27,7 @@ from lowrank.files import (
 )
 from lowrank.layers.tree import base_modules
 from lowrank.peft_format.config import PeftConfig
+from lowrank.peft_format.factors import BASE, FACTOR, read_factors
 from lowrank.peft_format.pairs import Pair
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -37,7 +37,6 @@ PREFIX = "base_model.model."
 # What the keys of PEFT features contain that are not supported.
 FEATURES = {
     "lora_magnitude_vector": "DoRA (use_dora)",
-    "lora_embedding_": "an adapted embedding",
     "lora_A.bias": "lora_bias",
     "lora_B.bias": "lora_bias",
     "base_layer": "a saved base weight, or a tensor that no Linear holds (target_parameters, attention)",
@@ -81,7 +80,7 @@ class Contents:
         keys: dict[str, str] = {}
         for key, entry in read_header(folder / TENSORS).items():
             for part, feature in FEATURES.items():
-                if part in key:
+                if part in key and not key.endswith(BASE):
                     raise AdapterError(f"{folder}, {key}: {feature} is not supported")
             if not key.startswith(PREFIX):
                 raise AdapterError(f"{folder}, {key!r}: PEFT's names start with {PREFIX}")
@@ -89,11 +88,15 @@ class Contents:
             if name in keys:
                 raise AdapterError(f"{folder}: {keys[name]} and {key} are the same weight of this model")
             keys[name] = key
-            factor = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name, re.DOTALL)
+            factor = FACTOR.fullmatch(name)
             if factor:
-                layers.setdefault(factor[1], {})[factor[2]] = entry
+                layers.setdefault(factor[1], {})[factor[2] or factor[3]] = entry
             else:
                 others[name] = entry
+        stray = [name for name in others if name.endswith(BASE) and name.removesuffix(BASE) not in layers]
+        if stray:
+            feature = FEATURES["base_layer"]
+            raise AdapterError(f"{folder}, {keys[stray[0]]}: {feature} is not supported")
         if not layers:
             raise AdapterError(f"{folder} holds no LoRA factors")
         return cls(folder, config, layers, others, keys)
@@ -115,7 +118,7 @@ class Tensors:
     config: PeftConfig
 
     def pair(self, path: str) -> Pair:
-        A, B = (self.read[f"{path}.lora_{factor}.weight"] for factor in "AB")
+        A, B = read_factors(self.read, path)
         return Pair(A, B, self.config.scaling(path))
 
     def state(self, path: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

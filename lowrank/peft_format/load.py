@@ -17,8 +17,10 @@ from lowrank.allocate.base import Allocation
 from lowrank.files import FLOATS, AdapterError
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
-from lowrank.models.projections import Projection, Role, scan
+from lowrank.models.kinds import kind_of
+from lowrank.models.projections import Projection, Role, further, scan
 from lowrank.models.storage import weight_shape
+from lowrank.peft_format.factors import BASE, factor_key, factor_problem, factor_shapes
 from lowrank.peft_format.folder import Contents, Tensors, ancestors, base_paths, places
 from lowrank.peft_format.names import present_name
 from lowrank.peft_format.pairs import reduced
@@ -72,6 +74,17 @@ def _read(
         raise AdapterError(f"{contents.folder} was made for another base:\n  " + "\n  ".join(problems))
     projections = [p for path, p in known.items() if path in contents.layers]
     tensors = contents.tensors()
+    changed = [
+        path
+        for path in contents.layers
+        if f"{path}{BASE}" in tensors.read
+        and not _equal(model.get_submodule(path), tensors, f"{path}{BASE.removesuffix('.weight')}")
+    ]
+    if changed:
+        raise AdapterError(
+            f"{contents.folder} was made for a base with other embeddings: {', '.join(changed)}; load the "
+            "base as it was when the adapter was saved"
+        )
     trained += [path for path in saved if not _equal(model.get_submodule(path), tensors, path)]
     try:
         check_layers(model, projections, trained, contents.config.dropout)
@@ -94,7 +107,7 @@ def _read(
 def _whole_weights(model: nn.Module) -> dict[str, Projection]:
     """The weights of the linear modules that can be adapted by path, each as one projection."""
     wholes: dict[str, Projection] = {}
-    for p, doubt in scan(model).items():
+    for p, doubt in {**scan(model), **further(model)}.items():
         if doubt and not doubt.adaptable:
             continue
         if p.param == "weight" and p.module not in wholes:
@@ -112,21 +125,28 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
     config.check_cost(known.keys() & contents.layers.keys())
     for path, entries in contents.layers.items():
         if path not in known:
-            problems.append(f"{path}: the model has no such linear module")
+            problems.append(f"{path}: the model has no such linear module, embedding or convolution")
             continue
         rank, (out, columns) = config.rank(path), known[path].shape
-        wanted = {"A": (rank, columns), "B": (out, rank)}
+        module = model.get_submodule(path)
+        wanted = factor_shapes(module, rank, (out, columns))
         shapes = {factor: entry.shape for factor, entry in sorted(entries.items())}
         if shapes != wanted:
             problems.append(f"{path}: its factors are {shapes}, not {wanted}")
+        elif any(f"{path}.{factor_key(module, each)}" not in contents.keys for each in entries):
+            problems.append(
+                f"{path}: its factors have the names of another kind of layer than {type(module).__name__}"
+            )
         elif any(entry.dtype not in FLOATS for entry in entries.values()):
             problems.append(f"{path}: its factors are not floating point")
         elif rank > 2 * (out + columns):
             problems.append(
                 f"{path}: rank {rank} is far more than a weight of shape {(out, columns)} can use"
             )
-        elif hung[model.get_submodule(path)] > 1:
+        elif hung[module] > 1:
             problems.append(f"{path}: it is used in several places, of which PEFT adapts one")
+        elif kind_of(module) and (why := factor_problem(module)):
+            problems.append(f"{path}: {why}")
         elif config.lists_targets and not config.adapts(path):
             problems.append(f"{path}: target_modules does not name it, so PEFT would not adapt it")
     if config.lists_targets:
@@ -143,7 +163,7 @@ def _trained(model: nn.Module, contents: Contents) -> tuple[list[str], list[str]
     A problem is a line for whatever of them does not fit.
     """
     problems = []
-    left = dict(contents.others)
+    left = {name: entry for name, entry in contents.others.items() if not name.endswith(BASE)}
     paths, hung = base_paths(model), places(model)
     named = [path for path in paths if contents.config.trains(path)]
     saved = [path for path in _embeddings(model) if path not in named and f"{path}.weight" in left]

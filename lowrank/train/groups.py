@@ -1,10 +1,9 @@
-"""Cuts a user's batches into optimizer steps: how many there are, and which batches each takes."""
+"""Cuts a user's batches into optimizer steps: how many there are, and how many batches each takes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -12,17 +11,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Groups:
-    """Iterating gives, for each of ``steps`` steps, (epoch, place, batches).
+    """``size`` batches make each of ``steps`` steps; the last of an epoch takes what is left.
 
-    The epoch and the first batch's place in it count from 1. ``size`` batches make a step; the last of an
-    epoch takes what is left. ``per_epoch`` is the number of steps in one pass over the batches, or None
-    where it is not known.
+    ``length`` is the number of batches in one pass over them, or None where it is not known. `data.Cursor`
+    goes over them.
     """
 
     batches: Iterable[Any]
     size: int
     steps: int
-    per_epoch: int | None
+    length: int | None
+    rounds: int | None = None  # steps of an epoch in the process that takes the most; the others wait
+
+    @property
+    def per_epoch(self) -> int | None:
+        """Steps in one pass over the batches."""
+        if self.rounds is not None:
+            return self.rounds
+        return None if self.length is None else -(-self.length // self.size)
 
     @classmethod
     def plan(cls, batches: Iterable[Any], epochs: int, steps: int | None, size: int) -> Groups:
@@ -32,7 +38,6 @@ class Groups:
         length = _length(batches)
         if length == 0:
             raise ValueError("there are no batches")
-        per_epoch = None if length is None else -(-length // size)
         if steps is not None and epochs != 1:
             raise ValueError("give epochs= or steps=, not both: steps= takes as many epochs as it needs")
         if steps is None and isinstance(batches, Iterator):
@@ -40,24 +45,14 @@ class Groups:
                 "batches is an iterator, which can be gone over once and has no length: "
                 "give steps=, or a DataLoader or list"
             )
-        if steps is None and per_epoch is None:
+        if steps is None and length is None:
             raise ValueError(f"this {type(batches).__name__} does not know its length, so give steps=")
-        return cls(batches, size, steps or epochs * (per_epoch or 0), per_epoch)
+        return cls(batches, size, steps or epochs * -(-(length or 0) // size), length)
 
-    def __iter__(self) -> Iterator[tuple[int, int, list[Any]]]:
-        """Takes no batch beyond the last step's. Raises ValueError where an iterator runs dry before."""
-        done = epoch = 0
-        while done < self.steps:
-            source, place, epoch = iter(self.batches), 1, epoch + 1
-            while done < self.steps and (group := list(islice(source, self.size))):
-                yield epoch, place, group
-                place, done = place + len(group), done + 1
-            if place == 1:
-                raise ValueError("there are no batches" if done == 0 else self._dry(done))
-            if done < self.steps and isinstance(self.batches, Iterator):
-                raise ValueError(self._dry(done))
-
-    def _dry(self, done: int) -> str:
+    def ran_dry(self, done: int) -> str:
+        """Why there are no batches after ``done`` steps, in words."""
+        if done == 0:
+            return "there are no batches"
         return (
             f"the batches ran out after {done} of {self.steps} steps and cannot be gone over again: "
             "give fewer steps, more batches, or a DataLoader or list"

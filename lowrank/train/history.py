@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from io import StringIO
 from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
 from lowrank.files import write
+from lowrank.plots import curves
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,9 @@ class Record:
     @classmethod
     def from_json(cls, line: str) -> Record:
         """Raises ValueError or TypeError where ``line`` is no record."""
-        fields: dict[str, Any] = json.loads(line)
-        numbers: dict[str, Any] = {key: math.nan for key, value in fields.items() if value is None}
-        return cls(**{**fields, **numbers})
+        values: dict[str, Any] = json.loads(line)
+        numbers: dict[str, Any] = {key: math.nan for key, value in values.items() if value is None}
+        return cls(**{**values, **numbers})
 
 
 class History(Sequence[Record]):
@@ -96,6 +99,42 @@ class History(Sequence[Record]):
                 ) from error
         return cls(records)
 
+    def to_csv(self, path: str | PathLike[str]) -> None:
+        """Write a table with a line for each step; each score of ``evaluate`` has a column of its own.
+
+        What was not measured is empty, and a number that is not finite is "nan" or "inf".
+        """
+        scores = list(dict.fromkeys(name for record in self for name in record.evaluation))
+        names = [field.name for field in fields(Record) if field.name != "evaluation"]
+        text = StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow([*names, *(f"evaluation.{name}" for name in scores)])
+        for record in self:
+            row = [getattr(record, name) for name in names]
+            table.writerow([*row, *(record.evaluation.get(name, "") for name in scores)])
+        write(Path(path), text.getvalue().encode())
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Any:
+        """A figure of the loss, the learning rate, and what ``evaluate`` gave, over the steps.
+
+        Needs matplotlib. It is written to ``path``, whose ending says the format, where there is one, and
+        returned. Raises ValueError where there are no steps.
+        """
+        if not self.records:
+            raise ValueError("the history has no steps to plot")
+        steps = [float(record.step) for record in self]
+        window = max(1, len(self) // 20)
+        smooth = [_mean(self.losses[max(0, i - window + 1) : i + 1]) for i in range(len(self))]
+        losses = {"loss": (steps, self.losses)}
+        if window > 1:
+            losses[f"mean of {window} steps"] = (steps, smooth)
+        panels: list[tuple[str, Any]] = [("loss", losses)]
+        for name in dict.fromkeys(name for scores in self.evaluations.values() for name in scores):
+            found = {float(step): scores[name] for step, scores in self.evaluations.items() if name in scores}
+            panels.append((name, {name: (list(found), list(found.values()))}))
+        panels.append(("learning rate", {"lr": (steps, [record.lr for record in self])}))
+        return curves(panels, path)
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -119,3 +158,9 @@ class History(Sequence[Record]):
             return "History(no steps)"
         first, last = self.records[0], self.records[-1]
         return f"History({len(self)} steps, loss {first.loss:.4g} → {last.loss:.4g}, {last.seconds:.1f} s)"
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are finite; NaN where none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan

@@ -1,26 +1,38 @@
-"""`fit`: a training loop over whatever requires grad, in one process. It knows no adapter, no checkpoint."""
+"""`fit`: a training loop over whatever requires grad. It knows no adapter.
+
+What decides how a run goes on is in `run.Run`, which can be saved; what processes do together in `parallel`.
+"""
 
 from __future__ import annotations
 
-import warnings
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from time import perf_counter
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from lowrank.batches import Loss, count_tokens, model_device, output_loss
+from lowrank.batches import Loss, model_device, output_loss
+from lowrank.train.callbacks import Callback
+from lowrank.train.checkpoints import Checkpoints
+from lowrank.train.data import Cursor
 from lowrank.train.groups import Groups
-from lowrank.train.history import History, Record
-from lowrank.train.optim import Schedule, adamw
-from lowrank.train.reach import unmoved, unused
+from lowrank.train.history import History
+from lowrank.train.memory import told
+from lowrank.train.optim import Schedule, make_optimizer
+from lowrank.train.parallel import SingleProcess, parallel_of
+from lowrank.train.reports import reporting
+from lowrank.train.run import Run, data_seed
 from lowrank.train.scope import count_steps, evaluating, forked_generators, mode, seed_after, steps_taken
-from lowrank.train.step import NO_TERMS, Gradients, needs_scaling
+from lowrank.train.signals import Stopped, noted
+from lowrank.train.speed import compiled, recomputing
+from lowrank.train.step import Gradients, needs_scaling
+from lowrank.train.together import TogetherGradients
 
 
 def fit(
@@ -41,13 +53,22 @@ def fit(
     autocast: torch.dtype | None = None,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     evaluate_every: int | None = None,
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
     parameters: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
+    callbacks: Sequence[Callback] = (),
     progress: bool = True,
     seed: int | None = 0,
     log: str | PathLike[str] | None = None,
+    checkpoint: str | PathLike[str] | None = None,
+    every: int | None = None,
+    keep: int = 2,
+    resume: bool = True,
+    gradient_checkpointing: bool = False,
+    compile: bool | Mapping[str, Any] = False,
     allow_unused: bool = False,
+    report: bool = False,
 ) -> History:
-    """Train what requires grad in ``model``, in place, with AdamW. Returns what each step showed.
+    """Train what requires grad in ``model``, in place. Returns what each step showed.
 
     model: stays on its device, and batches are moved there. It is in train mode meanwhile; each module has
         its own mode back at the end, also after an error.
@@ -55,6 +76,8 @@ def fit(
     loss: ``loss(model, batch) -> scalar``, a mean over the batch; by default ``model(**batch).loss``.
     epochs, steps: how often to go over the batches; or how many optimizer steps to take, over as many epochs.
     lr, weight_decay, betas: AdamW's. ``parameters`` may be parameters, or groups with an lr of their own.
+    optimizer: ``optimizer(groups) -> torch.optim.Optimizer`` makes another one; each group has its ``lr`` and
+        ``weight_decay``, which it may use or not. The schedule multiplies the rates that it starts with.
     schedule: "cosine", "linear" or "constant", after a ``warmup`` of so many steps (int) or that fraction
         (float).
     accumulate: how many batches make one step; the last step of an epoch takes what is left. The gradient is
@@ -71,116 +94,142 @@ def fit(
         updates nothing, is recorded so, and the scale is halved. Parameters to train are never float16.
     evaluate: ``evaluate(model) -> {"accuracy": 0.9}``, in eval mode without grad, every ``evaluate_every``
         steps (by default once an epoch; at the end, if ``steps`` is given) and after the last.
-    progress: a bar with loss, lr and tokens per second.
+    callbacks: see `Callback`; `EarlyStopping` and `KeepBest` are two.
+    progress: a bar with loss, lr, tokens per second, memory and the time left.
     seed: of torch's generators while this runs, so that dropout and shuffling repeat where the same script
         runs again. A later call that trains the same parameters on draws other numbers, also with the same
         seed: from the seed and the steps that were taken with them. The generators are afterwards as they
         were, and evaluating draws nothing from them. None goes on from where they are. Python's and NumPy's
-        are not touched.
+        are not touched, except that a run that is continued sets them to what was saved.
     log: a file that gets each step's record as a JSON line at once; what it held is overwritten.
+    checkpoint: a folder for checkpoints, of which the last ``keep`` stay there. One is saved every ``every``
+        steps (by default when ``evaluate`` is due), at the end, and when SIGINT or SIGTERM stops the run,
+        after the step that it is in (`Stopped`, a SystemExit). The same call in a new process continues from
+        the newest and ends with the same bits: see docs/training.md for what it takes. With ``resume=False``
+        what is there is deleted, and the run starts anew.
+    gradient_checkpointing: for models that have ``gradient_checkpointing_enable``, as transformers' do.
+    compile: run forward through ``torch.compile``; a mapping has its options.
     allow_unused: let the first step's loss reach only some of the parameters (experts, say).
+    report: print what memory a step on the first batch will take, before it is run: see `step_memory`.
 
     Raises ValueError for a bad option before anything is touched, after the first backward if a parameter
     got no gradient (an adapted layer is named by its path), and at the end if no batch had a label;
-    NonFiniteLoss and NonFiniteGradient before the optimizer is touched. Whatever is raised, an interrupt
+    NonFiniteLoss and NonFiniteGradient before the optimizer is touched; CheckpointError where a checkpoint
+    cannot be written, or is of a run with other options. Whatever is raised, an interrupt
     included, has the steps so far as its ``history``. Warns where a layer's first gradient is exactly zero,
     unless ``allow_unused``.
     """
-    _check_counts(epochs=epochs, steps=steps, accumulate=accumulate, evaluate_every=evaluate_every)
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip is a positive norm, or None to leave the gradient as it is, not {clip}")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"autocast is torch.bfloat16, torch.float16 or None, not {autocast}")
-    if evaluate_every is not None and evaluate is None:
-        raise ValueError("evaluate_every says when to evaluate, but there is no evaluate")
-    groups = Groups.plan(batches, epochs, steps, accumulate)
-    factor = Schedule(schedule, groups.steps, warmup)
-    optimizer = adamw(model, parameters, lr=lr, weight_decay=weight_decay, betas=betas)
-    scaler = torch.amp.GradScaler(model_device(model).type, enabled=needs_scaling(model, autocast))
-    gradients = Gradients(model, optimizer, loss or output_loss, weight, clip, autocast, scaler)
-    peaks = [target["lr"] for target in optimizer.param_groups]
-    every = evaluate_every or (groups.per_epoch if steps is None else None) or groups.steps
+    model, parallel = parallel_of(model)
     history = History()
-
-    def clear() -> None:
-        """No gradient anywhere: in what is trained, and in what the loss reaches besides."""
-        optimizer.zero_grad()
-        model.zero_grad()
-
     with ExitStack() as scope:
-        file = scope.enter_context(_opened(log)) if log is not None else None
+        scope.enter_context(_carried(history))
+        scope.enter_context(parallel.guarded())
+        _check_counts(
+            epochs=epochs,
+            steps=steps,
+            accumulate=accumulate,
+            evaluate_every=evaluate_every,
+            every=every,
+            keep=keep,
+        )
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip is a positive norm, or None to leave the gradient as it is, not {clip}")
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast is torch.bfloat16, torch.float16 or None, not {autocast}")
+        if evaluate_every is not None and evaluate is None:
+            raise ValueError("evaluate_every says when to evaluate, but there is no evaluate")
+        if every is not None and checkpoint is None:
+            raise ValueError("every says when to save a checkpoint, but there is no checkpoint folder")
+        groups = parallel.planned(Groups.plan(batches, epochs, steps, accumulate))
+        factor = Schedule(schedule, groups.steps, warmup)
+        made = make_optimizer(model, parameters, optimizer, lr=lr, weight_decay=weight_decay, betas=betas)
+        scaler = torch.amp.GradScaler(model_device(model).type, enabled=needs_scaling(model, autocast))
+        parallel.check_scaling(scaler.is_enabled())
+        called = compiled(model, compile)
+        kind = Gradients if parallel.size == 1 else TogetherGradients
+        gradients = kind(called, made, loss or output_loss, weight, clip, autocast, scaler, parallel)
+        evaluate_every = evaluate_every or (groups.per_epoch if steps is None else None) or groups.steps
+        every = every or evaluate_every
+        options: dict[str, Any] = {
+            "epochs": epochs,
+            "steps": steps,
+            "accumulate": accumulate,
+            "clip": clip,
+            "seed": seed,
+        }
+        options |= {
+            "schedule": schedule,
+            "warmup": warmup,
+            "autocast": str(autocast),
+            "processes": parallel.size,
+        }
+        options |= {
+            "evaluate_every": evaluate_every if evaluate is not None else None,
+            "compile": bool(compile),
+        }
+        options |= {"gradient_checkpointing": gradient_checkpointing}
+        folder = None if checkpoint is None else Checkpoints(checkpoint, keep)
+
+        scope.enter_context(recomputing(model, gradient_checkpointing))
         scope.enter_context(mode(model, training=True))
         if seed is not None:
-            scope.enter_context(forked_generators(seed_after(seed, steps_taken(gradients.parameters))))
+            scope.enter_context(
+                forked_generators(parallel.seed(seed_after(seed, steps_taken(gradients.parameters))))
+            )
         scope.callback(lambda: count_steps(gradients.parameters, len(history)))
-        scope.enter_context(_carried(history))
-        scope.callback(clear)
-        bar = scope.enter_context(tqdm(total=groups.steps, unit="step", disable=not progress))
+        cursor = Cursor(groups, data_seed())
+        run = Run(model, gradients, factor, cursor, options, callbacks, allow_unused, history)
+        scope.callback(run.clear)
+        _resumed(run, folder, resume, parallel)
+        writes = parallel.writes
+        shown = scope.enter_context(reporting(run, log if writes else None, progress and writes))
+        signalled = scope.enter_context(noted(folder is not None))
 
-        clear()
-        seconds, clock, checked = 0.0, perf_counter(), False
-        for step, (epoch, place, group) in enumerate(groups, start=1):
-            for target, peak in zip(optimizer.param_groups, peaks, strict=True):
-                target["lr"] = peak * factor(step - 1)
-            outcome = gradients(group, step, place)
-            if outcome.skipped == NO_TERMS:
-                warnings.warn(
-                    "a step's batches have no label that the loss counts: it updates nothing "
-                    '(its record says skipped="no labels")',
-                    stacklevel=2,
-                )
-            elif not checked:
-                _check_reached(model, gradients.parameters, allow_unused)
-                checked = True
-            if not outcome.skipped:
-                optimizer.step()
-            clear()
-
-            spent = perf_counter() - clock
-            seconds += spent
-            due = step % every == 0 or step == groups.steps
-            record = Record(
-                step=step,
-                epoch=epoch,
-                loss=outcome.loss,
-                lr=optimizer.param_groups[0]["lr"],
-                grad_norm=outcome.norm,
-                tokens_per_second=sum(map(count_tokens, group)) / spent,
-                seconds=seconds,
-                evaluation=_scores(evaluate, model) if evaluate is not None and due else {},
-                skipped=outcome.skipped,
-            )
+        run.clear()
+        clock = perf_counter()
+        for epoch, place, group in () if run.over else cursor:
+            if report and parallel.writes:
+                tqdm.write(told(model, group[0], loss, autocast, made))
+                report, clock = False, perf_counter()
+            record = run.take(epoch, place, group, clock)
+            last = record.step == groups.steps
+            if evaluate is not None and (last or record.step % evaluate_every == 0):
+                record = replace(record, evaluation=_scores(evaluate, model))
             history.append(record)
-            if file is not None:
-                file.write(record.to_json() + "\n")
-            bar.set_postfix(
-                loss=f"{outcome.loss:.4f}",
-                lr=f"{record.lr:.1e}",
-                tokens_s=f"{record.tokens_per_second:.0f}",
-                refresh=False,
-            )
-            bar.update()
+            shown(record)
+            for callback in callbacks:
+                callback.after_step(run, record)
+            asked = parallel.any(signalled.number != 0)
+            if folder is not None and (run.over or asked or record.step % every == 0):
+                _save(folder, run, parallel)
+            if asked and not run.over:
+                raise Stopped(signalled.number, _stopped(record.step, groups.steps, folder))
+            if run.over:
+                break
             clock = perf_counter()
-        if not checked:
+        if not run.checked:
             raise ValueError("no batch has a label that the loss counts: are they all -100?")
+        for callback in callbacks:
+            callback.at_end(run)
     return history
 
 
-def _check_reached(model: nn.Module, parameters: Sequence[nn.Parameter], allow_unused: bool) -> None:
-    """Raises ValueError where a parameter has no gradient; warns where a layer's is zero."""
-    if allow_unused:
+def _save(folder: Checkpoints, run: Run, parallel: SingleProcess) -> None:
+    state = parallel.state(run.state_dict())
+    parallel.by_writer(lambda: folder.save(run.step, state))
+
+
+def _resumed(run: Run, folder: Checkpoints | None, resume: bool, parallel: SingleProcess) -> None:
+    """Continues from the newest checkpoint that is whole, if there is one."""
+    if folder is None:
         return
-    if missing := unused(model, parameters):
-        raise ValueError(
-            f"the loss gives no gradient to {len(missing)} of what is to train: {', '.join(missing)}; "
-            "freeze it, or pass allow_unused=True if a later batch may reach it"
-        )
-    if still := unmoved(model, parameters):
-        warnings.warn(
-            f"the first gradient is exactly zero in {len(still)} layers: {', '.join(still)}; "
-            "they are called, but the loss does not depend on what they give",
-            stacklevel=3,
-        )
+    if not resume:
+        parallel.by_writer(folder.clear)
+        return
+    step, state = next(folder.load(), (0, None))
+    parallel.check_same(step, f"the newest checkpoint in {folder.folder}, which all must read,")
+    if state is not None:
+        run.load_state_dict(parallel.own(state))
 
 
 def _scores(evaluate: Callable[[nn.Module], Mapping[str, float]], model: nn.Module) -> dict[str, float]:
@@ -191,13 +240,6 @@ def _scores(evaluate: Callable[[nn.Module], Mapping[str, float]], model: nn.Modu
             f"evaluate must return a mapping such as {{'accuracy': 0.9}}, not {type(measured).__name__}"
         )
     return {name: float(value) for name, value in measured.items()}
-
-
-def _opened(log: str | PathLike[str]) -> IO[str]:
-    """The log, empty; each line goes into the file as it is written."""
-    path = Path(log)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("w", buffering=1, encoding="utf-8")
 
 
 @contextmanager
@@ -214,3 +256,13 @@ def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ValueError(f"{name} is a positive integer, not {count!r}")
+
+
+def _stopped(step: int, steps: int, folder: Checkpoints | None) -> str:
+    assert folder is not None
+    message = (
+        f"training was stopped by a signal after step {step} of {steps}; it is saved in {folder.path(step)}, "
+        "and the same call continues from there"
+    )
+    tqdm.write(message, file=sys.stderr)
+    return message

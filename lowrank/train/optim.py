@@ -6,12 +6,14 @@ It knows parameters, not what they are part of.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from lowrank.processes import is_sharded
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -61,6 +63,34 @@ class Schedule:
         return 1 - done if self.kind == "linear" else (1 + math.cos(math.pi * done)) / 2
 
 
+def make_optimizer(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
+    factory: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """`adamw`, or what ``factory`` makes of the groups that it would have.
+
+    Raises ValueError as `adamw` does, and where ``factory`` gives no optimizer of just these parameters.
+    """
+    usual = adamw(model, parameters, **options)
+    if factory is None:
+        return usual
+    groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in usual.param_groups]
+    made = factory(groups)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ValueError(f"optimizer must give a torch.optim.Optimizer, not {type(made).__name__}")
+    if _ids(made) != _ids(usual):
+        raise ValueError(
+            "optimizer must give one that trains the parameters of the groups that it gets, all of them"
+        )
+    return made
+
+
+def _ids(optimizer: torch.optim.Optimizer) -> list[int]:
+    return sorted(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+
+
 def adamw(
     model: nn.Module,
     parameters: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
@@ -84,6 +114,7 @@ def adamw(
         _check_options(
             group.get("lr", lr), group.get("weight_decay", weight_decay), group.get("betas", betas)
         )
+    groups = [part for group in groups for part in _by_kind(group)]
     every = [parameter for group in groups for parameter in group["params"]]
     if not every:
         raise ValueError(
@@ -118,6 +149,12 @@ def _groups(parameters: list[Any]) -> list[dict[str, Any]]:
         return [{"params": parameters}]
     kinds = sorted({type(item).__name__ for item in parameters})
     raise ValueError(f"parameters are nn.Parameters, or dicts with 'params', not both; got {kinds}")
+
+
+def _by_kind(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Sharded parameters apart from whole ones, since no kernel takes both at once."""
+    kinds = [[p for p in group["params"] if is_sharded(p) is sharded] for sharded in (False, True)]
+    return [{**group, "params": held} for held in kinds if held]
 
 
 def _check_options(lr: float, weight_decay: float, betas: tuple[float, float]) -> None:

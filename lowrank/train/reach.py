@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from lowrank.processes import whole
+
 
 def unused(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
     """What has no gradient: layers by their path, with the parts where it is not all that they train; other
@@ -19,7 +21,7 @@ def unused(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
 
 def unmoved(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
     """Layers whose gradient is there and exactly zero in all that they train, by their path."""
-    found = _chosen(model, parameters, lambda p: p.grad is not None and not p.grad.any())
+    found = _chosen(model, parameters, lambda p: p.grad is not None and not whole(p.grad).any())
     return [layer for layer, names in found.items() if names == [layer] and layer in _layers(model)]
 
 

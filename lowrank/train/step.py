@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.batches import Loss, count_terms, in_float16, model_device, scalar_loss, to_device
+from lowrank.train.parallel import SingleProcess
 from lowrank.train.terms import TermCounter
 
 NO_TERMS, OVERFLOW = "no labels", "overflow"  # why a step leaves the parameters as they are
@@ -58,6 +59,7 @@ class Gradients:
     clip: float | None
     autocast: torch.dtype | None
     scaler: torch.amp.GradScaler
+    parallel: SingleProcess
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -69,7 +71,9 @@ class Gradients:
         losses: list[Tensor] = []
         counts: list[float] = []
         for at, batch in enumerate(batches, start=place):
-            loss, count = self._backward(batch, watch=len(batches) > 1, before=counts[-1] if counts else None)
+            before = counts[-1] if counts else None
+            with self.parallel.accumulating(self.model, last=at == place + len(batches) - 1):
+                loss, count = self._backward(batch, watch=len(batches) > 1, before=before)
             if loss is not None:
                 places.append(at)
                 losses.append(loss)

@@ -9,12 +9,13 @@ from torch import nn
 
 from lowrank.adapters import adaptation, wrapped_root
 from lowrank.layers.acting import Acting
-from lowrank.layers.linear import LoRALinear
+from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
 from lowrank.linalg.rows import height, lie_within
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import is_linear, packed, weight_shape
+from lowrank.processes import in_parts
 
 PARALLEL = frozenset(
     "DistributedDataParallel DataParallel FullyShardedDataParallel FSDPModule ReplicateModule "
@@ -25,7 +26,7 @@ PARALLEL = frozenset(
 def check_unwrapped(model: nn.Module) -> None:
     """Raises ValueError where ``model`` cannot be wrapped at all, or is wrapped already."""
     check_adaptable(model)
-    if any(isinstance(m, (LoRALinear, AdaptedWeight, TrainedModule)) for m in model.modules()):
+    if any(isinstance(m, (AdaptedLayer, AdaptedWeight, TrainedModule)) for m in model.modules()):
         raise ValueError(
             "the model is wrapped already: unwrap(model) or merge(model) first, or put another adapter "
             "beside those that it has with add_adapter(model, policy, name=…)"
@@ -83,7 +84,19 @@ def _check_not_parallel(model: nn.Module) -> None:
             )
     for name, parameter in model.named_parameters():
         if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
-            raise ValueError(f"{name} is sharded (a DTensor): adapt the model first, then shard it")
+            raise ValueError(
+                f"{name} is sharded (a DTensor): adapt the model first, then shard it with fully_shard; "
+                "adapters on a tensor-parallel base are not supported"
+            )
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Raises ValueError where no process holds all of ``model``, which ``what`` needs."""
+    if in_parts(model):
+        raise ValueError(
+            f"{what} needs the whole model, and this one is sharded: call save_adapter(model, path) in every "
+            f"process, then load_adapter(base, path) and {what} in one process"
+        )
 
 
 def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> list[str]:

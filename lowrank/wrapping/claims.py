@@ -16,7 +16,7 @@ from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import base_modules, hung_at, original
 from lowrank.linalg.rows import pieces
 from lowrank.models.fingerprint import Sample, difference, differences, of_projection, of_tensor
-from lowrank.models.projections import Projection, find_projections
+from lowrank.models.projections import Projection, find_projections, further
 from lowrank.models.storage import weight_shape
 from lowrank.plan import Plan
 from lowrank.wrapping.checks import projection_problems
@@ -55,7 +55,7 @@ def plan_differences(plan: Plan, saved: Any) -> list[str]:
 
 def plan_problems(model: nn.Module, plan: Plan) -> list[str]:
     """A line for each projection and each trained module that this model does not have like that."""
-    known = {(p.module, p.param) for p in find_projections(model)}
+    known = {(p.module, p.param) for p in (*find_projections(model), *further(model))}
     strange = [p for p in plan.adapted if (p.module, p.param) not in known or p.rows[0] < 0]
     problems = [f"{p.name}: the model has no such weight" for p in strange]
     problems += projection_problems(model, [p for p in plan.adapted if p not in strange])

@@ -16,10 +16,12 @@ from lowrank.adapters import Adaptation
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
-from lowrank.layers.linear import LoRALinear
+from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import hung_by_name, hung_modules, original, without_copies
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
+from lowrank.layers.wrapped import adapted_layer
+from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import stored_transposed, weight_shape
 from lowrank.plan import Plan
@@ -34,6 +36,9 @@ def make_adapter(
     """An adapter for ``p`` with the full factors A, B, beside its weight."""
     weight = model.get_submodule(p.module)._parameters[p.param]
     assert weight is not None
+    kind = kind_of(model.get_submodule(p.module))
+    if kind is not None:
+        A = kind.start(model.get_submodule(p.module), A)
     adapter = Adapter(A, B, scaling, rows=p.rows, frozen=frozenset(frozen), dtype=master_dtype(weight.dtype))
     return adapter.to(device_beside(model, p))
 
@@ -55,7 +60,7 @@ class Fittings:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.layers: dict[nn.Module, LoRALinear] = {}
+        self.layers: dict[nn.Module, AdaptedLayer] = {}
         self.trained: dict[nn.Module, TrainedModule] = {}
         self.weights: dict[nn.Module, WeightAdapters] = {}
         self.installed: str | None = None
@@ -70,7 +75,7 @@ class Fittings:
         replacements: dict[nn.Module, nn.Module] = {}
         for hung in hung_modules(self.root):
             layer, base = without_copies(hung), original(hung)
-            if isinstance(layer, LoRALinear):
+            if isinstance(layer, AdaptedLayer):
                 self.layers[base] = layer
             elif isinstance(layer, AdaptedWeight):
                 self.weights[base] = release_weights(layer)
@@ -110,7 +115,7 @@ class Fittings:
             layers.setdefault(module, []).append(adapter)
             if module not in self.layers:
                 rows, columns = weight_shape(module, p.param)
-                self.layers[module] = LoRALinear(
+                self.layers[module] = adapted_layer(
                     module,
                     in_features=columns,
                     out_features=rows,

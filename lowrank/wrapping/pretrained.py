@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import nn
 
-from lowrank.layers.linear import LoRALinear
+from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight
 from lowrank.models.storage import is_linear, quantized
 
-ADAPTED = (LoRALinear, AdaptedWeight, TrainedModule)
+ADAPTED = (AdaptedLayer, AdaptedWeight, TrainedModule)
 SAVE = "save_pretrained"
 MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 CONFIG_MARKS = ("quantization_config", "_is_quantized")
@@ -106,6 +106,22 @@ def forget_quantization(root: nn.Module) -> None:
         for part in model.modules():
             for name in CONFIG_MARKS:
                 getattr(getattr(part, "config", None), "__dict__", {}).pop(name, None)
+
+
+def forget_ties(root: nn.Module) -> None:
+    """Removes what says that weights of ``root`` are tied which are not any more."""
+    for model in root.modules():
+        keys = model.__dict__.get("all_tied_weights_keys")
+        if not isinstance(keys, dict):
+            continue
+        named = dict(model.named_parameters(remove_duplicate=False))
+        left = {one: other for one, other in keys.items() if named.get(one) is named.get(other)}
+        if left == keys:
+            continue
+        model.__dict__["all_tied_weights_keys"] = left
+        config = getattr(model, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 def _list_plain_layers(model: Any) -> None:

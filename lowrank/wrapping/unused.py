@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowrank.adapters import one_name, wrapped_root
+from lowrank.adapters import added_parameters, one_name, wrapped_root
 from lowrank.layers.adapter import RowBlocks
-from lowrank.layers.linear import LoRALinear, seen_by_compiler
+from lowrank.layers.layer import AdaptedLayer, seen_by_compiler
 from lowrank.layers.tree import base_modules, without_copies
 
 
@@ -36,13 +36,13 @@ def layers_only_read(model: nn.Module, name: str | None = None) -> set[str]:
 
 
 def replaced_layers(model: nn.Module, name: str | None = None) -> dict[str, RowBlocks]:
-    """What ``name`` adds to each `LoRALinear`, by the path of that in the base; shared layers once."""
+    """What ``name`` adds to each `AdaptedLayer`, by the path of that in the base; shared layers once."""
     root, name = wrapped_root(model), one_name(model, name)
     layers = {without_copies(hung): path for path, hung in reversed(base_modules(root).items())}
     return {
         path: layer.part(name)
         for layer, path in reversed(layers.items())
-        if isinstance(layer, LoRALinear) and name in layer.adapters
+        if isinstance(layer, AdaptedLayer) and name in layer.adapters
     }
 
 
@@ -89,3 +89,17 @@ def warn_at_first_backward(model: nn.Module, name: str, parameters: Iterable[nn.
     for parameter in parameters:
         if parameter.requires_grad:
             handles.append(parameter.register_post_accumulate_grad_hook(first))
+
+
+def warn_of_unsaved(root: nn.Module) -> None:
+    """Names parameters of the base that train, but are no part of an adapter."""
+    added = {id(parameter) for parameter in added_parameters(root)}
+    learning = [name for name, p in root.named_parameters() if p.requires_grad and id(p) not in added]
+    if learning:
+        more = f" and {len(learning) - 5} more" if len(learning) > 5 else ""
+        warnings.warn(
+            f"these parameters of the base require grad, but are not saved with the adapter: "
+            f"{', '.join(learning[:5])}{more}; name their modules in Policy(train=...) when wrapping",
+            UserWarning,
+            stacklevel=4,
+        )

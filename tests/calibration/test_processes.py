@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lowrank.calibration import calibrate
 from lowrank.calibration.accumulators import Covariance, Rows
 from lowrank.calibration.inputs import Inputs
-from lowrank.calibration.reduce import Processes
 from lowrank.models.projections import Projection
 from lowrank.models.targets import select
+from lowrank.processes import Processes
 from tests import zoo
 
 ALL = ("covariance", "moment", "sensitivity", "gradient")

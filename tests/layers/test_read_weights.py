@@ -252,7 +252,7 @@ def test_its_own_forward_does_not_read_it() -> None:
     for base in (nn.Linear(8, 6), Conv1D(6, 8)):
         layer = layer_over(base)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lowrank.layers.linear.read_weight", lambda *args, **kwargs: pytest.fail("read"))
+            patch.setattr("lowrank.layers.layer.read_weight", lambda *args, **kwargs: pytest.fail("read"))
             layer(torch.randn(3, 8)).sum().backward()
 
 
@@ -340,7 +340,7 @@ def test_the_base_keeps_its_plain_product() -> None:
 def test_peft_would_not_act_where_a_weight_is_only_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowrank.layers.linear._compiled", False)  # by a test before
+    monkeypatch.setattr("lowrank.layers.layer._compiled", False)  # by a test before
     model, x = nn.Sequential(Beit()), torch.randn(2, 5, 16)
     lowrank.wrap_model(model, presets.lora(rank=2, target=("qkv", "proj")), progress=False)
     for layer in lowrank.adapted_layers(model).values():

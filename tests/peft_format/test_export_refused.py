@@ -48,7 +48,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Policy, str]] = {
     "another kind of layer": (
         lambda: nn.Sequential(zoo.Homemade(), nn.Linear(8, 8)),
         presets.lora(rank=2),
-        "0: PEFT adapts nn.Linear and Conv1D, not Homemade",
+        "0: PEFT adapts nn.Linear, Conv1D, nn.Embedding and nn.Conv1d to 3d, not Homemade",
     ),
     "a name inside another's": (
         lambda: nn.ModuleDict({"head": nn.Linear(6, 6), "body_head": nn.ModuleDict({"fc": nn.Linear(6, 6)})}),

@@ -92,7 +92,10 @@ def rename(old: str, new: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor
 
 TENSOR_CASES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
     "DoRA": (lambda t: {**t, "base_model.model.x.lora_magnitude_vector": torch.ones(1)}, "DoRA"),
-    "an embedding": (rename("lora_A.weight", "lora_embedding_A"), "an adapted embedding is not supported"),
+    "an embedding": (
+        rename("lora_A.weight", "lora_embedding_A"),
+        "the names of another kind of layer than Linear",
+    ),
     "a bias": (
         lambda t: {**t, "base_model.model.x.lora_B.bias": torch.ones(1)},
         "lora_bias is not supported",

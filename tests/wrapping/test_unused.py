@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank
 from lowrank import presets
-from lowrank.layers import linear
+from lowrank.layers import layer
 from lowrank.wrapping.unused import unused_layers
 from tests.helpers import perturb
 
@@ -193,7 +193,7 @@ def test_compiled_code_keeps_no_record_but_the_gradients_tell() -> None:
     compiled = torch.compile(model, backend="aot_eager")
     with pytest.warns(UserWarning, match=NAMED):
         compiled(x).sum().backward()
-    assert linear.seen_by_compiler() and not model.block.up.used
+    assert layer.seen_by_compiler() and not model.block.up.used
     model(x)
     assert model.block.up.used and unused_layers(model) == []
     lowrank.merge(model)

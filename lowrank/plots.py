@@ -1,0 +1,110 @@
+"""Pictures of what was planned and of how training went, all in one look. The only file that draws.
+
+Lines differ in style as well as in colour, and colours in lightness: they can be told apart in grey and by
+people who are colour-blind. Needs matplotlib, ``pip install lowrank-torch[plots]``, from the first call on.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's colours (2008), from dark to light.
+LINES = (
+    ("#000000", "-"),
+    ("#0072B2", "--"),
+    ("#D55E00", "-."),
+    ("#E69F00", ":"),
+    ("#56B4E9", (0, (5, 1, 1, 1))),
+)
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 10,
+    "legend.frameon": False,
+}
+
+
+def curves(
+    panels: Sequence[tuple[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]],
+    path: str | PathLike[str] | None = None,
+    *,
+    xlabel: str = "step",
+    title: str = "",
+) -> Any:
+    """One panel below the other, each with a label and its lines: name → (x, y). Returns the figure.
+
+    It is written to ``path``, whose ending says the format, where there is one.
+    """
+    pyplot, style = _pyplot()
+    with style:
+        height = 1.0 + 2.2 * len(panels)
+        figure, axes = pyplot.subplots(
+            len(panels), 1, sharex=True, squeeze=False, figsize=(7, height), layout="constrained"
+        )
+        for axis, (label, lines) in zip(axes[:, 0], panels, strict=True):
+            for i, (name, (x, y)) in enumerate(lines.items()):
+                color, line = LINES[i % len(LINES)]
+                axis.plot(x, y, color=color, linestyle=line, label=name, marker="o" if len(x) == 1 else None)
+            axis.set_ylabel(label)
+            if len(lines) > 1:
+                axis.legend()
+        axes[-1, 0].set_xlabel(xlabel)
+        axes[0, 0].set_title(title, loc="left")
+        return _written(pyplot, figure, path)
+
+
+def heat_map(
+    cells: Sequence[Sequence[int | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    path: str | PathLike[str] | None = None,
+    *,
+    title: str = "",
+    xlabel: str = "",
+) -> Any:
+    """Numbers as lightness, each written in its cell where there is room; None is left empty.
+
+    Returns the figure, and writes it to ``path`` where there is one.
+    """
+    pyplot, style = _pyplot()
+    with style, pyplot.rc_context({"axes.grid": False}):
+        width = max(4.0, 1.8 + 0.45 * len(columns))
+        figure, axis = pyplot.subplots(figsize=(min(width, 24), 1.4 + 0.4 * len(rows)), layout="constrained")
+        values = [[float("nan") if cell is None else float(cell) for cell in row] for row in cells]
+        most = max((cell for row in cells for cell in row if cell is not None), default=0)
+        image = axis.imshow(values, aspect="auto", cmap="cividis_r", vmin=0, vmax=max(most, 1))
+        axis.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel=xlabel)
+        axis.set_xticklabels(columns)
+        axis.set_yticklabels(rows)
+        axis.set_title(title, loc="left")
+        if len(columns) <= 48:
+            for y, row in enumerate(cells):
+                for x, cell in enumerate(row):
+                    if cell is not None:
+                        color = "white" if cell > most / 2 else "black"
+                        axis.text(x, y, str(cell), ha="center", va="center", color=color, fontsize=8)
+        figure.colorbar(image, ax=axis, label="rank")
+        return _written(pyplot, figure, path)
+
+
+def _pyplot() -> tuple[Any, Any]:
+    """matplotlib, which is looked for only now, and the look of all pictures here."""
+    try:
+        pyplot = importlib.import_module("matplotlib.pyplot")
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'lowrank-torch[plots]'") from error
+    return pyplot, pyplot.rc_context(STYLE)
+
+
+def _written(pyplot: Any, figure: Any, path: str | PathLike[str] | None) -> Any:
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)  # which else keeps it for good
+    return figure

@@ -1,0 +1,203 @@
+"""The memory that a training step takes, told before one is run.
+
+The step runs on stand-ins, which have shapes and no numbers, and every storage is counted while it lives. It
+knows no family of models and no adapter.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lowrank.batches import Loss, model_device, output_loss, scalar_loss
+from lowrank.train.memory_table import MemoryReport
+from lowrank.train.storages import Storages, bytes_of, free_bytes
+
+Optimizers = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Optimizers] = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, fused=True),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+}
+
+
+def step_memory(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss | None = None,
+    *,
+    autocast: torch.dtype | None = None,
+    optimizer: str | Optimizers = "adamw",
+    beside: Iterable[Tensor] = (),
+    title: str = "a training step",
+) -> MemoryReport:
+    """What a step of training ``model`` on ``batch`` holds: forward, backward, and the optimizer's update.
+
+    Nothing is computed and ``model`` is left as it is. Counted is what PyTorch's allocator is asked for; what
+    a kernel needs inside itself and what the allocator keeps in reserve are not. The result is that of the
+    CPU's kernels for a model on the CPU, and of CUDA's on CUDA, which has not been measured.
+
+    Args:
+        batch, loss, autocast: as for `fit`.
+        optimizer: "adamw", "adam", "sgd", or a function from parameters to an optimizer.
+        beside: frozen tensors that count among the adapters; no others of the frozen ones do.
+
+    Raises:
+        ValueError: nothing is to be trained, the optimizer is not known, or the step cannot be told from
+            shapes alone, as where the routing of tokens decides about sizes.
+    """
+    factory = optimizer_factory(optimizer)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("nothing requires grad, so there is nothing to train: wrap the model first")
+    stand_in = StandIn(model)
+    return stand_in.step(
+        batch, loss or output_loss, autocast=autocast, optimizer=factory, beside=beside, title=title
+    )
+
+
+def told(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss | None,
+    autocast: torch.dtype | None,
+    optimizer: torch.optim.Optimizer,
+) -> str:
+    """The table of `step_memory` for an optimizer of this class and its groups, or why there is none."""
+    cls: Any = type(optimizer)
+
+    def made(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return cls(list(parameters), **{k: v for k, v in optimizer.defaults.items() if k in _arguments(cls)})
+
+    try:
+        return str(step_memory(model, batch, loss, autocast=autocast, optimizer=made))
+    except (ValueError, TypeError) as error:
+        return f"no report of memory: {error}"
+
+
+def _arguments(cls: type) -> set[str]:
+    return set(inspect.signature(cls).parameters)
+
+
+class StandIn:
+    """A copy of a model whose tensors have shape, dtype and device, and no numbers.
+
+    Args:
+        model: is not changed.
+        device: where what is on the meta device will be; by default the model's, or the CPU.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
+        # Importing this takes a second.
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        self.mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
+        self.device = model_device(model) if device is None else device
+        if self.device.type == "meta":
+            self.device = torch.device("cpu")
+        self.of: dict[int, Any] = {}  # by the id of the real tensor
+        for tensor in chain(model.parameters(), model.buffers()):
+            if type(tensor) in (nn.Parameter, Tensor):
+                self.of[id(tensor)] = self._made(tensor)
+        with self.inside():
+            self.model: nn.Module = deepcopy(model, dict(self.of))
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """For whatever makes tensors or copies modules of the stand-in."""
+        with self.mode, warnings.catch_warnings():
+            # deepcopy asks a tensor where its numbers are, and models warn of what matters in a real run.
+            warnings.simplefilter("ignore")
+            yield
+
+    def _made(self, tensor: Tensor) -> Tensor:
+        device = self.device if tensor.is_meta else tensor.device
+        with self.mode:
+            made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+            if isinstance(tensor, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+        return made
+
+    def step(
+        self,
+        batch: Any,
+        loss: Loss,
+        *,
+        autocast: torch.dtype | None,
+        optimizer: Optimizers,
+        beside: Iterable[Tensor] = (),
+        title: str = "a training step",
+    ) -> MemoryReport:
+        """See `step_memory`."""
+        model, device = self.model, self.device
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        frozen = [t for t in chain(model.parameters(), model.buffers()) if not t.requires_grad]
+        added = [self.of.get(id(tensor), tensor) for tensor in beside]
+        kept_beside = {id(tensor) for tensor in added}
+        with ExitStack() as scope:
+            scope.enter_context(self.inside())
+            scope.enter_context(torch.random.fork_rng(devices=[]))
+            batch = tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), _plain(batch))
+            model.train()
+            updates = optimizer(trained)
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            updates.step()
+            updates.zero_grad()
+            storages = scope.enter_context(Storages())
+            try:
+                with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                    value = scalar_loss(loss, model, batch)
+                kept = storages.alive()
+                value.backward()
+                del value
+            except Exception as error:
+                raise ValueError(
+                    f"{type(model).__name__}: the memory of a step cannot be told from shapes alone: {error}"
+                ) from error
+            gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+            own = storages.numbers(gradients)
+            updates.step()
+        state = (value for held in updates.state.values() for value in held.values())
+        held = {
+            "weights": bytes_of(tensor for tensor in frozen if id(tensor) not in kept_beside),
+            "adapters": bytes_of([*trained, *(t for t in frozen if id(t) in kept_beside)]),
+            "optimizer": bytes_of(value for value in state if isinstance(value, Tensor)),
+        }
+        at_peak = storages.at_peak({"gradients": own, "activations": kept - own})
+        return MemoryReport(
+            weights=held["weights"],
+            adapters=held["adapters"],
+            optimizer=held["optimizer"],
+            gradients=bytes_of(gradients),
+            activations=storages.size(kept),
+            at_peak={**held, **at_peak},
+            free=free_bytes(device),
+            title=title,
+        )
+
+
+def _plain(batch: Any) -> Any:
+    """A mapping as a dict, which is walked whatever kind it was."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def optimizer_factory(optimizer: str | Optimizers) -> Optimizers:
+    """What makes the optimizer; raises ValueError for a name that is not known."""
+    if callable(optimizer):
+        return optimizer
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer: expected one of {sorted(OPTIMIZERS)}, or a function from parameters to an "
+            f"optimizer, got {optimizer!r}"
+        )
+    return OPTIMIZERS[optimizer]

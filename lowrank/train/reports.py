@@ -1,0 +1,68 @@
+"""What a run shows while it runs: the bar and the log, in the process that writes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lowrank.train.history import Record
+from lowrank.train.run import Run
+
+
+class Reports:
+    """Called with each step's record."""
+
+    def __init__(self, run: Run, log: str | PathLike[str] | None, progress: bool) -> None:
+        self._scope = ExitStack()
+        self._file = None
+        if log is not None:
+            path = Path(log)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._scope.enter_context(path.open("w", buffering=1, encoding="utf-8"))
+            self._file.writelines(record.to_json() + "\n" for record in run.history)
+        self.bar = self._scope.enter_context(
+            tqdm(total=run.schedule.steps, initial=run.step, unit="step", disable=not progress)
+        )
+
+    def __call__(self, record: Record) -> None:
+        if self._file is not None:
+            self._file.write(record.to_json() + "\n")
+        self.bar.set_postfix(
+            loss=f"{record.loss:.4f}",
+            lr=f"{record.lr:.1e}",
+            tokens_s=f"{record.tokens_per_second:.0f}",
+            memory=memory(),
+            refresh=False,
+        )
+        self.bar.update()
+
+    def close(self) -> None:
+        self._scope.close()
+
+
+@contextmanager
+def reporting(run: Run, log: str | PathLike[str] | None, progress: bool) -> Iterator[Reports]:
+    """The log has the steps of ``run`` that there are already, and the bar begins after them."""
+    reports = Reports(run, log, progress)
+    try:
+        yield reports
+    finally:
+        reports.close()
+
+
+def memory() -> str:
+    """The most that was allocated on the CUDA device, or else that the process had in memory, in GB."""
+    if torch.cuda.is_initialized():
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f}GB"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "?"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f}GB"

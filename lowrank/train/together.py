@@ -1,0 +1,203 @@
+"""The gradients of one optimizer step over all processes: those of one large batch.
+
+Copies of a model (DDP) add their gradients once a step, after accumulation: each in terms of what its own
+batches counted, so that a process may have fewer batches than another, or none. A sharded model (FSDP2) adds
+them in its own backward, for which every process must call it equally often.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.batches import count_terms
+from lowrank.processes import is_sharded, part, shards, whole
+from lowrank.train.parallel import Together
+from lowrank.train.step import (
+    NO_TERMS,
+    OVERFLOW,
+    Gradients,
+    NonFiniteGradient,
+    NonFiniteLoss,
+    Outcome,
+    _full,
+    _weighed,
+)
+
+
+@dataclass
+class Tally:
+    """What this process's batches gave. ``unit`` is the count that its gradients are in terms of."""
+
+    places: list[int] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    counts: list[float] = field(default_factory=list)
+    unit: float = 1.0
+
+    def add(self, place: int, loss: Tensor, count: float) -> None:
+        self.places.append(place)
+        self.losses.append(loss)
+        self.counts.append(count)
+
+
+class TogetherGradients(Gradients):
+    """`Gradients` of a step in which all processes take part. The mean is over the terms of all batches."""
+
+    def __call__(self, batches: Sequence[Any], step: int, place: int) -> Outcome:
+        together = cast(Together, self.parallel)
+        tally, error, weighted = Tally(), None, 0.0
+        try:
+            tally = (self._sharded if together.sharded else self._copied)(batches, place)
+            weighted = _weighted(tally, step)
+        except Exception as raised:
+            if together.told:
+                raise
+            error = raised
+        total, weighted = together.exchange(sum(tally.counts), weighted, error=error).sum(0).tolist()[:2]
+        if not total:
+            return Outcome(math.nan, 0.0, NO_TERMS)
+        self._add_up(tally.unit / total, together)
+        norm = self._unscaled_norm()
+        mean = weighted / total
+        if not math.isfinite(norm):
+            if self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+                self.scaler.update()
+                return Outcome(mean, norm, OVERFLOW)
+            raise NonFiniteGradient(
+                f"the gradient's norm is {norm} at step {step}, though the loss is {mean}"
+            )
+        if self.clip is not None and norm > self.clip:
+            self._scale(self.clip / (norm + 1e-6))
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        return Outcome(mean, norm)
+
+    # -- this process's part --------------------------------------------------------------------------------
+
+    def _copied(self, batches: Sequence[Any], place: int) -> Tally:
+        tally = Tally()
+        for at, batch in enumerate(batches, start=place):
+            before = tally.counts[-1] if tally.counts else None
+            loss, count = self._backward(batch, watch=True, before=before)
+            if loss is not None:
+                tally.add(at, loss, count)
+        tally.unit = tally.counts[-1] if tally.counts else 1.0
+        return tally
+
+    def _sharded(self, batches: Sequence[Any], place: int) -> Tally:
+        """Every process calls the model as often as the one with the most batches: on its last batch again,
+        which then counts nothing. Losses are weighed before backward, in terms of one count for all."""
+        together = cast(Together, self.parallel)
+        held = self.__dict__.setdefault("_spare", [])
+        held[:] = batches[-1:] or held
+        error = (
+            None if held else ValueError("this process has no batch yet, so it cannot take part in a step")
+        )
+        most = int(together.exchange(len(batches), error=error)[:, 0].max())
+        roots = shards(self.model)
+        tally = Tally()
+        try:
+            for i in range(most):
+                for module in roots:
+                    module.set_requires_gradient_sync(i == most - 1, recurse=False)  # type: ignore[operator]
+                real = i < len(batches)
+                output: list[Any] = []
+                handle = self.model.register_forward_hook(lambda *call, kept=output: kept.append(call[-1]))
+                try:
+                    loss, count = self._counted(batches[i] if real else held[0])
+                finally:
+                    handle.remove()
+                count = count if real else 0.0
+                if i == 0:
+                    tally.unit = float(together.exchange(count)[:, 0].max()) or 1.0
+                if count:
+                    tally.add(place + i, _full(loss.detach()), count)
+                    value = loss if count == tally.unit else loss * (count / tally.unit)
+                else:
+                    value = _nothing(output, loss)
+                self.scaler.scale(value).backward()
+        except Exception:
+            together.told = True  # the others wait inside of the model, where nothing can be said
+            raise
+        return tally
+
+    def _counted(self, batch: Any) -> tuple[Tensor, float]:
+        """The loss, and the terms that it is a mean over."""
+        count = None if self.weight is None else _weighed(self.weight, batch)
+        loss, seen = self._forward(batch, watch=count is None)
+        if count is None:
+            count = float(count_terms(self.model, batch)) if seen is None else seen
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss depends on nothing that requires grad: does the model use what is to train?"
+            )
+        return loss, count
+
+    # -- that of all ----------------------------------------------------------------------------------------
+
+    def _add_up(self, factor: float, together: Together) -> None:
+        """Multiplies by ``factor`` and adds what the other processes have.
+
+        FSDP2 has averaged what is sharded; a parameter that no process has a gradient of gets none.
+        """
+        copied = [p for p in self.parameters if not is_sharded(p)]
+        for p in self.parameters:
+            if is_sharded(p) and p.grad is not None:
+                part(p.grad).mul_(factor * together.size)
+        if not copied:
+            return
+        processes = together.processes
+        present = processes.added(torch.tensor([float(p.grad is not None) for p in copied]))
+        used = [p for p, number in zip(copied, present.tolist(), strict=True) if number]
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for p in used:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+        for gradients in by_dtype.values():
+            flat = torch.cat([gradient.flatten() for gradient in gradients]).mul_(factor)
+            summed = processes.added(flat).split([gradient.numel() for gradient in gradients])
+            for gradient, values in zip(gradients, summed, strict=True):
+                gradient.copy_(values.view_as(gradient))
+
+    def _unscaled_norm(self) -> float:
+        """Of the whole gradient, after the scale of the loss is taken out of it."""
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        size = 0.0
+        for sharded in (False, True):
+            gradients = [
+                _full(p.grad) for p in self.parameters if p.grad is not None and is_sharded(p) is sharded
+            ]
+            if gradients:
+                size = math.hypot(size, float(whole(nn.utils.get_total_norm(gradients))))
+        return size
+
+    def _scale(self, factor: float) -> None:
+        torch._foreach_mul_([part(p.grad) for p in self.parameters if p.grad is not None], factor)
+
+
+def _weighted(tally: Tally, step: int) -> float:
+    """The sum of the losses, each times its count. Raises NonFiniteLoss where one is not finite."""
+    values = torch.stack(tally.losses).tolist() if tally.losses else []
+    for at, value in zip(tally.places, values, strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteLoss(f"the loss is {value} at step {step}, in batch {at} of its epoch")
+    return sum(value * count for value, count in zip(values, tally.counts, strict=True))
+
+
+def _nothing(output: list[Any], loss: Tensor) -> Tensor:
+    """Zero, with gradients of zero, by the way that the model's largest output came.
+
+    The loss itself may be a mean over no term, whose gradients are NaN whatever they are multiplied by.
+    """
+    found: list[Tensor] = []
+    torch.utils._pytree.tree_map_only(Tensor, found.append, output)
+    leaves = [each for each in found if each.requires_grad and each.dim()]
+    source = max(leaves, key=Tensor.numel) if leaves else loss
+    return torch.zeros_like(source).mul(source).sum() if leaves else loss * 0

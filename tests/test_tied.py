@@ -1,0 +1,69 @@
+"""Weights that two modules share: adapting one end, merging it, and what a saved folder says afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+
+import lowrank
+from lowrank import Policy
+from tests import zoo
+from tests.helpers import frozen_logits, logits, perturb
+
+TIED = ("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")
+
+
+@pytest.mark.parametrize("target", TIED, ids="+".join)
+def test_merging_unties_when_asked_and_the_saved_folder_is_read_as_it_was(
+    target: tuple[str, ...], tmp_path: Path
+) -> None:
+    model, batch = zoo.build("tied_llama"), zoo.batch("tied_llama")
+    base = frozen_logits(model, batch)
+    shared = model.lm_head.weight.clone()
+    lowrank.wrap_model(model, Policy(target=target, rank=4), progress=False)
+    assert torch.equal(logits(model, batch), base)
+    perturb(model)
+    trained = logits(model, batch)
+    deltas = {path: layer.delta_weight() for path, layer in lowrank.adapted_layers(model).items()}
+    with pytest.raises(ValueError, match=r"is tied to another module's weight.*untie=True"):
+        lowrank.merge(model)
+    assert torch.equal(logits(model, batch), trained), "a refused merge changed something"
+
+    lowrank.merge(model, untie=True)
+    assert (logits(model, batch) - trained).abs().max() < 1e-5
+    embedding = shared + deltas.get("model.embed_tokens", torch.zeros(32, zoo.VOCABULARY)).T
+    head = shared + deltas.get("lm_head", torch.zeros(zoo.VOCABULARY, 32))
+    assert torch.allclose(model.model.embed_tokens.weight, embedding)
+    assert torch.allclose(model.lm_head.weight, head)
+
+    model.save_pretrained(tmp_path)
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(frozen_logits(again, batch), frozen_logits(model, batch))
+
+
+def test_what_is_not_tied_keeps_its_parameter() -> None:
+    model = zoo.build("tied_llama")
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    lowrank.wrap_model(model, Policy(target="q_proj", rank=4), progress=False)
+    lowrank.merge(model, untie=True)
+    assert model.model.layers[0].self_attn.q_proj.weight is weight
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+
+
+def test_tokens_added_by_resizing_are_adapted_with_the_others(tmp_path: Path) -> None:
+    model, batch = zoo.build("tied_llama"), zoo.batch("tied_llama")
+    model.resize_token_embeddings(zoo.VOCABULARY + 3)
+    fresh = zoo.build("tied_llama")
+    fresh.resize_token_embeddings(zoo.VOCABULARY + 3)
+    fresh.load_state_dict(model.state_dict())
+    batch["input_ids"][0, :3] = torch.arange(zoo.VOCABULARY, zoo.VOCABULARY + 3)
+    lowrank.wrap_model(model, Policy(target="embedding", rank=4), progress=False)
+    perturb(model)
+    lowrank.save_adapter(model, tmp_path / "adapter")
+    lowrank.load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(logits(fresh, batch), logits(model, batch))
+    with pytest.raises(lowrank.AdapterError):
+        lowrank.load_adapter(zoo.build("tied_llama"), tmp_path / "adapter")
