@@ -98,8 +98,8 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
     processes.raise_in_all(error, "save_adapter")
 
 
-def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], bytes]:
-    """What is to be written: the configuration, and the tensors as one blob."""
+def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is to be written: the configuration, and the tensors."""
     root = wrapped_root(model)
     name = one_name(root, name)
     plan = plan_of(root, name)
@@ -125,10 +125,10 @@ def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], bytes]
         "rest": {name: sample.to_json() for name, sample in samples_of_the_rest(root, plan).items()},
     }
     config["checksum"] = checksum(config)
-    return config, blob
+    return config, tensors
 
 
-def _write(folder: Path, config: Mapping[str, Any], blob: bytes) -> None:
+def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     content = json.dumps(config, indent=1, allow_nan=False).encode()
     make_folder(folder)
     before, file = own_tensors(folder), folder / str(config["tensors"])
