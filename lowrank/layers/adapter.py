@@ -107,7 +107,8 @@ class Adapter(nn.Module):
     @property
     def block(self) -> Block:
         """What the fused product takes."""
-        return Block(self.rows, self.A, self.B, self.scaling, self.A0, self.B0)
+        held, anchor = self._parameters, self._buffers  # a module's __getattr__ takes ten times as long
+        return Block(self.rows, held["A"], held["B"], self.scaling, anchor["A0"], anchor["B0"])  # type: ignore[arg-type]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A ``(rank, in)`` and B ``(rows, rank)`` in full, anchors added."""
