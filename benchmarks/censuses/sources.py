@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks.censuses.inputs import inputs
 from benchmarks.censuses.shrink import configs
 
 LARGEST = 40_000_000  # parameters; a model that cannot be shrunk below is not run
+SEARCH = 15  # seconds of a core for what builds and runs
 HEADED = (
     "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CTC",
 )  # fmt: skip
@@ -54,9 +56,14 @@ def make(name: str) -> Made:
 def _transformers(kind: str) -> Made:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    built, last = False, "no configuration"
+    built, last, tried, since = False, "no configuration", set(), time.process_time()
     for config in configs(CONFIG_MAPPING[kind]):
+        if (said := str(config)) in tried:
+            continue
+        tried.add(said)
         for model_class in _classes(type(config)):
+            if time.process_time() - since > SEARCH:
+                raise (NotRun if built else NotBuilt)(f"no luck in {SEARCH} seconds: {last}")
             try:
                 with torch.device("meta"):
                     size = sum(p.numel() for p in model_class(config).parameters())

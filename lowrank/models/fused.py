@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lowrank.linalg.rows import height, pieces
-from lowrank.models.families import Role, in_attention, role_of
+from lowrank.models.families import WRAPPERS, Role, in_attention, is_attention, role_of
 from lowrank.models.layouts import (
     FUSED_NAMES,
     GATED_NAMES,
@@ -59,7 +59,10 @@ def matches(path: str, pattern: str) -> bool:
 def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused) -> Blocks | Doubt:
     """Roles and rows of the blocks of one weight, or why they cannot be told."""
     parent_path, _, name = path.rpartition(".")
-    parent, leaf = model.get_submodule(parent_path), name.lower()
+    if name in WRAPPERS and parent_path.rpartition(".")[2].lower() in FUSED_NAMES:  # qkv.linear
+        parent_path, _, leaf = parent_path.rpartition(".")
+        name = f"{leaf}.{name}"
+    parent, leaf = model.get_submodule(parent_path), name.lower().split(".")[0]
     layout, told = layout_of(parent, leaf), _told(path, rows, fused)
     try:
         known = layout(parent, rows) if layout else None
@@ -81,7 +84,7 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
     if known:
         return known
     if leaf == "in_proj" and not in_attention(parent_path):
-        return in_order([(Role.OTHER, rows)])  # a state-space block's
+        return in_order([(role_of(path), rows)])  # a state-space block's has none
     if leaf in FUSED_NAMES:
         holds = FUSED_NAMES[leaf]
         for likely in likely_blocks(parent, leaf, rows):
@@ -94,8 +97,16 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
         output = getattr(parent, "Wo", None)
         if getattr(output, "in_features", None) == rows // 2:
             return gate_up(parent, rows)
-    role = role_of(path)
+    role = role_of(path, attends=_attends(model, parent_path))
     return in_order([(role_by_structure(model, path) if role == Role.OTHER else role, rows)])
+
+
+def _attends(model: nn.Module, path: str) -> bool:
+    """Is the module ``path``, or what holds it where it is a list such as ``to_out``, an attention?"""
+    module = model.get_submodule(path)
+    if isinstance(module, nn.Sequential | nn.ModuleList) and not is_attention(dict(module.named_children())):
+        module = model.get_submodule(path.rpartition(".")[0])
+    return is_attention(dict(module.named_children()))
 
 
 def _told(path: str, rows: int, fused: Fused) -> Blocks | None:

@@ -25,10 +25,10 @@ QKV = (Role.QUERY, Role.KEY, Role.VALUE)
 FUSED_NAMES = {
     **dict.fromkeys(
         "c_attn qkv qkv_proj wqkv w_pack in_proj to_qkv query_key_value qkv_linear att_proj in_proj_qkv "
-        "in_proj_qkvz".split(),
+        "in_proj_qkvz queries_keys_values".split(),
         QKV,
     ),
-    **dict.fromkeys("kv to_kv kv_proj linear_kv".split(), QKV[1:]),
+    **dict.fromkeys("kv to_kv kv_proj linear_kv keys_values".split(), QKV[1:]),
 }
 LATENT = frozenset("kv_a_proj_with_mqa kv_b_proj".split())  # DeepSeek: key and value from one latent
 GATED_NAMES = frozenset("gate_up_proj gate_up".split())

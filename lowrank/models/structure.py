@@ -40,9 +40,9 @@ def _roles(block: nn.Module) -> Mapping[str, Role]:
     if len(first) == 1:
         return {first[0]: Role.UP, last: Role.DOWN}
     gate = _gate(block, first, narrows[0])
-    return {last: Role.DOWN} | (
-        {name: Role.GATE if name == gate else Role.UP for name in first} if gate else {}
-    )
+    if gate is None:  # two branches of another kind
+        return {}
+    return {last: Role.DOWN} | {name: Role.GATE if name == gate else Role.UP for name in first}
 
 
 def _gate(block: nn.Module, names: list[str], columns: int) -> str | None:
