@@ -33,6 +33,7 @@ class Plan(Mapping[Projection, Allocation]):
         seed: of every random draw.
         energies: share of the squared singular values that the start holds, where it is known.
         notes: what a reader should know and the rows do not show: what was left out or limited, and why.
+        dora: the magnitude of each output row is trained too (2402.09353).
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
 
@@ -54,6 +55,7 @@ class Plan(Mapping[Projection, Allocation]):
         energies: Mapping[Projection, float] | None = None,
         notes: Sequence[str] = (),
         reference_rank: int | None = None,
+        dora: bool = False,
     ) -> None:
         for projection, allocation in allocations.items():
             most = min(projection.shape)
@@ -77,6 +79,7 @@ class Plan(Mapping[Projection, Allocation]):
         self.energies = dict(energies or {})
         self.notes = tuple(notes)
         self.reference_rank = reference_rank
+        self.dora = dora
 
     def __getitem__(self, projection: Projection) -> Allocation:
         return self._allocations[projection]
@@ -93,7 +96,15 @@ class Plan(Mapping[Projection, Allocation]):
     __hash__ = None  # type: ignore[assignment]
 
     def _state(self) -> tuple[Any, ...]:
-        settings = (self.budget, self.reference_rank, self.init, self.dropout, self.train, self.seed)
+        settings = (
+            self.budget,
+            self.reference_rank,
+            self.init,
+            self.dropout,
+            self.train,
+            self.seed,
+            self.dora,
+        )
         return self._allocations, self.costs, settings
 
     @property
@@ -107,7 +118,8 @@ class Plan(Mapping[Projection, Allocation]):
         return sum(self._parameters(p) for p in self)
 
     def _parameters(self, projection: Projection) -> int:
-        return self[projection].rank * self.costs[projection]
+        rank = self[projection].rank
+        return rank * self.costs[projection] + (projection.out_features if self.dora and rank else 0)
 
     def __repr__(self) -> str:
         adapted = f"{len(self.adapted)} of {len(self)} projections"
@@ -139,6 +151,8 @@ class Plan(Mapping[Projection, Allocation]):
             rows.append("  ".join(cells))
         rows.insert(1, "  ".join("-" * w for w in widths))
         rows.append(self._total())
+        if self.dora:
+            rows.append("DoRA: a magnitude for each output row is among the parameters")
         if self.train:
             rows.append(f"trained in full: {', '.join(self.train)}")
         rows += [f"note: {note}" for note in self.notes]
@@ -194,7 +208,8 @@ class Plan(Mapping[Projection, Allocation]):
             rank, scaling = self[p].rank, self[p].scaling
             ranks[p.module] = ranks.get(p.module, 0) + rank
             alphas[p.module] = alphas.get(p.module, 0.0) + rank * scaling
-        return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas)}
+        dora = {"use_dora": True} if self.dora else {}
+        return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas), **dora}
 
 
 def peft_patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Policy:
         init: how the factors start.
         allocate: how the budget is spent.
         dropout: on the adapters' inputs, in training.
+        dora: train the magnitude of each output row apart from its direction (DoRA, 2402.09353). Such an
+            adapter acts alone, with weight 1. Its magnitudes, ``out`` for each projection, count in a budget.
         train: modules trained in full and saved with the adapter, such as a new classifier head.
         fused: rows by role of a fused weight that its shape alone cannot tell, by name:
             ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
@@ -61,6 +63,7 @@ class Policy:
     train: Sequence[str] = ()
     fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     seed: int = 0
+    dora: bool = False
 
     def __post_init__(self) -> None:
         for name in ("target", "exclude", "train"):
@@ -77,6 +80,8 @@ class Policy:
             raise ValueError(f"scaling must be {choices} or a positive number: {self.scaling!r}")
         if not _number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1: {self.dropout!r}")
+        if not isinstance(self.dora, bool):
+            raise ValueError(f"dora must be True or False: {self.dora!r}")
         if not _whole(self.seed):
             raise ValueError(f"seed must be a whole number: {self.seed!r}")
         counted = _whole(self.budget) and self.budget >= 1  # type: ignore[operator]

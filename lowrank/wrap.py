@@ -25,6 +25,7 @@ from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.wrapping.checks import check_beside, check_layers, check_unwrapped
 from lowrank.wrapping.install import bare, make_adapter
+from lowrank.wrapping.magnitudes import magnitude_of
 from lowrank.wrapping.new_heads import warn_of_new_heads
 from lowrank.wrapping.planning import fitted_plan, make_plan, named_errors
 
@@ -146,7 +147,7 @@ def _adapt(model: nn.Module, policy: Policy | Plan, name: str, source: Source) -
     with bare(root) as fittings:
         if isinstance(policy, Plan):
             plan, init = fitted_plan(root, policy), policy.init or Kaiming()
-            check_layers(root, plan.adapted, plan.train, plan.dropout)
+            check_layers(root, plan.adapted, plan.train, plan.dropout, dora=plan.dora)
         else:
             plan, source.statistics = make_plan(root, policy, source, start=True)
             init = policy.init
@@ -186,7 +187,10 @@ def _start(
             with torch.no_grad():
                 factors = init(weight, rank, scaling, role=p.role, statistics=measured, generator=generator)
             _check_factors(p, factors, rank, frozen_factors(init, p.role))
-            return make_adapter(model, p, factors.A, factors.B, scaling, factors.frozen), factors.energy
+            adapter = make_adapter(model, p, factors.A, factors.B, scaling, factors.frozen)
+            if plan.dora:
+                adapter.magnitude = magnitude_of(model, p, adapter)
+            return adapter, factors.energy
         except (ValueError, RuntimeError) as error:
             if not unreadable:
                 raise

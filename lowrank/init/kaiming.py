@@ -5,13 +5,14 @@ Only the weight's shape and device are looked at: nothing is copied, whatever it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import torch
 from torch import Tensor
 
 from lowrank.init.base import Factors, Given, Start
+from lowrank.models.projections import Role
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,18 @@ class Kaiming(Start):
         bound = 1 / sqrt(given.weight.shape[1])
         A = torch.empty(given.rank, given.weight.shape[1], dtype=torch.float32, device=given.generator.device)
         return _with_zero(given.weight, A.uniform_(-bound, bound, generator=given.generator))
+
+
+@dataclass(frozen=True)
+class FrozenA(Kaiming):
+    """A random as in `Kaiming`, and frozen: only B is trained (LoRA-FA, 2308.03303). B zero."""
+
+    def frozen(self, role: Role) -> frozenset[str]:
+        return frozenset({"A"})
+
+    def factors(self, given: Given) -> Factors:
+        """As `Kaiming` makes them."""
+        return replace(super().factors(given), frozen=self.frozen(given.role))
 
 
 @dataclass(frozen=True)

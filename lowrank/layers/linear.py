@@ -18,6 +18,7 @@ from lowrank.layers.bases import plain_weight
 from lowrank.layers.functional import Block, add_lora, fused_lora
 from lowrank.layers.grouped import ExampleAdapters, add_grouped
 from lowrank.layers.loading import move_below_base
+from lowrank.layers.magnitude import excess_of, multiplied_by, rescaled
 from lowrank.layers.reading import read_weight, readable
 
 
@@ -91,7 +92,14 @@ class LoRALinear(nn.Module):
             y = fused_lora(x, weight, self.bias, blocks, dropout=dropout)
         for blocks, dropout in products:
             y = add_lora(y, x, blocks, dropout=dropout)
+        for part, _ in self.acting.among(self._parts()):
+            if part.rescales:
+                y = rescaled(y, self.bias, self._excess(part, weight, y.dtype))
         return y
+
+    def _excess(self, part: RowBlocks, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """By how much the magnitudes of ``part`` scale each column of the output, less 1, (out,)."""
+        return excess_of(part.held(), multiplied_by(self.base, weight, dtype), self.out_features)
 
     def _by_rows(self, rows: ExampleAdapters, *args: Any, **kwargs: Any) -> Tensor:
         y, parts = self.base(*args, **kwargs), self._parts()
@@ -147,6 +155,11 @@ class LoRALinear(nn.Module):
                     f"{rows.path(self)}: its weight is read without a call, so adapters for single examples "
                     "cannot act on it: run the examples of one adapter at a time, with use_adapters"
                 )
+            if any(part.rescales for part, _ in acting):
+                raise ValueError(
+                    "the weight of a layer is read without a call, where the magnitudes of dora=True have no "
+                    f"effect: leave it out with exclude=, or adapt it without dora ({self.base})"
+                )
             if torch.compiler.is_compiling():
                 _note_compiler()
             else:
@@ -190,9 +203,24 @@ class LoRALinear(nn.Module):
         """``ΔW`` (out, in), detached, in fp32 (fp64 for fp64 adapters): what is added to the weight.
 
         That of the adapter ``name``, which may be left out where there is one. Its weight in a mixture is
-        not applied, and it need not act.
+        not applied, and it need not act. Raises ValueError where it has magnitudes and the base's weight
+        cannot be read.
         """
-        return full_delta(self.part(name).blocks(), self.out_features)
+        part = self.part(name)
+        delta, weight = full_delta(part.blocks(), self.out_features), plain_weight(self.base)
+        if not part.rescales:
+            return delta
+        if weight is None:
+            raise ValueError(f"the weight of a {type(self.base).__name__} cannot be read here")
+        return delta + self.excess(part)[:, None] * (weight.detach().to(delta.dtype) + delta)
+
+    @torch.no_grad()
+    def excess(self, part: RowBlocks) -> Tensor:
+        """By how much each row of W + ΔW is scaled, less 1, (out,), detached: zero without magnitudes."""
+        A = part.held()[0].A
+        if not part.rescales:
+            return A.new_zeros(self.out_features)
+        return self._excess(part, plain_weight(self.base), A.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         move_below_base(state_dict, prefix, ("base.", "adapters."))

@@ -106,7 +106,12 @@ def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> 
 
 
 def check_layers(
-    model: nn.Module, projections: Sequence[Projection], train: Sequence[str], dropout: float
+    model: nn.Module,
+    projections: Sequence[Projection],
+    train: Sequence[str],
+    dropout: float,
+    *,
+    dora: bool = False,
 ) -> None:
     """Raises ValueError where these projections and modules cannot be adapted and trained like that."""
     replaced = {p.module for p in projections if not on_weight(model, p)}
@@ -135,12 +140,14 @@ def check_layers(
                     f"{p.name} lies inside {above}, which would be adapted too: leave one of them out with "
                     "exclude=, or take out the other adapter that it belongs to"
                 )
-    if dropout:
+    for said, off in [(f"dropout={dropout}", "dropout=0")] * bool(dropout) + [
+        ("dora=True", "dora=False")
+    ] * dora:
         held = [p.name for p in projections if on_weight(model, p)]
         if held:
             raise ValueError(
-                f"dropout={dropout} cannot act on {held[0]} ({len(held)} in all), which is adapted on the "
-                "weight: use dropout=0, or leave these out with exclude="
+                f"{said} cannot act on {held[0]} ({len(held)} in all), which is adapted on the "
+                f"weight: use {off}, or leave these out with exclude="
             )
     for path in train:
         module = model.get_submodule(path)

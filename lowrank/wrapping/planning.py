@@ -32,9 +32,10 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
         raise ValueError(f"expected a Policy, such as lowrank.presets.lora(), not {policy!r}")
     train = trained_modules(model, policy.train)
     projections, notes = select(model, policy.target, policy.exclude, policy.train, policy.fused)
-    check_layers(model, projections, train, policy.dropout)
+    check_layers(model, projections, train, policy.dropout, dora=policy.dora)
     cost = _costs(policy.init, projections)
-    rank, budget = _resolved(model, policy, cost)
+    magnitudes = sum(p.out_features for p in projections) if policy.dora else 0
+    rank, budget = _resolved(model, policy, cost, magnitudes)
     allocate = partial(_allocate, policy, rank, budget, cost)
     # What needs no calibration complains before one.
     allocations = None if policy.allocate.needs else allocate(statistics=None)
@@ -57,13 +58,14 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
     plan = Plan(
         allocations,
         costs=cost,
-        budget=budget if spent <= budget else None,
+        budget=budget + magnitudes if spent <= budget else None,
         init=policy.init,
         dropout=policy.dropout,
         train=train,
         seed=policy.seed,
         notes=notes,
         reference_rank=rank,
+        dora=policy.dora,
     )
     return plan, statistics
 
@@ -79,8 +81,10 @@ def _costs(init: Initializer, projections: Sequence[Projection]) -> Costs:
     return Costs(cost, largest)
 
 
-def _resolved(model: nn.Module, policy: Policy, cost: Costs) -> tuple[int, int]:
-    """The reference rank and the budget in trainable parameters, once for whatever allocator.
+def _resolved(model: nn.Module, policy: Policy, cost: Costs, magnitudes: int) -> tuple[int, int]:
+    """The reference rank and the budget of the factors in trainable parameters, once for whatever allocator.
+
+    Magnitudes come first: a policy's budget pays for them too.
 
     Raises:
         ValueError: a rank that no projection can have, or a budget below one rank anywhere.
@@ -100,6 +104,12 @@ def _resolved(model: nn.Module, policy: Policy, cost: Costs) -> tuple[int, int]:
     budget = policy.budget
     if isinstance(budget, float):
         budget = int(budget * _logical_size(model))
+    if magnitudes and magnitudes >= budget:
+        raise ValueError(
+            f"a budget of {budget:,} parameters is too small for dora=True, whose magnitudes alone "
+            f"take {magnitudes:,}"
+        )
+    budget -= magnitudes
     check_affordable(budget, [cost[p] for p in projections if cost.largest[p]])
     return reference_rank(projections, cost, budget), budget
 
@@ -184,4 +194,5 @@ def fitted_plan(model: nn.Module, plan: Plan) -> Plan:
         seed=plan.seed,
         notes=plan.notes,
         reference_rank=plan.reference_rank,
+        dora=plan.dora,
     )
