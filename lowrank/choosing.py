@@ -80,7 +80,7 @@ def adapters_for_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator
         names: the adapter of each example, in order; None for the base alone.
 
     Raises:
-        ValueError: an unknown name, an adapter with magnitudes (DoRA), or one that trains modules in full or is
+        ValueError: an unknown name, one with magnitudes (DoRA), or one that trains modules in full or is
             adapted on the weight, which examples cannot have apart (all such modules are listed).
     """
     if isinstance(names, str) or not names:
@@ -162,8 +162,8 @@ def _check_magnitudes(plans: Mapping[str, Plan], name: str, weights: Mapping[str
         if other != name and shared:
             raise ValueError(
                 f"{shared[0]} is adapted by {other!r} and by {name!r}, which has magnitudes (DoRA) and "
-                "scales the whole output of a layer: only one of them can act; merge(model, one) makes it part of "
-                "the base"
+                "scales the whole output of a layer: only one of them can act; "
+                "merge(model, one) makes it part of the base"
             )
 
 

@@ -27,7 +27,7 @@ def lora(**overrides: Any) -> Policy:
 
 
 def rslora(**overrides: Any) -> Policy:
-    """rsLoRA (2312.03732): LoRA with the scaling ``alpha / √r``, so that high ranks learn as fast as low ones."""
+    """rsLoRA (2312.03732): LoRA with the scaling ``alpha / √r``, so that high ranks learn as fast."""
     return _policy({"scaling": "alpha/sqrt(r)"}, overrides)
 
 

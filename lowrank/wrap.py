@@ -27,6 +27,7 @@ from lowrank.wrapping.checks import check_beside, check_layers, check_unwrapped
 from lowrank.wrapping.install import bare, make_adapter
 from lowrank.wrapping.magnitudes import magnitude_of
 from lowrank.wrapping.new_heads import warn_of_new_heads
+from lowrank.wrapping.overrides import in_layers
 from lowrank.wrapping.planning import fitted_plan, make_plan, named_errors
 
 # -- planning -----------------------------------------------------------------------------------------
@@ -72,6 +73,7 @@ def measure(
     Arguments and errors as for `plan_model`.
     """
     projections = select(model, policy.target, policy.exclude, policy.train, policy.fused).projections
+    projections, _ = in_layers(projections, policy)
     needs = {p: policy.allocate.needs | needs_of(policy.init, p.role) for p in projections}
     return Source(batches, loss, mask, progress=progress).measure(model, needs)
 

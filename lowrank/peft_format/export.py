@@ -112,8 +112,8 @@ def export_peft(
     _check_exportable(root, adapters, name)
     if plan_of(root, name).dora:
         raise ValueError(
-            f"the adapter {name!r} has magnitudes (DoRA), which are not exported yet: merge(model) and save the "
-            "whole model"
+            f"the adapter {name!r} has magnitudes (DoRA), which are not exported yet: merge(model) and "
+            "save the whole model"
         )
     trained = _trained_states(root, name)
     if serving and trained:

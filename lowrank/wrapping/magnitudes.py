@@ -1,4 +1,4 @@
-"""Magnitudes beside a model's weights: where their base values come from. The numbers are `layers.magnitude`'s."""
+"""Magnitudes beside a model's weights: where their first values come from; see `layers.magnitude`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def magnitude_of(
     squares = squared_norms(model, p)
     if not multiplies(module, as_rows(module, p.param)):
         raise ValueError(
-            f"the forward of {type(module).__name__} is more than a product with its weight, so dora=True has "
-            "no meaning there: leave it out with exclude="
+            f"the forward of {type(module).__name__} is more than a product with its weight, so dora=True "
+            "has no meaning there: leave it out with exclude="
         )
     magnitude = Magnitude(squares.to(adapter.A), start)
     if offset is not None:

@@ -23,6 +23,7 @@ from lowrank.models.targets import select, trained_modules
 from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.wrapping.checks import check_layers, check_unwrapped, projection_problems
+from lowrank.wrapping.overrides import in_layers, overridden
 
 
 def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) -> tuple[Plan, Statistics]:
@@ -32,6 +33,7 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
         raise ValueError(f"expected a Policy, such as lowrank.presets.lora(), not {policy!r}")
     train = trained_modules(model, policy.train)
     projections, notes = select(model, policy.target, policy.exclude, policy.train, policy.fused)
+    projections, outside = in_layers(projections, policy)
     check_layers(model, projections, train, policy.dropout, dora=policy.dora)
     cost = _costs(policy.init, projections)
     magnitudes = sum(p.out_features for p in projections) if policy.dora else 0
@@ -51,14 +53,15 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
         allocations = allocate(statistics=statistics)
     notes = [
         *notes,
+        *outside,
         *limits(projections, cost, rank, policy.init),
-        *unspent(allocations, cost, budget, policy.allocate),
+        *([] if policy.ranks else unspent(allocations, cost, budget, policy.allocate)),
     ]
     spent = sum(allocation.rank * cost[p] for p, allocation in allocations.items())
     plan = Plan(
         allocations,
         costs=cost,
-        budget=budget + magnitudes if spent <= budget else None,
+        budget=budget + magnitudes if spent <= budget and not policy.ranks else None,
         init=policy.init,
         dropout=policy.dropout,
         train=train,
@@ -153,7 +156,7 @@ def _allocate(
         spent = sum(allocation.rank * cost[p] for p, allocation in allocations.items())
         if policy.budget is not None and spent > budget:
             raise ValueError(f"its ranks cost {spent:,} parameters, more than the budget of {budget:,}")
-    return allocations
+    return overridden(allocations, policy, cost, rank)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def test_merging_gives_the_same_outputs(family: str, tmp_path: Path) -> None:
 
 
 def test_another_adapter_is_merged_below_magnitudes_that_stay() -> None:
-    model, batch = zoo.build("llama"), zoo.batch("llama")
+    model = zoo.build("llama")
     perturb(lowrank.wrap_model(model, presets.lora(rank=2), name="one", progress=False))
     lowrank.add_adapter(model, presets.dora(rank=2), name="two", progress=False)
     lowrank.merge(model, "one")
