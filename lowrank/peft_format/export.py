@@ -26,6 +26,7 @@ from lowrank.models.storage import stored_transposed
 from lowrank.peft_format.config import PeftConfig
 from lowrank.peft_format.folder import (
     CONFIG,
+    MAGNITUDE,
     PREFIX,
     TENSORS,
     ancestors,
@@ -36,6 +37,7 @@ from lowrank.peft_format.folder import (
 from lowrank.peft_format.pairs import Pair, plain, recompressed, stacked, uniform
 from lowrank.peft_format.proof import adapted_paths, check_written
 from lowrank.plan import peft_patterns
+from lowrank.wrapping.magnitudes import magnitudes_by_module
 from lowrank.wrapping.unused import layers_only_read
 
 # By the end of a model's class name: PEFT's task, and the heads that PEFT then trains in full unasked.
@@ -110,16 +112,17 @@ def export_peft(
     name = one_name(root, name)
     adapters = adapters_of(root, name)
     _check_exportable(root, adapters, name)
-    if plan_of(root, name).dora:
-        raise ValueError(
-            f"the adapter {name!r} has magnitudes (DoRA), which are not exported yet: merge(model) and "
-            "save the whole model"
-        )
     trained = _trained_states(root, name)
     if serving and trained:
         raise ValueError(
             f"serving engines refuse or ignore modules trained in full ({', '.join(trained)}): "
             "export without serving=True, or merge(model) and serve the whole model"
+        )
+    dora = plan_of(root, name).dora
+    if serving and dora:
+        raise ValueError(
+            "serving engines have no magnitudes (DoRA): export without serving=True, or merge(model) and "
+            "serve the whole model"
         )
     exact, written = {}, {}
     for p, adapter in adapters.items():
@@ -143,6 +146,8 @@ def export_peft(
     for module, pair in pairs.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.A
         tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.B
+    magnitudes = magnitudes_by_module(root, adapters) if dora else {}
+    tensors |= {f"{PREFIX}{module}{MAGNITUDE}": values for module, values in magnitudes.items()}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"refusing to export: {key.removeprefix(PREFIX)} contains NaN or Inf")
@@ -151,7 +156,7 @@ def export_peft(
         write(folder / TENSORS, packed(tensors))
         write(folder / CONFIG, json.dumps(_config(root, name, pairs, list(trained)), indent=2).encode())
         lossy = dtype is not None or recompress
-        errors = check_written(folder, root, exact, pairs if lossy else None, trained)
+        errors = check_written(folder, root, exact, pairs if lossy else None, trained, magnitudes)
     return PeftExport(Path(path), {module: pair.rank for module, pair in pairs.items()}, errors)
 
 
@@ -223,7 +228,7 @@ def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequ
         "lora_dropout": plan_of(root, name).dropout,
         "bias": "none",
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": plan_of(root, name).dora,
         "init_lora_weights": True,
     }
     if adapted_paths(root, PeftConfig.read(config)) != set(pairs):

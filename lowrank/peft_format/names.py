@@ -37,7 +37,11 @@ def present_name(model: nn.Module) -> Callable[[str], str]:
 
 def _module(name: str) -> str:
     """The path of the module that a tensor belongs to."""
-    return re.split(r"\.lora_[AB]\.", name)[0] if ".lora_" in name else name.rpartition(".")[0]
+    return (
+        re.split(r"\.lora_(?:[AB]\.|magnitude_vector)", name)[0]
+        if ".lora_" in name
+        else name.rpartition(".")[0]
+    )
 
 
 def _renamings(model: nn.Module) -> list[Callable[[str], str]]:

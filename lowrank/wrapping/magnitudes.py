@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.adapters import holder
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import multiplies
 from lowrank.layers.magnitude import Magnitude
+from lowrank.linalg.rows import copy_
 from lowrank.models.projections import Projection
 from lowrank.models.storage import as_rows
 from lowrank.wrapping.install import Fittings
@@ -55,6 +57,19 @@ def squared_norms(model: nn.Module, p: Projection) -> Tensor:
     if not squares.isfinite().all():
         raise ValueError("its weight holds NaN or Inf, or its rows are too large for dora=True")
     return squares
+
+
+@torch.no_grad()
+def magnitudes_by_module(root: nn.Module, adapters: Mapping[Projection, Adapter]) -> dict[str, Tensor]:
+    """The magnitudes (out,) of whole weights: of rows without an adapter they are the base's norms."""
+    found: dict[str, Tensor] = {}
+    for p, adapter in adapters.items():
+        assert adapter.magnitude is not None
+        if p.module not in found:
+            weight = as_rows(holder(root, p), p.param)
+            found[p.module] = weight.to(adapter.A.dtype).norm(dim=1)
+        copy_(found[p.module], p.rows, adapter.magnitude.values())
+    return found
 
 
 def renew_squares(fittings: Fittings, changed: Collection[str]) -> None:
