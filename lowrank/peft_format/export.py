@@ -111,7 +111,7 @@ def export_peft(
     root = wrapped_root(model)
     name = one_name(root, name)
     adapters = adapters_of(root, name)
-    _check_exportable(root, adapters, name)
+    check_exportable(root, adapters, name)
     trained = _trained_states(root, name)
     if serving and trained:
         raise ValueError(
@@ -134,7 +134,7 @@ def export_peft(
     blocks: dict[str, list[tuple[Rows, Pair]]] = {}
     for p, pair in written.items():
         blocks.setdefault(p.module, []).append((p.rows, pair))
-    pairs = {module: stacked(each, _layer(root, module).out_features) for module, each in blocks.items()}
+    pairs = {module: stacked(each, layer_at(root, module).out_features) for module, each in blocks.items()}
     if serving:
         pairs = uniform(pairs)
     if dtype is not None:
@@ -160,7 +160,7 @@ def export_peft(
     return PeftExport(Path(path), {module: pair.rank for module, pair in pairs.items()}, errors)
 
 
-def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], name: str) -> None:
+def check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], name: str) -> None:
     problems, counts = [], places(root)
     only_read = layers_only_read(root, name)
     for p in adapters:
@@ -179,7 +179,7 @@ def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], n
         raise ValueError(f"PEFT has no place for these adapters; {advice}:\n  " + "\n  ".join(problems))
 
 
-def _layer(root: nn.Module, module: str) -> LoRALinear:
+def layer_at(root: nn.Module, module: str) -> LoRALinear:
     layer = without_copies(hung_at(root, module))
     assert isinstance(layer, LoRALinear)
     return layer
@@ -224,7 +224,7 @@ def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequ
         **peft_patterns(ranks, alphas),
         "target_modules": sorted(pairs),
         "modules_to_save": list(trained) or None,
-        "fan_in_fan_out": all(stored_transposed(_layer(root, module).base) for module in pairs),
+        "fan_in_fan_out": all(stored_transposed(layer_at(root, module).base) for module in pairs),
         "lora_dropout": plan_of(root, name).dropout,
         "bias": "none",
         "use_rslora": False,
