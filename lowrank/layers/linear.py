@@ -220,7 +220,9 @@ class LoRALinear(nn.Module):
         A = part.held()[0].A
         if not part.rescales:
             return A.new_zeros(self.out_features)
-        return self._excess(part, plain_weight(self.base), A.dtype)
+        stored = cast(Tensor, self.base.weight)
+        dtype = stored.dtype if stored.is_floating_point() and stored.itemsize > 1 else A.dtype
+        return self._excess(part, plain_weight(self.base), dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         move_below_base(state_dict, prefix, ("base.", "adapters."))
