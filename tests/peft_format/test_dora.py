@@ -67,6 +67,16 @@ def test_gradients_are_pefts(tmp_path: Path) -> None:
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize(
+    ("family", "target"), [("llama", "embed_tokens"), ("vit", "projection"), ("gpt2", "wte")]
+)
+def test_magnitudes_of_other_layers_are_refused_by_name(family: str, target: str, tmp_path: Path) -> None:
+    trained_by_peft(family, tmp_path, r=3, use_dora=True, target_modules=[target])
+    with pytest.raises(ValueError, match=rf"{target}: magnitudes \(DoRA\) of a \w+ are not supported"):
+        lowrank.import_peft(zoo.build(family), tmp_path)
+
+
 def test_serving_engines_have_no_magnitudes(tmp_path: Path) -> None:
     model = helpers.perturb(lowrank.wrap_model(zoo.build("llama"), presets.dora(rank=2), progress=False))
     with pytest.raises(ValueError, match="no magnitudes"):
