@@ -260,3 +260,20 @@ def test_gradient_checkpointing_keeps_less() -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     assert step_memory(model, batch).activations < plain.activations / 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "vit", "torch_encoder"])
+def test_other_families_give_the_same_report_planned_and_wrapped(family: str) -> None:
+    model, batch, policy = zoo.build(family), zoo.batch(family), presets.lora(rank=4)
+    planned = lowrank.memory_report(model, lowrank.plan_model(model, policy), batch=batch)
+    wrapped = lowrank.memory_report(lowrank.wrap_model(model, policy), None, batch=batch)
+    assert planned.peak == wrapped.peak > planned.weights
+
+
+def test_a_step_that_shapes_do_not_tell_is_refused() -> None:
+    model = zoo.build("mixtral")
+    plan = lowrank.plan_model(model, presets.lora(rank=4))
+    with pytest.raises(
+        ValueError, match="MixtralForCausalLM: the memory of a step cannot be told from shapes"
+    ):
+        lowrank.memory_report(model, plan, batch=zoo.batch("mixtral"))

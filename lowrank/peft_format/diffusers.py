@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from lowrank.adapters import adapters_of, one_name, plan_of, wrapped_root
-from lowrank.files import packed, write
+from lowrank.files import write_pieces
+from lowrank.formats.tensors import packed
 from lowrank.linalg.rows import Rows
 from lowrank.peft_format.export import check_exportable, layer_at
 from lowrank.peft_format.pairs import Pair, plain, stacked, uniform
@@ -63,5 +64,5 @@ def export_diffusers(
             if not values.isfinite().all():
                 raise ValueError(f"refusing to export: {module}.lora_{factor} contains NaN or Inf")
             tensors[f"{start}{module}.lora_{factor}.weight"] = values.to(dtype or values.dtype)
-    write(Path(path), packed(tensors))
+    write_pieces(Path(path), packed(tensors))
     return Path(path)
