@@ -1,4 +1,4 @@
-"""The models that a census counts: transformers' types, and timm's where it is installed."""
+"""The models that a census counts: transformers' types, timm's where it is installed, and diffusers'."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from benchmarks.censuses.inputs import inputs
 from benchmarks.censuses.shrink import configs
 
 LARGEST = 40_000_000  # parameters; a model that cannot be shrunk below is not run
+GAIN = 1.7  # of convolutions: SiLU halves what is small
 SEARCH = 15  # seconds of a core for what builds and runs
 HEADED = (
     "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CTC",
@@ -40,6 +41,10 @@ def names() -> list[str]:
         import timm
 
         found += [f"timm:{name}" for name in _families(timm.list_models())]
+    if importlib.util.find_spec("diffusers"):
+        from benchmarks.censuses.denoisers import DENOISERS
+
+        found += [f"diffusers:{name}" for name in DENOISERS]
     return found
 
 
@@ -50,7 +55,22 @@ def make(name: str) -> Made:
         NotBuilt, NotRun: with what the last attempt said.
     """
     library, _, kind = name.partition(":")
-    return {"transformers": _transformers, "timm": _timm}[library](kind)
+    return {"transformers": _transformers, "timm": _timm, "diffusers": _diffusers}[library](kind)
+
+
+def _diffusers(kind: str) -> Made:
+    from benchmarks.censuses.denoisers import denoiser
+
+    try:
+        model, batch = denoiser(kind)
+    except Exception as error:
+        raise NotBuilt(f"{type(error).__name__}: {error}") from error
+    try:
+        with torch.no_grad():
+            model(**batch)
+    except Exception as error:
+        raise NotRun(f"{type(error).__name__}: {error}") from error
+    return model, batch
 
 
 def _transformers(kind: str) -> Made:
@@ -88,9 +108,17 @@ def _transformers(kind: str) -> Made:
 
 
 def _settle(model: nn.Module) -> None:
-    """Numbers for what a checkpoint would fill: weights that start as zeros hide what depends on them."""
+    """Numbers for what a checkpoint would fill.
+
+    Weights that start as zeros hide what depends on them, and a signal vanishes in many small convolutions.
+    """
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.conv._ConvNd):
+                weight = module.weight
+                weight.copy_(torch.randn(weight.shape, generator=draw))
+                weight.mul_(GAIN / max(1, weight[0].numel()) ** 0.5)
         for parameter in model.parameters():
             if parameter.is_floating_point() and parameter.dim() > 1 and not parameter.any():
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))

@@ -37,7 +37,7 @@ ROLES_BY_NAME = {
         Role.OUTPUT: "o_proj to_add_out",
         Role.GATE: "gate_proj wi_0 w1",
         Role.UP: "up_proj wi_1 wi w3 fc1 lin1 linear1 c_fc dense_h_to_4h intermediate_dense linear_fc1 fc_in "
-        "pwconv1 dense1 ffn",
+        "pwconv1 dense1 ffn proj_mlp",
         Role.DOWN: "down_proj wo w2 fc2 lin2 linear2 c_proj dense_4h_to_h output_dense linear_fc2 fc_out "
         "pwconv2 dense2 ffn_output output_linear",
     }.items()
@@ -110,6 +110,11 @@ def _said_by(name: str, words: Mapping[str, Role]) -> Role:
     roles = {words[word] for word in held if word in words}
     gates = "gate" in held and Role.QUERY not in roles  # a query may hold its gate, too
     return roles.pop() if len(roles) == 1 and not gates and NO_ROLE.isdisjoint(held) else Role.OTHER
+
+
+def is_named(path: str) -> bool:
+    """Is the name itself known, and not only words of it?"""
+    return path.rpartition(".")[2].lower() in ROLES_BY_NAME
 
 
 def in_attention(path: str) -> bool:

@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lowrank.linalg.rows import height, pieces
-from lowrank.models.families import WRAPPERS, Role, in_attention, is_attention, role_of
+from lowrank.models.families import WRAPPERS, Role, in_attention, is_attention, is_named, role_of
+from lowrank.models.fused_beside import made_of
+from lowrank.models.guesses import likely_blocks
 from lowrank.models.layouts import (
     FUSED_NAMES,
     GATED_NAMES,
@@ -19,7 +21,6 @@ from lowrank.models.layouts import (
     in_order,
     interleaved,
     layout_of,
-    likely_blocks,
 )
 from lowrank.models.storage import declared_shape, is_linear
 from lowrank.models.structure import role_by_structure
@@ -63,7 +64,8 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
         parent_path, _, leaf = parent_path.rpartition(".")
         name = f"{leaf}.{name}"
     parent, leaf = model.get_submodule(parent_path), name.lower().split(".")[0]
-    layout, told = layout_of(parent, leaf), _told(path, rows, fused)
+    layout = layout_of(parent, leaf) or made_of(parent, leaf)
+    told = _told(path, rows, fused)
     try:
         known = layout(parent, rows) if layout else None
     except AttributeError:  # another version of the class
@@ -98,7 +100,10 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
         if getattr(output, "in_features", None) == rows // 2:
             return gate_up(parent, rows)
     role = role_of(path, attends=_attends(model, parent_path))
-    return in_order([(role_by_structure(model, path) if role == Role.OTHER else role, rows)])
+    if not is_named(path):  # what a block computes goes before the words of a name
+        shown = role_by_structure(model, path)
+        role = role if shown == Role.OTHER else shown
+    return in_order([(role, rows)])
 
 
 def _attends(model: nn.Module, path: str) -> bool:

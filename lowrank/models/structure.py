@@ -33,9 +33,12 @@ def _roles(block: nn.Module) -> Mapping[str, Role]:
     shapes = {name: declared_shape(child) for name, child in block.named_children() if is_linear(child)}
     if len(shapes) not in (2, 3) or sum(map(is_linear, block.modules())) != len(shapes):
         return {}
-    *first, last = shapes
+    narrow = [name for name, shape in shapes.items() if shape and shape[0] < shape[1]]
+    if len(narrow) != 1:
+        return {}
+    last, first = narrow[0], [name for name in shapes if name not in narrow]
     narrows = shapes[last]
-    if narrows is None or narrows[0] >= narrows[1] or any(shapes[name] != narrows[::-1] for name in first):
+    if narrows is None or any(shapes[name] != narrows[::-1] for name in first):
         return {}
     if len(first) == 1:
         return {first[0]: Role.UP, last: Role.DOWN}

@@ -372,9 +372,9 @@ NAMES = {
     "shared_mlp.output_linear · transformer_blocks.0.ff.net.2",
     Role.GATE: "mlp.gate_proj · blocks.0.feed_forward.receptance",
     Role.OTHER: "self_attn.gate_proj · attentions.0.transformer_blocks.0.ff.net.0.proj · "
-    "bert.pooler.dense · proj_out · self_attn.relative_k_proj · self_attn.output_gate · self_attn.linear_pos · "
-    "attention.self.conv_out_layer · self_attn.attention_weights · layers.0.downsample.reduction · "
-    "mixer.in_proj · mixer.out_proj",
+    "bert.pooler.dense · proj_out · self_attn.relative_k_proj · self_attn.output_gate · "
+    "self_attn.linear_pos · attention.self.conv_out_layer · self_attn.attention_weights · "
+    "layers.0.downsample.reduction · mixer.in_proj · mixer.out_proj",
 }
 
 
