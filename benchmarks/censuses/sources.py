@@ -78,7 +78,12 @@ def _transformers(kind: str) -> Made:
 
     built, last, tried, since = False, "no configuration", set(), time.process_time()
     for config in configs(CONFIG_MAPPING[kind]):
-        if (said := str(config)) in tried:
+        try:
+            said = str(config)
+        except Exception as error:  # it does not hold together
+            last = f"{type(error).__name__}: {error}" if not built else last
+            continue
+        if said in tried:
             continue
         tried.add(said)
         for model_class in _classes(type(config)):

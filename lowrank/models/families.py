@@ -112,6 +112,10 @@ def _said_by(name: str, words: Mapping[str, Role]) -> Role:
     return roles.pop() if len(roles) == 1 and not gates and NO_ROLE.isdisjoint(held) else Role.OTHER
 
 
+def is_feed_forward(name: str) -> bool:
+    return bool(FEED_FORWARD.search(name.lower()))
+
+
 def is_named(path: str) -> bool:
     """Is the name itself known, and not only words of it?"""
     return path.rpartition(".")[2].lower() in ROLES_BY_NAME

@@ -147,7 +147,8 @@ def _linear(model: nn.Module, path: str, module: nn.Module, fused: Fused) -> Ite
         return
     blocks = blocks_of(model, path, rows, columns, fused)
     if isinstance(blocks, Doubt):
-        yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), blocks
+        doubt = _routes(model, path) or blocks
+        yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), doubt
         return
     routes = _routes(model, path)
     for role, own in blocks:

@@ -64,6 +64,14 @@ def test_a_decoders_output_projection_is_a_head_wherever_it_is() -> None:
     assert output_heads(model) == {"decoder.output_projection": "called 'output_projection'"}
 
 
+def test_a_layer_called_head_is_one_where_it_scores_words() -> None:
+    joint = chain(joint=chain(head=linear()), ctc_head=linear(), body=linear())
+    joint.config = transformers.LlamaConfig(vocab_size=4)
+    assert output_heads(joint) == {"joint.head": "called 'head'", "ctc_head": "called 'ctc_head'"}
+    joint.config = transformers.LlamaConfig(vocab_size=5)
+    assert output_heads(joint) == {"ctc_head": "called 'ctc_head'"}, "it has other rows than words"
+
+
 def test_output_embeddings_and_tied_weights_are_said_in_the_plan() -> None:
     assert "lm_head: left out: an output head (the model's output embeddings)" in notes(
         build("llama"), "all-linear"
@@ -92,6 +100,7 @@ def test_an_attention_pooling_is_no_output_head() -> None:
         "attention.in_proj_weight[query]", "attention.in_proj_weight[key]", "attention.in_proj_weight[value]",
         "attention.out_proj", "mlp.fc1", "mlp.fc2",
     }  # fmt: skip
+    assert "text_model.head" in [p.module for p in chosen], "it projects what a tower pooled"
 
 
 def test_a_model_of_nothing_but_heads_says_so_without_an_empty_exclude() -> None:
@@ -253,10 +262,11 @@ def test_what_chooses_experts_is_adapted_by_name_only() -> None:
     assert modules(model, "all-linear") == ["gate", "mlp.experts.0", "mlp.experts.1"]
     assert notes(model, "all-linear").count("left out: it chooses experts") == 1
     assert modules(model, ["wg", "shared_expert_gate"]) == ["mlp.gate.wg", "mlp.shared_expert_gate"]
-    indexed = chain(self_attn=chain(q_proj=linear(), indexer=chain(wk=linear())))
+    indexed = chain(self_attn=chain(q_proj=linear(), indexer=chain(wk=linear(), kv_proj=linear())))
     assert modules(indexed, "all-linear") == ["self_attn.q_proj"]
-    assert "self_attn.indexer.wk: left out: it chooses tokens, and no gradient reaches it" in notes(
-        indexed, "all-linear"
+    assert (
+        "self_attn.indexer.wk, self_attn.indexer.kv_proj: left out: it chooses tokens, and no gradient reaches it"
+        in notes(indexed, "all-linear")
     )
     with pytest.raises(ValueError, match="target='key' matches no projection"):
         select(indexed, "key")
