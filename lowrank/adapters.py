@@ -15,6 +15,7 @@ from torch import nn
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.layer import AdaptedLayer
+from lowrank.layers.offsets import TokenOffsets
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import hung_at, hung_by_name, original, without_copies
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
@@ -90,20 +91,22 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn
     """
     if name is not None:
         one_name(model, name)
+    seen: set[nn.Module] = set()  # rows that a head shares with its embedding hang in both
     for module in model.modules():
         if isinstance(module, (TrainedModule, WeightAdapters)):  # the latter by the module that holds it
             continue
         for owner, held in hung_by_name(module).items():
             if name in (None, owner):
                 for adapter in held.modules():
-                    if isinstance(adapter, Adapter):
+                    if isinstance(adapter, Adapter | TokenOffsets) and adapter not in seen:
+                        seen.add(adapter)
                         yield from adapter.trained()
 
 
 def added_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Every parameter that wrapping put beside the base's, frozen or not."""
     for module in model.modules():
-        if isinstance(module, (Adapter, TrainedModule)):
+        if isinstance(module, (Adapter, TokenOffsets, TrainedModule)):
             yield from (module.copies if isinstance(module, TrainedModule) else module).parameters()
 
 

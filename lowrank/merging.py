@@ -30,6 +30,7 @@ from lowrank.models.storage import as_rows, quantized
 from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.install import bare
 from lowrank.wrapping.pretrained import forget_quantization, forget_ties
+from lowrank.wrapping.rows import check_rows_mergeable, merge_rows
 from lowrank.wrapping.unused import replaced_layers, unused_layers
 
 
@@ -102,10 +103,12 @@ def merge(
         for p, adapter in held.items():
             block = weighted(adapter.block, acting.weights.get(name))
             by_weight.setdefault((p.module, p.param), []).append((p, block))
+    check_rows_mergeable(root, chosen)
     usual = _usual_dtype(root)
     if untie and any([_untie(root, held[0][0]) for held in by_weight.values()]):
         forget_ties(root)
     unpacked = [_merge_weight(root, held, usual) for held in by_weight.values()]
+    merge_rows(root, {name: acting.weights.get(name) for name in chosen})
     with bare(root) as fittings:
         for trained in fittings.trained.values():
             for name in set(chosen) & set(trained.copies):

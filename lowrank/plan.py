@@ -17,6 +17,7 @@ from lowrank.allocate.base import Allocation
 from lowrank.files import write
 from lowrank.formats.plans import plan_arguments, plan_to_json
 from lowrank.models.projections import Projection
+from lowrank.models.tokens import TokenRows
 from lowrank.plots import heat_map
 
 
@@ -38,6 +39,7 @@ class Plan(Mapping[Projection, Allocation]):
             say the same in short.
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
+        rows: of embeddings, that alone train.
 
     Raises:
         ValueError: a rank below 0 or above ``min(in, out)``, no rank anywhere, or a scaling or dropout out of
@@ -58,6 +60,7 @@ class Plan(Mapping[Projection, Allocation]):
         notes: Sequence[str] = (),
         left_out: Mapping[str, str] | None = None,
         reference_rank: int | None = None,
+        rows: Sequence[TokenRows] = (),
     ) -> None:
         for projection, allocation in allocations.items():
             most = min(projection.shape)
@@ -82,6 +85,7 @@ class Plan(Mapping[Projection, Allocation]):
         self.notes = tuple(notes)
         self.left_out = dict(left_out or {})
         self.reference_rank = reference_rank
+        self.rows = tuple(rows)
 
     def __getitem__(self, projection: Projection) -> Allocation:
         return self._allocations[projection]
@@ -98,7 +102,15 @@ class Plan(Mapping[Projection, Allocation]):
     __hash__ = None  # type: ignore[assignment]
 
     def _state(self) -> tuple[Any, ...]:
-        settings = (self.budget, self.reference_rank, self.init, self.dropout, self.train, self.seed)
+        settings = (
+            self.budget,
+            self.reference_rank,
+            self.init,
+            self.dropout,
+            self.train,
+            self.seed,
+            self.rows,
+        )
         return self._allocations, self.costs, settings
 
     @property
@@ -109,7 +121,11 @@ class Plan(Mapping[Projection, Allocation]):
     @property
     def trainable_parameters(self) -> int:
         """Trainable adapter parameters: frozen factors and modules trained in full do not count."""
-        return sum(self._parameters(p) for p in self)
+        return self._spent + sum(rows.parameters for rows in self.rows)
+
+    @property
+    def _spent(self) -> int:
+        return sum(map(self._parameters, self))
 
     def _parameters(self, projection: Projection) -> int:
         return self[projection].rank * self.costs[projection]
@@ -120,7 +136,7 @@ class Plan(Mapping[Projection, Allocation]):
 
     def __str__(self) -> str:
         """A table: projection, role, shape, rank, scaling, parameters, share of the budget, energy."""
-        whole = self.budget or self.trainable_parameters
+        whole = self.budget or self._spent
         header = ["projection", "role", "out × in", "rank", "scaling", "parameters", "share"]
         if self.energies:
             header.append("energy")
@@ -144,15 +160,16 @@ class Plan(Mapping[Projection, Allocation]):
             rows.append("  ".join(cells))
         rows.insert(1, "  ".join("-" * w for w in widths))
         rows.append(self._total())
+        rows += [f"rows trained: {each}, {each.parameters:,} parameters" for each in self.rows]
         if self.train:
             rows.append(f"trained in full: {', '.join(self.train)}")
         rows += [f"note: {note}" for note in self.notes]
         return "\n".join(row.rstrip() for row in rows)
 
     def _total(self) -> str:
-        total = f"{self.trainable_parameters:,} trainable adapter parameters"
+        total = f"{self._spent:,} trainable adapter parameters"
         if self.budget is not None:
-            left = self.budget - self.trainable_parameters
+            left = self.budget - self._spent
             total += f" of a budget of {self.budget:,}" + (f" ({left:,} left)" if left else "")
         return total + ("" if self.reference_rank is None else f", reference rank {self.reference_rank}")
 
@@ -215,7 +232,9 @@ class Plan(Mapping[Projection, Allocation]):
             rank, scaling = self[p].rank, self[p].scaling
             ranks[p.module] = ranks.get(p.module, 0) + rank
             alphas[p.module] = alphas.get(p.module, 0.0) + rank * scaling
-        return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas)}
+        tokens = {rows.module: list(rows.ids) for rows in self.rows}
+        more = {"trainable_token_indices": tokens} if tokens else {}
+        return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas), **more}
 
 
 def _layer(module: str) -> str:

@@ -43,6 +43,8 @@ class Policy:
             ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
             rows of one group, and how many there are: ``{"wqkv": {"groups": 8, "query": 512, "key": 128,
             "value": 128}}``.
+        rows: of embeddings, which alone train, as those of new tokens: ``{"embed_tokens": [32000, 32001]}``. A
+            head that is tied to the embedding follows. They count as trainable parameters, not in the budget.
         roles: of weights that names tell nothing of, or tell wrongly, by dotted-suffix pattern:
             ``{"mixer.theta": "query"}``. The longest pattern counts. `ByRole` and targets by role follow it.
         seed: of every random draw in wrapping.
@@ -63,6 +65,7 @@ class Policy:
     train: Sequence[str] = ()
     fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,6 +104,12 @@ class Policy:
                 f'roles says the role of each name, such as {{"mixer.theta": "query"}}, one of '
                 f"{', '.join(Role)}: {self.roles!r}"
             )
+        if not isinstance(self.rows, Mapping) or not all(map(_are_ids, self.rows, self.rows.values())):
+            raise ValueError(
+                'rows says which rows of which embedding train, each once, such as {"embed_tokens": [7, 8]}: '
+                f"{self.rows!r:.200}"
+            )
+        object.__setattr__(self, "rows", {name: tuple(ids) for name, ids in self.rows.items()})
         for name in ("init", "allocate"):
             choice = getattr(self, name)
             if not callable(choice) or isinstance(choice, type) or not hasattr(choice, "needs"):
@@ -178,3 +187,8 @@ def _is_rows(said: object) -> bool:
     return isinstance(said, Mapping) and all(
         role in {*Role, GROUPS} and _whole(n) for role, n in said.items()
     )
+
+
+def _are_ids(name: object, ids: object) -> bool:
+    listed = isinstance(name, str) and bool(name) and isinstance(ids, Sequence) and not isinstance(ids, str)
+    return listed and bool(ids) and all(_whole(i) and i >= 0 for i in ids) and len(set(ids)) == len(ids)

@@ -18,6 +18,7 @@ from lowrank.layers.bases import plain_weight
 from lowrank.layers.functional import Block, add_lora, fused_lora
 from lowrank.layers.grouped import ExampleAdapters, add_grouped
 from lowrank.layers.layer import AdaptedLayer, note_compiler
+from lowrank.layers.offsets import TokenOffsets
 from lowrank.layers.reading import AS_STORED, TRANSPOSED, Layout
 
 
@@ -65,11 +66,11 @@ class LoRALinear(AdaptedLayer):
         """What the base makes of its arguments, of which the first is x, plus the updates."""
         if self.acting.rows is not None:
             return self._by_rows(self.acting.rows, *args, **kwargs)
-        products = self._products("called")
-        if not products:
+        products, tokens = self._products("called")
+        if not products and not tokens:
             return self.base(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        weight = plain_weight(self.base)
+        weight = plain_weight(self.base) if products else None
         if weight is None:
             y = self.base(*args, **kwargs)  # which may take x to another device
             if self.training and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
@@ -84,6 +85,8 @@ class LoRALinear(AdaptedLayer):
             y = fused_lora(x, weight, self.bias, blocks, dropout=dropout)
         for blocks, dropout in products:
             y = add_lora(y, x, blocks, dropout=dropout)
+        for offsets, factor in tokens:
+            y = offsets.multiplied(y, x, factor)
         return y
 
     def _by_rows(self, rows: ExampleAdapters, *args: Any, **kwargs: Any) -> Tensor:
@@ -97,18 +100,28 @@ class LoRALinear(AdaptedLayer):
             parts[name].note("called")
         return add_grouped(y, x, self, parts, rows, training=self.training)
 
-    def _products(self, use: str) -> list[tuple[list[Block], float]]:
-        """The blocks that act, those with one dropout together; it is noted that they are ``use``d."""
+    def _products(
+        self, use: str
+    ) -> tuple[list[tuple[list[Block], float]], list[tuple[TokenOffsets, Tensor | None]]]:
+        """The blocks that act, those with one dropout together; it is noted that they are ``use``d.
+
+        And the rows that train apart, each with its weight; None is 1.
+        """
         products: list[tuple[list[Block], float]] = []
+        tokens: list[tuple[TokenOffsets, Tensor | None]] = []
         compiling = torch.compiler.is_compiling()
         if compiling:
             note_compiler()
         for part, weight in self.acting.among(self._parts()):
             if not compiling:
                 part.note(use)
+            if part.tokens is not None:
+                tokens.append((part.tokens, weight))
+                if len(part) == 1:  # nothing else
+                    continue
             dropout = part.dropout if self.training else 0.0
             if products and products[-1][1] == dropout:
                 products[-1][0].extend(part.blocks(weight))
             else:
                 products.append((part.blocks(weight), dropout))
-        return products
+        return products, tokens

@@ -50,12 +50,12 @@ def select(
     paths = [path for path, _ in model.named_modules() if path]
     for pattern in fused:
         if not any(matches(path, pattern) for path in paths):
-            raise ValueError(f"fused={pattern!r} names no module{_nearest(pattern, paths)}")
+            raise ValueError(f"fused={pattern!r} names no module{nearest(pattern, paths)}")
     doubts = scan(model, fused, roles)
     layers = dict.fromkeys(p.module for p in doubts if not p.block)
     for pattern in unnamed(layers, roles or {}):
         raise ValueError(
-            f"roles={pattern!r} names no projection of one role{_nearest(pattern, list(layers) or paths)}"
+            f"roles={pattern!r} names no projection of one role{nearest(pattern, list(layers) or paths)}"
         )
     if not doubts:
         raise ValueError(f"{type(model).__name__} has no linear projection to adapt")
@@ -134,7 +134,7 @@ class _Known:
             return set()
         what = "exclude" if excluding else "target"
         roles = [p.role.value for p in self.doubts if p.role != Role.OTHER]
-        suggestions = _nearest(
+        suggestions = nearest(
             name, [*(p.module for p in (*self.doubts, *self.further)), *(p.name for p in self.doubts), *roles]
         )
         raise ValueError(f"{what}={name!r} matches no projection{suggestions}")
@@ -220,7 +220,7 @@ def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
     for pattern in _as_names(train, "train"):
         hits = [path for path in paths if matches(path, pattern)]
         if not hits:
-            raise ValueError(f"train={pattern!r} names no module{_nearest(pattern, paths)}")
+            raise ValueError(f"train={pattern!r} names no module{nearest(pattern, paths)}")
         for hit in hits:
             kind = type(model.get_submodule(hit))
             if kind.forward is nn.Module.forward:
@@ -248,7 +248,7 @@ def _under(paths: Sequence[str]) -> Callable[[str], bool]:
     return lambda path: any(path == above or path.startswith(above + ".") for above in paths)
 
 
-def _nearest(name: str, paths: Sequence[str]) -> str:
+def nearest(name: str, paths: Sequence[str]) -> str:
     """`; the nearest names are …`, by the suffixes of as many parts as ``name`` has."""
     parts = name.count(".") + 1
     suffixes = list(dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))

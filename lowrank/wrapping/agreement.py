@@ -45,6 +45,7 @@ def agreed(model: nn.Module, make: Callable[[], Made]) -> Made:
 def _decisions(plan: Plan) -> dict[str, object]:
     """What the processes must agree on, by what it is about."""
     decided: dict[str, object] = {p.name: (plan[p].rank, plan[p].scaling) for p in plan}
+    decided["rows trained"] = plan.rows
     return {**decided, "modules trained in full": plan.train, "dropout": plan.dropout}
 
 
