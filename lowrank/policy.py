@@ -43,8 +43,8 @@ class Policy:
             ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
             rows of one group, and how many there are: ``{"wqkv": {"groups": 8, "query": 512, "key": 128,
             "value": 128}}``.
-        rows: of embeddings, which alone train, as those of new tokens: ``{"embed_tokens": [32000, 32001]}``. A
-            head that is tied to the embedding follows. They count as trainable parameters, not in the budget.
+        rows: of embeddings, which alone train, as those of new tokens: ``{"embed_tokens": [32000, 32001]}``.
+            A head that is tied to the embedding follows. They are trainable parameters beside the budget.
         roles: of weights that names tell nothing of, or tell wrongly, by dotted-suffix pattern:
             ``{"mixer.theta": "query"}``. The longest pattern counts. `ByRole` and targets by role follow it.
         seed: of every random draw in wrapping.
@@ -190,5 +190,6 @@ def _is_rows(said: object) -> bool:
 
 
 def _are_ids(name: object, ids: object) -> bool:
-    listed = isinstance(name, str) and bool(name) and isinstance(ids, Sequence) and not isinstance(ids, str)
-    return listed and bool(ids) and all(_whole(i) and i >= 0 for i in ids) and len(set(ids)) == len(ids)
+    if not (isinstance(name, str) and name and isinstance(ids, Sequence) and ids):
+        return False
+    return all(_whole(i) and i >= 0 for i in ids) and len(set(ids)) == len(ids)

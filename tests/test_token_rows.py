@@ -25,7 +25,6 @@ CASES: dict[str, tuple[str, str, set[str]]] = {
     "gemma3": ("embed_tokens", "model.embed_tokens", {"lm_head"}),  # it multiplies by √dim
     "gpt2": ("wte", "transformer.wte", {"lm_head"}),
     "t5": ("shared", "shared", {"encoder.embed_tokens", "decoder.embed_tokens", "lm_head"}),
-    "minilm": ("word_embeddings", "bert.embeddings.word_embeddings", set()),
     "torch_encoder": ("embed", "embed", set()),
 }
 
@@ -76,7 +75,10 @@ def test_wrap_train_save_merge_and_unwrap(family: str, dtype: torch.dtype, tmp_p
     assert sum(p.numel() for p in parameters) == plan.trainable_parameters
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
     layers = lowrank.adapted_layers(model)
-    assert {each for each, layer in layers.items() if layer.part().tokens is not None} == {path} | followers
+    held = {
+        each for each, layer in layers.items() if getattr(layer, "adapters", None) and layer.part().tokens
+    }
+    assert held == {path} | followers
     assert offsets(model, path).dtype == torch.float32
 
     optimizer = torch.optim.SGD(parameters, lr=0.5)
@@ -98,10 +100,7 @@ def test_wrap_train_save_merge_and_unwrap(family: str, dtype: torch.dtype, tmp_p
     swapped = lowrank.swap_adapter(wrapped(family, dtype), tmp_path / "adapter", "default")
     assert torch.equal(logits(swapped, batch), trained)
 
-    assert all(
-        torch.equal(tensor, before[key])
-        for key, tensor in lowrank.unwrap(model).state_dict().items()
-    )
+    assert all(torch.equal(tensor, before[key]) for key, tensor in lowrank.unwrap(model).state_dict().items())
     assert dict(model.named_modules()) == modules
     change = dict(zip(IDS, offsets(fresh, path).detach(), strict=True))
     rows = moved_base(family, change, dtype).get_submodule(path).weight
@@ -145,6 +144,7 @@ def test_the_weight_as_other_code_reads_it(family: str) -> None:
         delta = delta if each == "lm_head" else delta.T
         assert torch.equal(delta[list(IDS)], offsets(model, path)) and delta.any(1).sum() == len(IDS)
     head = lowrank.adapted_layers(model)["lm_head"]
+    model(**zoo.batch(family))
     head.weight[4].sum().backward()
     assert torch.equal(offsets(model, path).grad, torch.tensor([1.0, 0, 0])[:, None].expand(3, 32))
 
@@ -220,7 +220,9 @@ def test_new_tokens_after_resizing_whatever_the_new_rows_start_as(tmp_path: Path
     lowrank.wrap_model(second, policy("tied_llama", list(new)), progress=False)
     lowrank.swap_adapter(second, tmp_path, "default")
     assert torch.allclose(logits(second, batch), logits(model, batch), rtol=1e-5, atol=1e-5)
-    with pytest.raises(AdapterError, match="model.embed_tokens: it has the rows 0 to 63, got 64, 65, 66; .*re"):
+    with pytest.raises(
+        AdapterError, match="model.embed_tokens: it has the rows 0 to 63, got 64, 65, 66; .*re"
+    ):
         lowrank.load_adapter(zoo.build("tied_llama"), tmp_path)
 
 
@@ -246,13 +248,15 @@ def test_a_policy_and_a_plan_are_the_same_after_json() -> None:
 
 
 def test_rows_do_not_count_in_the_budget() -> None:
-    plan = lowrank.plan_model(zoo.build("llama"), Policy(budget=2000, rows={"embed_tokens": IDS}))
-    bare = lowrank.plan_model(zoo.build("llama"), Policy(budget=2000))
+    plan = lowrank.plan_model(zoo.build("llama"), Policy(budget=1900, rows={"embed_tokens": IDS}))
+    bare = lowrank.plan_model(zoo.build("llama"), Policy(budget=1900))
     assert dict(plan) == dict(bare)
-    assert plan.trainable_parameters == bare.trainable_parameters + 3 * 32 > 2000
+    assert plan.trainable_parameters == bare.trainable_parameters + 3 * 32 > 1900
 
 
-@pytest.mark.parametrize("rows", [{"e": []}, {"e": [1, 1]}, {"e": [-1]}, {"e": [True]}, {"e": "12"}, {"": [1]}, [1]])
+@pytest.mark.parametrize(
+    "rows", [{"e": []}, {"e": [1, 1]}, {"e": [-1]}, {"e": [True]}, {"e": "12"}, {"": [1]}, [1]]
+)
 def test_what_is_no_list_of_rows_is_refused(rows: Any) -> None:
     with pytest.raises(ValueError, match="^rows says which rows of which embedding train, each once"):
         Policy(rows=rows)
@@ -261,9 +265,17 @@ def test_what_is_no_list_of_rows_is_refused(rows: Any) -> None:
 @pytest.mark.parametrize(
     ("family", "options", "why"),
     [
-        ("llama", {"rows": {"embed_tokens": [3, 64]}}, "embed_tokens: it has the rows 0 to 63, got 64; .*resize"),
+        (
+            "llama",
+            {"rows": {"embed_tokens": [3, 64]}},
+            "embed_tokens: it has the rows 0 to 63, got 64; .*resize",
+        ),
         ("llama", {"rows": {"embd_tokens": [3]}}, "^rows='embd_tokens' names no module; .* embed_tokens"),
-        ("llama", {"rows": {"q_proj": [3]}}, "^rows='q_proj' names .*q_proj, a Linear: expected an embedding"),
+        (
+            "llama",
+            {"rows": {"q_proj": [3]}},
+            "^rows='q_proj' names .*q_proj, a Linear: expected an embedding",
+        ),
         ("llama", {"rows": {"lm_head": [3]}}, "^rows='lm_head' names lm_head, a Linear: .*train="),
         ("llama", {"rows": {"embed_tokens": [0, 3]}}, "embed_tokens: 0 is its padding_idx"),
         (
@@ -311,7 +323,9 @@ def test_a_plan_of_another_model_is_refused() -> None:
 def test_an_embedding_trained_in_full_by_another_adapter_cannot_act_with_rows_of_it() -> None:
     model = wrapped("llama")
     lowrank.add_adapter(model, Policy(train=("embed_tokens",)), name="full", progress=False)
-    with pytest.raises(ValueError, match="model.embed_tokens is trained in full by 'full', and 'default' adapts"):
+    with pytest.raises(
+        ValueError, match="model.embed_tokens is trained in full by 'full', and 'default' adapts"
+    ):
         lowrank.set_adapters(model, ("default", "full"))
 
 

@@ -139,7 +139,7 @@ class AdaptedLayer(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """The factor of B·A of the only adapter; raises ValueError where its row blocks have several or none."""
+        """The factor of B·A of the only adapter; ValueError where its row blocks have none, or several."""
         scalings = sorted({adapter.scaling for adapter in self.part().held()})
         if len(scalings) != 1:
             raise ValueError(f"the row blocks have scalings of their own: {scalings}; see .adapters")

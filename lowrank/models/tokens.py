@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.models.embeddings import embedding_problem
 from lowrank.models.fused import matches
@@ -53,8 +53,8 @@ def find_rows(model: nn.Module, said: Mapping[str, Sequence[int]]) -> tuple[Toke
             module = paths[path]
             if not isinstance(module, nn.Embedding):
                 raise ValueError(
-                    f"rows={pattern!r} names {path}, a {type(module).__name__}: expected an embedding; a head "
-                    "that is tied to one follows it, and any other module can be trained in full with train="
+                    f"rows={pattern!r} names {path}, a {type(module).__name__}: expected an embedding; a "
+                    "head that is tied to one follows it; other modules can be trained in full with train="
                 )
             rows = TokenRows(path, tuple(sorted(ids)), module.embedding_dim)
             first = found.setdefault(id(module.weight), rows)
@@ -114,12 +114,12 @@ def check_rows(rows: Iterable[TokenRows], projections: Iterable[Projection], tra
 
 
 def sharing(model: nn.Module, module: nn.Module) -> list[nn.Module]:
-    """The modules of ``model``, which is not wrapped, that have the weight of ``module``: itself among them."""
+    """The modules of ``model``, which is not wrapped, that have the weight of ``module``; also itself."""
     weight = module._parameters["weight"]
     return [other for other in model.modules() if _holds(other, weight)]
 
 
-def _holds(module: nn.Module, weight: nn.Parameter | None) -> bool:
+def _holds(module: nn.Module, weight: Tensor | None) -> bool:
     return any(parameter is weight for parameter in module._parameters.values())
 
 

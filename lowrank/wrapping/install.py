@@ -148,7 +148,7 @@ class Fittings:
                 self.trained[module].put(name, module)
             else:
                 self.trained[module] = TrainedModule(module, name, state.acting)
-        trains = (*adapters.values(), *tokens.values())
+        trains: tuple[Adapter | TokenOffsets, ...] = (*adapters.values(), *tokens.values())
         warn_at_first_backward(root, name, dict.fromkeys(p for each in trains for p in each.trained()))
 
     def _tokens(

@@ -94,7 +94,7 @@ def offsets_from(weight: Tensor, rows: TokenRows, start: Tensor, offsets: Tensor
 
 
 def left_aside(model: nn.Module, plan: Plan) -> dict[int, tuple[int, ...]]:
-    """The rows that the plan trains, by the id of the weight: what the base has there need not be the same."""
+    """The rows that the plan trains, by the id of the weight: there the base may have other values."""
     return {id(weight_of(model, rows)): rows.ids for rows in plan.rows}
 
 
@@ -111,7 +111,7 @@ def merge_rows(root: nn.Module, chosen: Mapping[str, Tensor | None]) -> None:
     for module in root.modules():
         if not isinstance(module, AdaptedLayer):
             continue
-        weight = cast("nn.Parameter | None", module.base._parameters.get("weight"))
+        weight = module.base._parameters.get("weight")
         if weight is None or id(weight) in sums:
             continue
         moved: dict[int, Tensor] = {}
@@ -136,8 +136,8 @@ def check_rows_mergeable(root: nn.Module, names: Iterable[str]) -> None:
                 raise ValueError(f"{rows.module} is on the meta device: there is nothing yet to add to")
             if not tokens.offsets.isfinite().all():
                 raise ValueError(
-                    f"the rows of {rows.module} that {name!r} trains hold NaN or Inf, and merging would write "
-                    "them into the weight"
+                    f"the rows of {rows.module} that {name!r} trains hold NaN or Inf, and merging would "
+                    "write them into the weight"
                 )
 
 
