@@ -14,11 +14,13 @@ from torch import nn
 
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
+from lowrank.layers.expert_stack import ExpertStack, trained_within
 from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.offsets import TokenOffsets
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import hung_at, hung_by_name, original, without_copies
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
+from lowrank.linalg.rows import Rows
 from lowrank.models.projections import Projection
 from lowrank.plan import Plan
 
@@ -91,36 +93,40 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn
     """
     if name is not None:
         one_name(model, name)
-    seen: set[nn.Module] = set()  # rows that a head shares with its embedding hang in both
+    seen: set[nn.Parameter] = set()  # rows that a head shares with its embedding hang in both
     for module in model.modules():
         if isinstance(module, (TrainedModule, WeightAdapters)):  # the latter by the module that holds it
             continue
         for owner, held in hung_by_name(module).items():
             if name in (None, owner):
-                for adapter in held.modules():
-                    if isinstance(adapter, Adapter | TokenOffsets) and adapter not in seen:
-                        seen.add(adapter)
-                        yield from adapter.trained()
+                for parameter in trained_within(held):
+                    if parameter not in seen:
+                        seen.add(parameter)
+                        yield parameter
 
 
 def added_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Every parameter that wrapping put beside the base's, frozen or not."""
     for module in model.modules():
-        if isinstance(module, (Adapter, TokenOffsets, TrainedModule)):
+        if isinstance(module, (Adapter, ExpertStack, TokenOffsets, TrainedModule)):
             yield from (module.copies if isinstance(module, TrainedModule) else module).parameters()
 
 
 def adapters_of(model: nn.Module, name: str | None = None) -> dict[Projection, Adapter]:
     """Projection → its adapter, in the plan's order, of the adapter ``name`` of the wrapped ``model``."""
     root, name = wrapped_root(model), one_name(model, name)
-    found = {}
+    found: dict[Projection, Adapter] = {}
+    by_weight: dict[tuple[str, str], dict[Rows, Adapter]] = {}
     for p in plan_of(root, name).adapted:
-        module = without_copies(hung_at(root, p.module))
-        if isinstance(module, AdaptedWeight):
-            held = module.lora.of(name, p.param)
-        else:
-            held = cast(AdaptedLayer, module).part(name).held()
-        (found[p],) = [adapter for adapter in held if adapter.rows == p.rows]
+        place = p.module, p.param
+        if place not in by_weight:
+            module = without_copies(hung_at(root, p.module))
+            if isinstance(module, AdaptedWeight):
+                held = module.lora.of(name, p.param)
+            else:
+                held = cast(AdaptedLayer, module).part(name).held()
+            by_weight[place] = {adapter.rows: adapter for adapter in held}
+        found[p] = by_weight[place][p.rows]
     return found
 
 

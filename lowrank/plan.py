@@ -37,6 +37,7 @@ class Plan(Mapping[Projection, Allocation]):
         notes: what a reader should know and the rows do not show: what was left out or limited, and why.
         left_out: what "all-linear" does not adapt, modules and weights by name, each with why; the notes
             say the same in short.
+        dora: the magnitude of each output row is trained too (2402.09353).
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
         rows: of embeddings, that alone train.
@@ -60,6 +61,7 @@ class Plan(Mapping[Projection, Allocation]):
         notes: Sequence[str] = (),
         left_out: Mapping[str, str] | None = None,
         reference_rank: int | None = None,
+        dora: bool = False,
         rows: Sequence[TokenRows] = (),
     ) -> None:
         for projection, allocation in allocations.items():
@@ -85,6 +87,7 @@ class Plan(Mapping[Projection, Allocation]):
         self.notes = tuple(notes)
         self.left_out = dict(left_out or {})
         self.reference_rank = reference_rank
+        self.dora = dora
         self.rows = tuple(rows)
 
     def __getitem__(self, projection: Projection) -> Allocation:
@@ -109,6 +112,7 @@ class Plan(Mapping[Projection, Allocation]):
             self.dropout,
             self.train,
             self.seed,
+            self.dora,
             self.rows,
         )
         return self._allocations, self.costs, settings
@@ -128,7 +132,8 @@ class Plan(Mapping[Projection, Allocation]):
         return sum(map(self._parameters, self))
 
     def _parameters(self, projection: Projection) -> int:
-        return self[projection].rank * self.costs[projection]
+        rank = self[projection].rank
+        return rank * self.costs[projection] + (projection.out_features if self.dora and rank else 0)
 
     def __repr__(self) -> str:
         adapted = f"{len(self.adapted)} of {len(self)} projections"
@@ -160,6 +165,8 @@ class Plan(Mapping[Projection, Allocation]):
             rows.append("  ".join(cells))
         rows.insert(1, "  ".join("-" * w for w in widths))
         rows.append(self._total())
+        if self.dora:
+            rows.append("DoRA: a magnitude for each output row is among the parameters")
         rows += [f"rows trained: {each}, {each.parameters:,} parameters" for each in self.rows]
         if self.train:
             rows.append(f"trained in full: {', '.join(self.train)}")
@@ -232,8 +239,9 @@ class Plan(Mapping[Projection, Allocation]):
             rank, scaling = self[p].rank, self[p].scaling
             ranks[p.module] = ranks.get(p.module, 0) + rank
             alphas[p.module] = alphas.get(p.module, 0.0) + rank * scaling
-        tokens = {rows.module: list(rows.ids) for rows in self.rows}
-        more = {"trainable_token_indices": tokens} if tokens else {}
+        more: dict[str, Any] = {"use_dora": True} if self.dora else {}
+        if self.rows:
+            more["trainable_token_indices"] = {rows.module: list(rows.ids) for rows in self.rows}
         return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas), **more}
 
 

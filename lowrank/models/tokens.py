@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lowrank.models.embeddings import embedding_problem
 from lowrank.models.fused import matches
+from lowrank.models.listing import nearest
 from lowrank.models.projections import Projection
 from lowrank.models.storage import is_embedding, is_linear, weight_shape
-from lowrank.models.targets import nearest
 
 SHOWN = 5  # ids in a message or a table
 

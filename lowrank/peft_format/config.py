@@ -23,7 +23,7 @@ HARMLESS = frozenset(
 READ = frozenset(
     "r lora_alpha rank_pattern alpha_pattern target_modules exclude_modules use_rslora lora_dropout "
     "fan_in_fan_out modules_to_save init_lora_weights layers_to_transform layers_pattern bias "
-    "trainable_token_indices".split()
+    "trainable_token_indices use_dora".split()
 )
 STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})  # these leave the base's weights alone
 
@@ -42,6 +42,7 @@ class PeftConfig:
         trained: ends of the paths of modules trained in full.
         tokens: ``trainable_token_indices``: ids of rows that train, by the end of an embedding's path, or of
             the input embedding.
+        dora: each adapted module has a magnitude for each output row.
         by_layer: ``layers_to_transform`` narrows the targets.
     """
 
@@ -56,6 +57,7 @@ class PeftConfig:
     trained: frozenset[str] = frozenset()
     tokens: Mapping[str, tuple[int, ...]] | tuple[int, ...] = field(default_factory=dict)
     by_layer: bool = False
+    dora: bool = False
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> PeftConfig:
@@ -84,6 +86,7 @@ class PeftConfig:
             dropout=_dropout(data.get("lora_dropout", 0.0)),
             trained=_listed(_names(data, "modules_to_save", None) or frozenset(), "modules_to_save"),
             tokens=_tokens(data.get("trainable_token_indices") or {}),
+            dora=_flag(data, "use_dora"),
             by_layer=layers is not None and layers != [],
         )
 

@@ -16,12 +16,14 @@ from lowrank.adapters import Adaptation
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
+from lowrank.layers.expert_stack import Layout, trained_within
 from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.offsets import TokenOffsets
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import hung_by_name, hung_modules, original, without_copies
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
 from lowrank.layers.wrapped import adapted_layer
+from lowrank.models.experts import stacks_of
 from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import stored_transposed, weight_shape
@@ -142,14 +144,19 @@ class Fittings:
             held, moved = layers.get(module, []), tokens.get(module)
             self.layers[module].put(name, held, plan.dropout, moved)
         for module, by_param in weights.items():
-            self.weights.setdefault(module, WeightAdapters(state.acting)).put(name, by_param)
+            layouts = {
+                param: Layout(stack.experts, stack.out, stack.transposed)
+                for param, stack in stacks_of(module).items()
+            }
+            self.weights.setdefault(module, WeightAdapters(state.acting)).put(name, by_param, layouts)
         for module in map(root.get_submodule, plan.train):
             if module in self.trained:
                 self.trained[module].put(name, module)
             else:
                 self.trained[module] = TrainedModule(module, name, state.acting)
-        trains: tuple[Adapter | TokenOffsets, ...] = (*adapters.values(), *tokens.values())
-        warn_at_first_backward(root, name, dict.fromkeys(p for each in trains for p in each.trained()))
+        hung = [self.layers[module].adapters[name] for module in {**layers, **tokens}]
+        hung += [self.weights[module][name] for module in weights]
+        warn_at_first_backward(root, name, dict.fromkeys(p for held in hung for p in trained_within(held)))
 
     def _tokens(
         self, rows: Iterable[TokenRows], offsets: Mapping[str, Tensor]
