@@ -6,8 +6,6 @@ It is data. It can be printed, saved, compared, and carried to another tool; it 
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 from lowrank.allocate.base import Allocation
 from lowrank.files import write
+from lowrank.formats.patterns import peft_patterns
 from lowrank.formats.plans import plan_arguments, plan_to_json
 from lowrank.models.projections import Projection
 from lowrank.models.tokens import TokenRows
@@ -247,22 +246,3 @@ class Plan(Mapping[Projection, Allocation]):
 
 def _layer(module: str) -> str:
     return next((part for part in module.split(".") if part.isdigit()), "–")
-
-
-def peft_patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """``r``, ``lora_alpha`` and the two patterns, for ranks and alphas by full module path.
-
-    Both dictionaries hold the same keys, one per module that differs from the commonest pair. A path
-    that another one ends with is anchored, since PEFT matches suffixes.
-    """
-    pairs = {path: (ranks[path], alphas[path]) for path in ranks}
-    (rank, alpha), _ = Counter(pairs.values()).most_common(1)[0]
-    suffixes = {path.split(".", i)[-1] for path in ranks for i in range(1, path.count(".") + 1)}
-    rest = {path: pair for path, pair in pairs.items() if pair != (rank, alpha)}
-    keys = {path: ("^" if path in suffixes else "") + re.escape(path) for path in rest}
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {keys[path]: pair[0] for path, pair in rest.items()},
-        "alpha_pattern": {keys[path]: pair[1] for path, pair in rest.items()},
-    }

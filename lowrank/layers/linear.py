@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.acting import Acting
-from lowrank.layers.adapter import Adapter, RowBlocks
+from lowrank.layers.adapter import Adapter, RowBlocks, full_delta
 from lowrank.layers.bases import plain_weight
 from lowrank.layers.block import Block
 from lowrank.layers.functional import add_lora, fused_lora
@@ -145,13 +145,17 @@ class LoRALinear(AdaptedLayer):
 
         Raises ValueError where there are some and the base's weight cannot be read.
         """
-        part, delta = self.part(name), super().delta_weight(name)
+        part = self.part(name)
         if not part.rescales:
-            return delta
+            return super().delta_weight(name)
         weight = plain_weight(self.base)
         if weight is None:
             raise ValueError(f"the weight of a {type(self.base).__name__} cannot be read here")
-        return delta + self.excess(part)[:, None] * (weight.detach().to(delta.dtype) + delta)
+        delta = full_delta(part.blocks(), self.out_features)
+        delta = delta + self.excess(part)[:, None] * (weight.detach().to(delta.dtype) + delta)
+        if part.tokens is not None:  # the magnitudes do not act on these
+            delta.index_add_(0, part.tokens.index, part.tokens.offsets.detach().to(delta.dtype))
+        return delta
 
     @torch.no_grad()
     def excess(self, part: RowBlocks) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters import adapters_of, one_name, plan_of, wrapped_root
 from lowrank.files import write, write_pieces
+from lowrank.formats.patterns import peft_patterns
 from lowrank.formats.tensors import packed
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.layer import AdaptedLayer
@@ -40,8 +41,7 @@ from lowrank.peft_format.folder import (
 )
 from lowrank.peft_format.pairs import Pair, plain, recompressed, stacked, uniform
 from lowrank.peft_format.proof import adapted_paths, check_written
-from lowrank.peft_format.tokens import indices, peft_problems, written_rows
-from lowrank.plan import peft_patterns
+from lowrank.peft_format.tokens import check_rows_written, indices, peft_problems, written_rows
 from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.magnitudes import magnitudes_by_module
 from lowrank.wrapping.unused import layers_only_read
@@ -167,6 +167,7 @@ def export_peft(
         write(folder / CONFIG, json.dumps(_config(root, name, pairs, list(trained)), indent=2).encode())
         lossy = dtype is not None or recompress
         errors = check_written(folder, root, exact, pairs if lossy else None, trained, magnitudes)
+        check_rows_written(folder, {key: tensors[f"{PREFIX}{key}"] for key in tokens})
     return PeftExport(Path(path), {module: pair.rank for module, pair in pairs.items()}, errors)
 
 

@@ -6,6 +6,7 @@ PEFT moves the same rows of what its tables call tied to the input embedding, an
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lowrank.layers.tree import base_modules, hung_at, original
 from lowrank.models.tokens import TokenRows, row_problems
 from lowrank.peft_format.config import PeftConfig
 from lowrank.peft_format.factors import factor_problem
+from lowrank.peft_format.folder import Contents
 from lowrank.wrapping.rows import offsets_from, offsets_of, start_tensors, weight_of
 
 KEY = ".token_adapter.trainable_tokens_delta"
@@ -28,6 +30,15 @@ def written_rows(root: nn.Module, name: str) -> dict[str, Tensor]:
         f"{rows.module}{KEY}": (start.to(tokens.offsets.dtype) + tokens.offsets.detach()).cpu()
         for (rows, tokens), start in zip(offsets_of(root, name).items(), starts, strict=True)
     }
+
+
+def check_rows_written(folder: Path, rows: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where the files in ``folder`` have other rows."""
+    contents = Contents.read(folder)
+    read = contents.tensors().read
+    ids = [len(each) for each in dict(contents.config.tokens).values()]  # type: ignore[arg-type]
+    if ids != list(map(len, rows.values())) or not all(torch.equal(read[key], rows[key]) for key in rows):
+        raise ValueError("the written files give other rows of the embeddings: nothing was exported")
 
 
 def indices(rows: Iterable[TokenRows]) -> dict[str, Any]:
