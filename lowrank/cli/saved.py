@@ -104,6 +104,8 @@ def _own(folder: Path) -> Saved:
     trained = {name.removeprefix(TRAINED): t for name, t in tensors.items() if name.startswith(TRAINED)}
     own = ("A", "B", "A0", "B0", *(("magnitude.start", "magnitude.offset") if plan.dora else ()))
     known = {f"{name}.{key}" for name in updates for key in own}
+    if plan.rows:
+        raise AdapterError(f"{folder} trains rows of embeddings: read it with load_adapter(model, path)")
     strange = sorted(name for name in tensors if not name.startswith(TRAINED) and name not in known)
     if strange:
         raise AdapterError(f"{folder}: this command does not know what to do with {', '.join(strange[:5])}")
@@ -117,6 +119,10 @@ def _sample(data: Mapping[str, Any]) -> Sample:
 
 def _peft(folder: Path) -> Saved:
     contents = Contents.read(folder)
+    if contents.config.tokens:
+        raise AdapterError(
+            f"{folder}: trainable_token_indices needs the model: read it with import_peft(model, path)"
+        )
     tensors = contents.tensors()
     transposed, updates = _fan_in(folder), {}
     for path, factors in contents.layers.items():
