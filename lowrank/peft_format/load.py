@@ -5,7 +5,6 @@ What it does not understand it refuses by name, before the model is touched. It 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from lowrank.layers.bases import master_dtype
 from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, Role, further, scan
 from lowrank.models.storage import weight_shape
+from lowrank.notices import logger
 from lowrank.peft_format.factors import BASE, factor_key, factor_problem, factor_shapes
 from lowrank.peft_format.folder import Contents, Tensors, ancestors, base_paths, places
 from lowrank.peft_format.names import present_name
@@ -27,8 +27,6 @@ from lowrank.peft_format.pairs import reduced
 from lowrank.plan import Plan
 from lowrank.wrapping.checks import check_beside, check_layers
 from lowrank.wrapping.install import bare, device_beside
-
-LOG = logging.getLogger("lowrank")
 
 
 def import_peft(
@@ -56,7 +54,7 @@ def import_peft(
     with bare(check_beside(model, name)) as fittings:
         plan, adapters, states = _read(fittings.root, path, train)
         if plan.train:
-            LOG.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
+            logger.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
         fittings.install(name, plan, adapters)
         fittings.load_copies(name, states)
     return model

@@ -5,7 +5,6 @@ What decides how a run goes on is in `run.Run`, which can be saved; what process
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from lowrank.batches import Loss, model_device, output_loss
+from lowrank.notices import logger, show
 from lowrank.train.callbacks import Callback
 from lowrank.train.checkpoints import Checkpoints
 from lowrank.train.data import Cursor
@@ -110,7 +109,8 @@ def fit(
     gradient_checkpointing: for models that have ``gradient_checkpointing_enable``, as transformers' do.
     compile: run forward through ``torch.compile``; a mapping has its options.
     allow_unused: let the first step's loss reach only some of the parameters (experts, say).
-    report: print what memory a step on the first batch will take, before it is run: see `step_memory`.
+    report: show what memory a step on the first batch will take, before it is run: see `step_memory`. It is
+        logged as INFO by the logger "lowrank", or written to stderr where logging does not show that.
 
     Raises ValueError for a bad option before anything is touched, after the first backward if a parameter
     got no gradient (an adapted layer is named by its path), and at the end if no batch had a label;
@@ -189,7 +189,7 @@ def fit(
         clock = perf_counter()
         for epoch, place, group in () if run.over else cursor:
             if report and parallel.writes:
-                tqdm.write(told(model, group[0], loss, autocast, made))
+                show(told(model, group[0], loss, autocast, made))
                 report, clock = False, perf_counter()
             record = run.take(epoch, place, group, clock)
             last = record.step == groups.steps
@@ -264,5 +264,5 @@ def _stopped(step: int, steps: int, folder: Checkpoints | None) -> str:
         f"training was stopped by a signal after step {step} of {steps}; it is saved in {folder.path(step)}, "
         "and the same call continues from there"
     )
-    tqdm.write(message, file=sys.stderr)
+    logger.warning(message)
     return message
