@@ -23,7 +23,7 @@ PROJECT := pyproject.toml constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-levels check lint format types docs benchmarks study study-data gpu clean distclean
+.PHONY: help demo test test-levels check lint format types docs benchmarks census study study-data gpu clean distclean
 .NOTPARALLEL:
 
 help: ## this list
@@ -70,6 +70,10 @@ docs: $(READY)-docs ## the documentation as a site, in out/site; a broken link i
 
 benchmarks: $(READY)-benchmarks ## the CPU benchmarks, quick, one after another
 	set -e; for script in benchmarks/bench_*.py; do $(PY) $$script --quick $(ARGS); done
+
+# An hour on two cores; what is counted already is not counted again.
+census: $(READY)-benchmarks ## which model families are adapted without a hint; ARGS="--every 10" for a sample
+	OMP_NUM_THREADS=1 $(PY) benchmarks/census.py $(ARGS)
 
 study: study-data ## methods against learning rates, resumable; ARGS="--minutes 60 --tasks wordnet"
 	$(PY) benchmarks/study.py $(ARGS)

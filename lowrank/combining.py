@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import adapters_of, plan_of, wrapped_root
+from lowrank.adapters import adapters_of, holder, plan_of, wrapped_root
 from lowrank.allocate.base import Allocation
 from lowrank.choosing import read_weights
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.gemm import down, up
 from lowrank.linalg import closest_product
 from lowrank.linalg.rows import pieces, shifted, spread
+from lowrank.models.experts import stack_of
 from lowrank.models.projections import Projection, Role
 from lowrank.models.storage import weight_shape
 from lowrank.plan import Plan
@@ -76,10 +77,12 @@ def combine_adapters(
                 "cannot be added up: combine adapters without them"
             )
     shares = {each: float(factors.get(each, 1.0)) for each in names}
-    by_weight: dict[tuple[str, str], list[Term]] = {}
+    by_weight: dict[tuple[str, str, int], list[Term]] = {}
     for each, share in shares.items():
         for p, adapter in adapters_of(root, each).items():
-            by_weight.setdefault((p.module, p.param), []).append((p, adapter, share))
+            stack = stack_of(holder(root, p), p.param)
+            expert = p.rows[0] // stack.out if stack else 0
+            by_weight.setdefault((p.module, p.param, expert), []).append((p, adapter, share))
     dropouts = {plan.dropout for plan in plans.values()}
     with bare(root) as fittings:
         made, allocations, errors = {}, {}, {}

@@ -19,14 +19,16 @@ from lowrank.adapters import (
     wrapped_root,
 )
 from lowrank.choosing import check_together
-from lowrank.layers.adapter import Adapter, updates, weighted
+from lowrank.layers.adapter import Adapter, full_delta, updates, weighted
 from lowrank.layers.bases import multiplies
 from lowrank.layers.functional import Block
 from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.tree import hung_at, original, without_copies
+from lowrank.linalg.rows import shifted
+from lowrank.models.experts import Stack, stack_of
 from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, on_weight
-from lowrank.models.storage import as_rows, quantized
+from lowrank.models.storage import as_rows, one_expert, quantized
 from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.install import bare
 from lowrank.wrapping.pretrained import forget_quantization, forget_ties
@@ -126,8 +128,10 @@ def _merge_weight(root: nn.Module, held: Sequence[tuple[Projection, Block]], usu
         dtype = _floating_dtype(stored, usual)
         _unpack(root, p)
     weight = _stored(root, p)
-    if weight.dim() == 3:  # of experts: rows are a view of it only where it lies in order
-        weight.data = weight.data.contiguous()
+    stack = stack_of(holder(root, p), p.param)
+    if stack is not None:
+        _merge_experts(weight, stack, [block for _, block in held])
+        return False
     rows = as_rows(holder(root, p), p.param)
     for start, stop, update in updates([block for _, block in held]):
         rows[start:stop].copy_(update.add_(rows[start:stop]))
@@ -135,6 +139,18 @@ def _merge_weight(root: nn.Module, held: Sequence[tuple[Projection, Block]], usu
         weight.data = weight.data.to(dtype)
         _match_bias(holder(root, p), dtype)
     return unpacked
+
+
+def _merge_experts(weight: Tensor, stack: Stack, blocks: Sequence[Block]) -> None:
+    """Adds all updates of a tensor of experts to it, one expert at a time in fp32."""
+    by_expert: dict[int, list[Block]] = {}
+    for block in blocks:
+        expert = block.rows[0] // stack.out
+        own = block._replace(rows=shifted(block.rows, -expert * stack.out))
+        by_expert.setdefault(expert, []).append(own)
+    for expert, own_blocks in by_expert.items():
+        matrix = one_expert(weight, stack, expert)
+        matrix.copy_(full_delta(own_blocks, stack.out).add_(matrix))
 
 
 def _check_effects(root: nn.Module, name: str, adapters: Mapping[Projection, Adapter]) -> None:

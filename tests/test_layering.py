@@ -60,7 +60,6 @@ REQUIRED = {"torch", "einops", "safetensors", "tqdm"}
 
 # Files that are themselves imported only where the library that they need is there.
 OPTIONAL = {
-    "lowrank.layers.kernels": {"triton"},
     "lowrank.integrations.transformers": {"transformers"},
 }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.functional import Block
-from lowrank.linalg.rows import Rows, height, pieces
+from lowrank.linalg.rows import Rows, add_, height, pieces
 
 
 class Adapter(nn.Module):
@@ -107,7 +107,8 @@ class Adapter(nn.Module):
     @property
     def block(self) -> Block:
         """What the fused product takes."""
-        return Block(self.rows, self.A, self.B, self.scaling, self.A0, self.B0)
+        held, anchor = self._parameters, self._buffers  # a module's __getattr__ takes ten times as long
+        return Block(self.rows, held["A"], held["B"], self.scaling, anchor["A0"], anchor["B0"])  # type: ignore[arg-type]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A ``(rank, in)`` and B ``(rows, rank)`` in full, anchors added."""
@@ -198,6 +199,6 @@ def full_delta(blocks: Sequence[Block], rows: int) -> Tensor:
     """``ΔW`` (rows, in) of a whole weight in fp32 (fp64 for fp64 factors), detached."""
     A = blocks[0].A
     delta = A.new_zeros(rows, A.shape[1], dtype=torch.promote_types(torch.float32, A.dtype))
-    for start, stop, update in updates(blocks):
-        delta[start:stop] = update
+    for block in blocks:
+        add_(delta, block.rows, product(block))
     return delta

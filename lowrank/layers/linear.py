@@ -7,7 +7,7 @@ are in `adapter`; it knows no model.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import plain_weight
-from lowrank.layers.functional import Block, add_lora, fused_lora
+from lowrank.layers.block import Block
+from lowrank.layers.functional import add_lora, fused_lora
 from lowrank.layers.grouped import ExampleAdapters, add_grouped
+from lowrank.layers.inference import Kept
 from lowrank.layers.layer import AdaptedLayer, note_compiler
 from lowrank.layers.reading import AS_STORED, TRANSPOSED, Layout
 
@@ -53,6 +55,7 @@ class LoRALinear(AdaptedLayer):
     ) -> None:
         super().__init__(base, in_features=in_features, out_features=out_features, name=name, acting=acting)
         self.transposed = hasattr(base, "nf") if transposed is None else transposed
+        self.kept = Kept()
         first = list(adapters)
         if first:
             self.put(name, first, dropout)
@@ -69,9 +72,10 @@ class LoRALinear(AdaptedLayer):
         if not products:
             return self.base(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        weight = plain_weight(self.base)
+        base = cast(nn.Module, self._modules["base"])  # a module's __getattr__ takes ten times as long
+        weight = plain_weight(base)
         if weight is None:
-            y = self.base(*args, **kwargs)  # which may take x to another device
+            y = base(*args, **kwargs)  # which may take x to another device
             if self.training and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
                 raise RuntimeError(
                     f"{type(self.base).__name__} passes no gradient to its input, so the layers below it "
@@ -81,7 +85,9 @@ class LoRALinear(AdaptedLayer):
             x = x.to(y.device)
         else:
             blocks, dropout = products.pop(0)
-            y = fused_lora(x, weight, self.bias, blocks, dropout=dropout)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.kept.drop()
+            y = fused_lora(x, weight, base._parameters["bias"], blocks, dropout=dropout, kept=self.kept)
         for blocks, dropout in products:
             y = add_lora(y, x, blocks, dropout=dropout)
         return y

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import adapters_of, one_name, plan_of, wrapped_root
-from lowrank.files import packed, write
+from lowrank.files import write, write_pieces
+from lowrank.formats.tensors import packed
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.tree import hung_at, state_as, without_copies
@@ -148,7 +149,7 @@ def export_peft(
             raise ValueError(f"refusing to export: {key.removeprefix(PREFIX)} contains NaN or Inf")
 
     with staged(Path(path)) as folder:
-        write(folder / TENSORS, packed(tensors))
+        write_pieces(folder / TENSORS, packed(tensors))
         write(folder / CONFIG, json.dumps(_config(root, name, pairs, list(trained)), indent=2).encode())
         lossy = dtype is not None or recompress
         errors = check_written(folder, root, exact, pairs if lossy else None, trained)

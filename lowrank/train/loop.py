@@ -223,6 +223,7 @@ def _resumed(run: Run, folder: Checkpoints | None, resume: bool, parallel: Singl
     """Continues from the newest checkpoint that is whole, if there is one."""
     if folder is None:
         return
+    parallel.wait()  # all have tried whether they can write there
     if not resume:
         parallel.by_writer(folder.clear)
         return

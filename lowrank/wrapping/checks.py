@@ -13,6 +13,7 @@ from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
 from lowrank.linalg.rows import height, lie_within
+from lowrank.models.experts import stack_of
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import is_linear, packed, weight_shape
 from lowrank.processes import in_parts
@@ -110,6 +111,10 @@ def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> 
             problems.append(f"{p.name}: the model has no such weight")
             continue
         rows, columns = weight_shape(module, p.param)
+        stack = stack_of(module, p.param)
+        if stack and p.rows[0] // stack.out != (p.rows[1] - 1) // stack.out:
+            problems.append(f"{p.name}: rows {p.rows} of more than one expert, which have {stack.out} each")
+            continue
         fit = lie_within(p.rows, rows) and height(p.rows) == p.out_features
         if columns != p.in_features or not fit:
             problems.append(
