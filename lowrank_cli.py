@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-METHODS = "lora pissa milora olora ailora tlora eva corda lora_ga".split()
+METHODS = "lora rslora lora_fa dora pissa milora olora ailora tlora eva corda lora_ga".split()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -51,9 +51,12 @@ def world(page: str) -> dict[str, Any]:
     def classifier() -> nn.Module:
         return zoo.build("bert")
 
+    examples = [{key: values[0] for key, values in batch.items()} for batch in batches]
+
     return {
         "lowrank": lowrank, "presets": presets, "Policy": Policy, "torch": torch, "nn": nn, "Tensor": Tensor,
         "model": classifier(), "fresh_model": classifier(), "batches": batches, "few_batches": batches[:2],
+        "base": classifier(), "data": examples,
         "AutoModelForCausalLM": AutoModelForCausalLM, "config": base.config, "weights": base.state_dict(),
     }  # fmt: skip
 
