@@ -112,6 +112,8 @@ class Adapter(nn.Module):
     def block(self) -> Block:
         """What the fused product takes."""
         held, anchor = self._parameters, self._buffers  # a module's __getattr__ takes ten times as long
+        if "A" not in held:  # a replica of nn.DataParallel has plain attributes
+            return Block(self.rows, self.A, self.B, self.scaling, self.A0, self.B0)
         return Block(self.rows, held["A"], held["B"], self.scaling, anchor["A0"], anchor["B0"])  # type: ignore[arg-type]
 
     def factors(self) -> tuple[Tensor, Tensor]:
