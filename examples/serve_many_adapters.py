@@ -1,4 +1,4 @@
-"""Serve several adapters on one base: each request of a batch has its own, and one is exchanged meanwhile.
+"""Serve several adapters on one base: each request of a batch has its own; one is exchanged.
 
     python examples/serve_many_adapters.py          # SmolLM2-135M-Instruct; adapters trained for a moment
     python examples/serve_many_adapters.py --tiny   # a small random model

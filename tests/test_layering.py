@@ -23,7 +23,7 @@ LAYERS = [
     {"init", "allocate"},
     {"formats"},  # data classes as JSON
     {"plan", "layers"},
-    {"policy", "adapters", "learning_rates"},
+    {"policy", "adapters", "comparing", "learning_rates"},
     {"choosing"},
     {"wrapping"},  # what wrapping, loading and importing share
     {"merging", "combining"},
