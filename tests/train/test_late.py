@@ -255,7 +255,7 @@ def plain_adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         ({"check": "late", "autocast": torch.float16}, "the scale of a float16 loss depends on each step"),
         (
             {"check": "late", "optimizer": plain_adamw},
-            "AdamW cannot skip a step on the device: make it with fus",
+            "AdamW cannot skip a step on the device: make it",
         ),
     ],
 )

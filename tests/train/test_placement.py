@@ -59,7 +59,7 @@ def test_batch_and_devices_are_named_and_the_last_checkpoint_is_good(
     options: dict[str, Any] = {"checkpoint": tmp_path, "every": 1}
     with pytest.raises(
         MisplacedBatch,
-        match=rf"batch 4 of its epoch: {name} is on meta and the model is on cpu: give .*to\(dev",
+        match=rf"batch 4 of its epoch: {name} is on meta and the model is on cpu: give ",
     ) as caught:
         quiet(model, [*batches[:3], bad, *batches[4:]], **options)
     assert isinstance(caught.value, ValueError) and len(caught.value.history) == 3
