@@ -14,10 +14,12 @@ from torch import nn
 
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
+from lowrank.layers.expert_stack import ExpertStack, trained_within
 from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import hung_at, hung_by_name, original, without_copies
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
+from lowrank.linalg.rows import Rows
 from lowrank.models.projections import Projection
 from lowrank.plan import Plan
 
@@ -95,29 +97,31 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn
             continue
         for owner, held in hung_by_name(module).items():
             if name in (None, owner):
-                for adapter in held.modules():
-                    if isinstance(adapter, Adapter):
-                        yield from adapter.trained()
+                yield from trained_within(held)
 
 
 def added_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Every parameter that wrapping put beside the base's, frozen or not."""
     for module in model.modules():
-        if isinstance(module, (Adapter, TrainedModule)):
+        if isinstance(module, (Adapter, ExpertStack, TrainedModule)):
             yield from (module.copies if isinstance(module, TrainedModule) else module).parameters()
 
 
 def adapters_of(model: nn.Module, name: str | None = None) -> dict[Projection, Adapter]:
     """Projection → its adapter, in the plan's order, of the adapter ``name`` of the wrapped ``model``."""
     root, name = wrapped_root(model), one_name(model, name)
-    found = {}
+    found: dict[Projection, Adapter] = {}
+    by_weight: dict[tuple[str, str], dict[Rows, Adapter]] = {}
     for p in plan_of(root, name).adapted:
-        module = without_copies(hung_at(root, p.module))
-        if isinstance(module, AdaptedWeight):
-            held = module.lora.of(name, p.param)
-        else:
-            held = cast(AdaptedLayer, module).part(name).held()
-        (found[p],) = [adapter for adapter in held if adapter.rows == p.rows]
+        place = p.module, p.param
+        if place not in by_weight:
+            module = without_copies(hung_at(root, p.module))
+            if isinstance(module, AdaptedWeight):
+                held = module.lora.of(name, p.param)
+            else:
+                held = cast(AdaptedLayer, module).part(name).held()
+            by_weight[place] = {adapter.rows: adapter for adapter in held}
+        found[p] = by_weight[place][p.rows]
     return found
 
 

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import adapters_of, plan_of, wrapped_root
+from lowrank.adapters import adapters_of, holder, plan_of, wrapped_root
 from lowrank.allocate.base import Allocation
 from lowrank.choosing import read_weights
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.gemm import down, up
 from lowrank.linalg import closest_product
 from lowrank.linalg.rows import pieces, shifted, spread
+from lowrank.models.experts import stack_of
 from lowrank.models.projections import Projection, Role
 from lowrank.models.storage import weight_shape
 from lowrank.plan import Plan
@@ -59,7 +60,7 @@ def combine_adapters(
 
     Raises:
         ValueError: the model is not wrapped, a name is unknown or taken, a weight or rank is out of range, or
-            one of the adapters trains modules in full, which cannot be added up.
+            one of the adapters has magnitudes or trains modules in full, which cannot be added up.
     """
     root = wrapped_root(model)
     check_beside(model, name)
@@ -70,16 +71,23 @@ def combine_adapters(
         raise ValueError(f"expected a rank of at least 1, got {rank!r}")
     plans = {each: plan_of(root, each) for each in names}
     for each, plan in plans.items():
+        if plan.dora:
+            raise ValueError(
+                f"the adapter {each!r} has magnitudes (DoRA), which cannot be added up: "
+                f"merge(model, {each!r}) makes it part of the base"
+            )
         if plan.train:
             raise ValueError(
                 f"the adapter {each!r} trains {', '.join(plan.train)} in full, and modules trained in full "
                 "cannot be added up: combine adapters without them"
             )
     shares = {each: float(factors.get(each, 1.0)) for each in names}
-    by_weight: dict[tuple[str, str], list[Term]] = {}
+    by_weight: dict[tuple[str, str, int], list[Term]] = {}
     for each, share in shares.items():
         for p, adapter in adapters_of(root, each).items():
-            by_weight.setdefault((p.module, p.param), []).append((p, adapter, share))
+            stack = stack_of(holder(root, p), p.param)
+            expert = p.rows[0] // stack.out if stack else 0
+            by_weight.setdefault((p.module, p.param, expert), []).append((p, adapter, share))
     dropouts = {plan.dropout for plan in plans.values()}
     with bare(root) as fittings:
         made, allocations, errors = {}, {}, {}

@@ -26,6 +26,7 @@ MODEL = [
     "ours, LoRA", "ours, A frozen (TLoRA)", "ours, anchored (PiSSA)",
 ]  # fmt: skip
 SERVING = ["ours, one adapter", "ours, one each", "ours, the base", "PEFT, one adapter", "PEFT, one each"]
+TRAIN = ["bare loop", "fit", "HF Trainer", "Lightning"]
 BOUNDS = ["frozen", "separate (what is built)", "shared inputs"]
 TOP = [("top 16", "ours"), ("top 16", "svd_lowrank, 4 iterations"), ("top 16", "svd_lowrank, 16 iterations")]
 SPECTRUM = [("all", "exact fp32 SVD"), *TOP, ("bottom 16", "ours")]
@@ -114,12 +115,48 @@ def check_serving(results: dict[str, Any]) -> None:
     assert added["model_bytes"] == added["parameters_bytes"] > 0 and 0 < added["switch"] < 1
 
 
+def check_train(results: dict[str, Any]) -> None:
+    assert len(results["cases"]) == 2
+    for case in results["cases"].values():
+        assert [r["contender"] for r in case] == TRAIN
+        assert all(in_order(record, "seconds") for record in case) and case[0]["over"] == 0
+        for record in case:
+            assert record["over"] == pytest.approx(record["seconds"] / case[0]["seconds"] - 1)
+    assert results["once"].keys() == {"stall", "scaling"} and results["once"]["scaling"] > 0
+
+
+def check_launches(results: dict[str, Any]) -> None:
+    """Of PEFT's default, which also has fp32 masters, LoRA dispatches fewer operations in each column."""
+    for case in results["cases"].values():
+        by = {record["contender"]: record for record in case}
+        for when in ("forward", "backward", "no_grad"):
+            assert 1 == by["frozen"][when] < by["ours, LoRA"][when] < by["PEFT, default"][when]
+        assert by["ours, LoRA"]["no_grad"] == by["ours, anchored (PiSSA)"]["no_grad"] == 3
+
+
+def check_generate(results: dict[str, Any]) -> None:
+    for case in results["cases"].values():
+        assert [r["contender"] for r in case] == [*MODEL[:4], MODEL[5]]
+        assert all(in_order(record, "seconds") for record in case) and case[0]["over_frozen"] == 1
+
+
+def check_scale(results: dict[str, Any]) -> None:
+    small, shapes = results["cases"].values()
+    assert [r["stage"] for r in small] == ["find", "plan", "wrap", "save", "load", "unwrap"]
+    assert [r["stage"] for r in shapes] == ["find", "plan", "wrap", "unwrap"]
+    assert {r["projections"] for r in small} == {36} and all(r["seconds"] > 0 for r in [*small, *shapes])
+
+
 CHECKS = {
+    "bench_generate": check_generate,
+    "bench_launches": check_launches,
+    "bench_scale": check_scale,
     "bench_bounds": check_bounds,
     "bench_init": check_init,
     "bench_linear": check_linear,
     "bench_model": check_model,
     "bench_serving": check_serving,
+    "bench_train": check_train,
 }
 
 

@@ -136,7 +136,13 @@ def test_parts_are_what_they_say() -> None:
 
 def test_a_plan_and_the_wrapped_model_give_the_same_report() -> None:
     batch, base = zoo.batch("llama"), zoo.build("llama")
-    for policy in (presets.lora(rank=4), presets.pissa(rank=4), presets.lora(rank=4, train=("lm_head",))):
+    policies = (
+        presets.lora(rank=4),
+        presets.pissa(rank=4),
+        presets.dora(rank=4),
+        presets.lora(rank=4, train=("lm_head",)),
+    )
+    for policy in policies:
         before = {name: (t.clone(), t.requires_grad) for name, t in base.named_parameters()}
         planned = lowrank.memory_report(base, lowrank.plan_model(base, policy), batch=batch)
         assert all(t.equal(base.get_parameter(n)) for n, (t, _) in before.items())
@@ -254,3 +260,20 @@ def test_gradient_checkpointing_keeps_less() -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     assert step_memory(model, batch).activations < plain.activations / 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "vit", "torch_encoder"])
+def test_other_families_give_the_same_report_planned_and_wrapped(family: str) -> None:
+    model, batch, policy = zoo.build(family), zoo.batch(family), presets.lora(rank=4)
+    planned = lowrank.memory_report(model, lowrank.plan_model(model, policy), batch=batch)
+    wrapped = lowrank.memory_report(lowrank.wrap_model(model, policy), None, batch=batch)
+    assert planned.peak == wrapped.peak > planned.weights
+
+
+def test_a_step_that_shapes_do_not_tell_is_refused() -> None:
+    model = zoo.build("mixtral")
+    plan = lowrank.plan_model(model, presets.lora(rank=4))
+    with pytest.raises(
+        ValueError, match="MixtralForCausalLM: the memory of a step cannot be told from shapes"
+    ):
+        lowrank.memory_report(model, plan, batch=zoo.batch("mixtral"))

@@ -1,15 +1,16 @@
-"""Adapts a tensor on the weight itself: for weights that no Linear holds, or that are read without a call.
+"""Adapts a tensor where it is read: for weights that no Linear holds, or that are read without a call.
 
-`nn.MultiheadAttention` and stacks of experts are such. The module keeps its place, its parameters and
-their names; its class is exchanged for a subclass on which the adapted name reads as W + ΔW. Unlike
-`torch.nn.utils.parametrize` the subclass is never changed afterwards, so copies do not depend on each
-other, and it pickles. The price is a full ΔW (out, in) for each forward.
+The module keeps its place, its parameters and their names; its class is exchanged for a subclass on which the
+adapted name reads as W + ΔW. Unlike `torch.nn.utils.parametrize` the subclass is never changed afterwards, so
+copies do not depend on each other, and it pickles. For `nn.MultiheadAttention` the price is a full ΔW
+(out, in) for each forward; a tensor of experts adapts the products with it: see `expert_weight`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter, RowBlocks, full_delta, updates
+from lowrank.layers.expert_stack import ExpertStacks, Layout
+from lowrank.layers.expert_weight import adapted_experts
 from lowrank.layers.functional import Block
 
 ADAPTERS = "lora"  # the child module that holds them, in state dicts too
@@ -29,9 +32,19 @@ class WeightAdapters(nn.ModuleDict):
         super().__init__()
         self._acting = acting
 
-    def put(self, name: str, adapters: Mapping[str, Iterable[Adapter]]) -> None:
-        """Hangs up what ``name`` does, by parameter."""
-        self[name] = nn.ModuleDict({param: RowBlocks(each) for param, each in adapters.items()})
+    def put(
+        self,
+        name: str,
+        adapters: Mapping[str, Iterable[Adapter]],
+        layouts: Mapping[str, Layout],
+    ) -> None:
+        """Hangs up what ``name`` does, by parameter; those with a layout are tensors of experts."""
+        self[name] = nn.ModuleDict(
+            {
+                param: ExpertStacks(each, layouts[param]) if param in layouts else RowBlocks(each)
+                for param, each in adapters.items()
+            }
+        )
 
     def params(self) -> tuple[str, ...]:
         """The parameters that any adapter changes."""
@@ -40,13 +53,12 @@ class WeightAdapters(nn.ModuleDict):
     def of(self, name: str, param: str) -> list[Adapter]:
         """The adapters of ``name`` on ``param``; none where it does not change that."""
         held = cast(nn.ModuleDict, self[name])._modules
-        return cast(RowBlocks, held[param]).held() if param in held else []
+        return cast("RowBlocks | ExpertStacks", held[param]).held() if param in held else []
 
-    def acting(self, param: str) -> list[Block]:
-        """What acts on ``param`` now."""
+    def acting(self, param: str) -> list[tuple[Any, Tensor | None]]:
+        """What acts on ``param`` now, `RowBlocks` or `ExpertStacks`, each with the factor of its ΔW."""
         found = self._acting.among(cast("dict[str, nn.ModuleDict]", self._modules))
-        parts = [(cast("dict[str, RowBlocks]", held._modules), weight) for held, weight in found]
-        return [block for held, weight in parts if param in held for block in held[param].blocks(weight)]
+        return [(held._modules[param], weight) for held, weight in found if param in held._modules]
 
 
 class AdaptedWeight:
@@ -70,9 +82,9 @@ class AdaptedWeight:
         """
         (name,) = [name] if name else self.lora.keys()
         (param,) = [param] if param else cast(nn.ModuleDict, self.lora[name]).keys()
-        weight = self._parameters[param]  # type: ignore[attr-defined]
-        blocks = [adapter.block for adapter in self.lora.of(name, param)]
-        return full_delta(blocks, weight.numel() // weight.shape[-1])
+        weight, part = self._parameters[param], cast(Any, self.lora[name])[param]  # type: ignore[attr-defined]
+        rows = part.height if isinstance(part, ExpertStacks) else weight.numel() // weight.shape[-1]
+        return full_delta([adapter.block for adapter in part.held()], rows)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _restore, (original_class(self), self.lora.params()), self.__dict__
@@ -110,17 +122,40 @@ def effective_weight(weight: Tensor, blocks: Sequence[Block]) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(weight.shape)
 
 
+def _simple(weight: Tensor, blocks: Sequence[Block]) -> bool:
+    """Are W, the factors and the sum of one dtype, and the blocks' rows one after the other in W?"""
+    plain = all(block.A.dtype == weight.dtype and block.A0 is None for block in blocks)
+    spans = [block.rows for block in blocks]
+    apart = all(len(rows) == 2 for rows in spans) and all(a[1] <= b[0] for a, b in pairwise(spans))
+    return plain and apart and weight.dim() == 2 and weight.is_contiguous()
+
+
+def _added(rows: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """W + ΔW where the factors have W's dtype: one product that starts from W, without ΔW beside it."""
+    parts, done = [], 0
+    with torch.autocast(rows.device.type, enabled=False):
+        for (start, stop), A, B, scaling, _, _ in blocks:
+            parts += [rows[done:start]] if start > done else []
+            parts.append(torch.addmm(rows[start:stop], B, A, alpha=scaling))
+            done = stop
+    parts += [rows[done:]] if done < len(rows) else []
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _read(module: Any, param: str) -> Tensor:
     # A replica of nn.DataParallel has a plain attribute in its place.
     weight = module._parameters[param] if param in module._parameters else module.__dict__[param]
-    blocks = [] if weight.is_meta else module.lora.acting(param)
-    if not blocks:
+    parts = [] if weight.is_meta else module.lora.acting(param)
+    if not parts:
         return weight
-    cache = module.__dict__.get("_adapted")
-    if cache is None:
-        return effective_weight(weight, blocks)
+    cache = module.__dict__.get("_adapted", {})
     if param not in cache:
-        cache[param] = effective_weight(weight, blocks)
+        if isinstance(parts[0][0], ExpertStacks):
+            cache[param] = adapted_experts(weight, parts)
+        else:
+            blocks = [block for part, factor in parts for block in part.blocks(factor)]
+            made = _added if _simple(weight, blocks) else effective_weight
+            cache[param] = made(weight, blocks)
     return cache[param]
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.linalg.rows import view
+from lowrank.models.experts import stack_of
 from lowrank.models.projections import Projection
-from lowrank.models.storage import as_rows, packed
+from lowrank.models.storage import as_rows, packed, rows_of
 from lowrank.processes import is_sharded, whole
 
 OF_PROJECTION = 64  # values of an adapted or measured weight, evenly spread
@@ -58,11 +59,10 @@ def of_projection(module: nn.Module, p: Projection) -> Sample:
     """A sample of the rows of ``p``, whose weight ``module`` holds."""
     stored = module._parameters[p.param]
     assert stored is not None
-    dtype, weight = _dtype(stored), _read(module, p.param)
+    dtype, weight = _dtype(stored), _read_rows(module, p)
     if weight is None:
         return Sample(dtype, None, None)
-    weight = view(weight, p.rows)
-    return Sample(dtype, None, _values(weight, _spread(weight.numel(), OF_PROJECTION)))
+    return Sample(dtype, None, _values(weight, spread(weight.numel(), OF_PROJECTION)))
 
 
 def of_projections(model: nn.Module, projections: Iterable[Projection]) -> dict[Projection, Sample]:
@@ -92,9 +92,9 @@ def of_tensor(module: nn.Module, name: str) -> Sample | None:
     tensor = _read(module, name) if coded else None if stored.is_meta else whole(stored.detach())
     if tensor is None:
         return None if coded else Sample(dtype, tuple(stored.shape), None)
-    spread, last = OF_TENSOR
+    count, last = OF_TENSOR
     row = tensor.numel() // tensor.shape[0] if tensor.dim() else 1
-    places = torch.cat([_spread(tensor.numel(), spread), tensor.numel() - row + _spread(row, last)])
+    places = torch.cat([spread(tensor.numel(), count), tensor.numel() - row + spread(row, last)])
     return Sample(dtype, tuple(tensor.shape), _values(tensor, places))
 
 
@@ -149,7 +149,16 @@ def _read(module: nn.Module, param: str) -> Tensor | None:
     return None if tensor.is_meta else tensor
 
 
-def _spread(size: int, count: int) -> Tensor:
+def _read_rows(module: nn.Module, p: Projection) -> Tensor | None:
+    """The rows of ``p`` in the parameter, without a copy where that can be; None where it cannot be read."""
+    stored = module._parameters[p.param]
+    if stored is not None and stack_of(module, p.param) is not None and not _packed(stored):
+        return None if stored.is_meta else rows_of(module, p.param, p.rows)
+    weight = _read(module, p.param)
+    return None if weight is None else view(weight, p.rows)
+
+
+def spread(size: int, count: int) -> Tensor:
     """At most ``count`` places from 0 to ``size`` − 1."""
     return torch.linspace(0, size - 1, min(count, size), dtype=torch.float64).long()
 

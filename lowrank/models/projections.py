@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 
-import torch
 from torch import Tensor, nn
 
-from lowrank.linalg.rows import Rows, height, take
+from lowrank.linalg.rows import Rows, height, shifted
+from lowrank.models.experts import GATED, stacks_of
 from lowrank.models.families import (
     INDEXERS,
     ROUTERS,
@@ -21,7 +22,7 @@ from lowrank.models.families import (
 from lowrank.models.fused import Doubt, Fused, blocks_of
 from lowrank.models.kinds import kind_of
 from lowrank.models.roles import Roles, told_role
-from lowrank.models.storage import as_rows, declared_shape, is_linear, weight_shape
+from lowrank.models.storage import declared_shape, is_linear, rows_of, weight_shape
 from lowrank.models.trials import try_layer
 
 
@@ -55,7 +56,7 @@ class Projection:
 
     def weight(self, model: nn.Module) -> Tensor:
         """The matrix as ``(out, in)``: a view of the model's, a copy where it is interleaved or quantized."""
-        return take(as_rows(model.get_submodule(self.module), self.param), self.rows)
+        return rows_of(model.get_submodule(self.module), self.param, self.rows)
 
 
 # -- names ------------------------------------------------------------------------------------------
@@ -178,25 +179,18 @@ def _attention(path: str, module: nn.MultiheadAttention) -> Iterator[Found]:
 
 
 def _experts(path: str, module: nn.Module) -> Iterator[Found]:
-    """Stacks of experts: ``gate_up_proj`` (experts, 2·hidden, in) and ``down_proj`` (experts, in, hidden)."""
-    up, down = (module._parameters.get(param) for param in ("gate_up_proj", "down_proj"))
-    if up is None or down is None or up.dim() != 3 or down.dim() != 3:
+    """Stacks of experts: of each expert what its rows are for. See `experts.stacks_of`."""
+    for param, stack in stacks_of(module).items():
+        for e, (role, rows) in product(range(stack.experts), stack.bands):
+            own = shifted(rows, e * stack.out)
+            yield Projection(path, param, own, role, stack.columns, height(own), f"{e}.{role.value}"), None
+    up, down = (module._parameters.get(param) for param in GATED)
+    if up is None or down is None or up.dim() != 3 or down.dim() != 3 or stacks_of(module):
         return
-    experts, rows, columns = up.shape
-    if down.shape != (experts, columns, rows // 2) or torch.is_complex(up):
-        reason = f"{path}: its experts are not stored as (experts, out, in) with the gate's rows first"
-        flat = up.shape[0] * up.shape[1]
-        doubt = Doubt(reason, frozenset({Role.GATE, Role.UP, Role.DOWN}), adaptable=False)
-        yield Projection(path, "gate_up_proj", (0, flat), Role.OTHER, up.shape[2], flat), doubt
-        return
-    half = rows // 2
-    for e in range(experts):
-        for role, start in ((Role.GATE, e * rows), (Role.UP, e * rows + half)):
-            block = f"{e}.{role.value}"
-            yield Projection(path, "gate_up_proj", (start, start + half), role, columns, half, block), None
-    for e in range(experts):
-        rows_of_one = (e * columns, (e + 1) * columns)
-        yield Projection(path, "down_proj", rows_of_one, Role.DOWN, half, columns, f"{e}.down"), None
+    reason = f"{path}: its experts are stored neither as (experts, out, in) nor as (experts, in, out)"
+    flat = up.shape[0] * up.shape[1]
+    doubt = Doubt(reason, frozenset({Role.GATE, Role.UP, Role.DOWN}), adaptable=False)
+    yield Projection(path, "gate_up_proj", (0, flat), Role.OTHER, up.shape[2], flat), doubt
 
 
 def further(model: nn.Module) -> dict[Projection, Doubt | None]:

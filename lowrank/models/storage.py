@@ -13,6 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from lowrank.linalg.rows import Rows, shifted, take
+from lowrank.models.experts import Stack, stack_of
 from lowrank.models.kinds import kind_of
 from lowrank.models.packing import packed
 from lowrank.models.trials import try_layer
@@ -33,9 +35,26 @@ def as_rows(module: nn.Module, param: str) -> Tensor:
     kind = kind_of(module)
     if kind is not None:
         return kind.rows(tensor)
-    if stored_transposed(module):
-        return tensor.T
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() == 3 else tensor
+    if tensor.dim() == 3:
+        stack = stack_of(module, param)
+        tensor = tensor.mT if stack is not None and stack.transposed else tensor
+        return tensor.reshape(-1, tensor.shape[-1])
+    return tensor.T if stored_transposed(module) else tensor
+
+
+def rows_of(module: nn.Module, param: str, rows: Rows) -> Tensor:
+    """Some rows of `as_rows`: a view, or a copy where they are interleaved or quantized."""
+    stored, stack = module._parameters.get(param), stack_of(module, param)
+    if stored is None or stack is None or packed(stored):
+        return take(as_rows(module, param), rows)
+    expert = rows[0] // stack.out
+    own = one_expert(whole(stored).detach(), stack, expert)
+    return take(own, shifted(rows, -expert * stack.out))
+
+
+def one_expert(stored: Tensor, stack: Stack, expert: int) -> Tensor:
+    """``(out, in)`` of one expert, a view of ``stored``."""
+    return stored[expert].T if stack.transposed else stored[expert]
 
 
 def quantized(stored: Tensor) -> bool:
@@ -54,6 +73,8 @@ def weight_shape(module: nn.Module, param: str) -> tuple[int, int]:
         return rows, columns
     if param == "weight" and stored_transposed(module):
         return tensor.shape[1], tensor.shape[0]
+    if (stack := stack_of(module, param)) is not None:
+        return stack.experts * stack.out, stack.columns
     return tensor.numel() // tensor.shape[-1], tensor.shape[-1]
 
 

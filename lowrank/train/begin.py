@@ -101,6 +101,7 @@ def _newest(folder: Checkpoints | None, resume: bool, parallel: SingleProcess) -
     """The state in the newest checkpoint that is whole, if there is one; what is there goes otherwise."""
     if folder is None:
         return None
+    parallel.wait()  # all have tried whether they can write there
     if not resume:
         parallel.by_writer(folder.clear)
         return None

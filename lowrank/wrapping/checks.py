@@ -13,6 +13,8 @@ from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
 from lowrank.linalg.rows import height, lie_within
+from lowrank.models.experts import stack_of
+from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import is_linear, packed, weight_shape
 from lowrank.processes import in_parts
@@ -110,6 +112,10 @@ def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> 
             problems.append(f"{p.name}: the model has no such weight")
             continue
         rows, columns = weight_shape(module, p.param)
+        stack = stack_of(module, p.param)
+        if stack and p.rows[0] // stack.out != (p.rows[1] - 1) // stack.out:
+            problems.append(f"{p.name}: rows {p.rows} of more than one expert, which have {stack.out} each")
+            continue
         fit = lie_within(p.rows, rows) and height(p.rows) == p.out_features
         if columns != p.in_features or not fit:
             problems.append(
@@ -119,7 +125,12 @@ def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> 
 
 
 def check_layers(
-    model: nn.Module, projections: Sequence[Projection], train: Sequence[str], dropout: float
+    model: nn.Module,
+    projections: Sequence[Projection],
+    train: Sequence[str],
+    dropout: float,
+    *,
+    dora: bool = False,
 ) -> None:
     """Raises ValueError where these projections and modules cannot be adapted and trained like that."""
     replaced = {p.module for p in projections if not on_weight(model, p)}
@@ -148,12 +159,21 @@ def check_layers(
                     f"{p.name} lies inside {above}, which would be adapted too: leave one of them out with "
                     "exclude=, or take out the other adapter that it belongs to"
                 )
-    if dropout:
-        held = [p.name for p in projections if on_weight(model, p)]
-        if held:
+        kind = kind_of(module) if dora else None
+        if kind is not None:
             raise ValueError(
-                f"dropout={dropout} cannot act on {held[0]} ({len(held)} in all), which is adapted on the "
-                "weight: use dropout=0, or leave these out with exclude="
+                f"dora=True cannot act on {p.name}, of role {kind.role.value}, only on linear layers: use "
+                "dora=False, or leave it out with exclude="
+            )
+    held = [p.name for p in projections if on_weight(model, p)]
+    for used, said, off in (
+        (bool(dropout), f"dropout={dropout}", "dropout=0"),
+        (dora, "dora=True", "dora=False"),
+    ):
+        if used and held:
+            raise ValueError(
+                f"{said} cannot act on {held[0]} ({len(held)} in all), which is adapted on the "
+                f"weight: use {off}, or leave these out with exclude="
             )
     for path in train:
         module = model.get_submodule(path)

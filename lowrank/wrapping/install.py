@@ -16,11 +16,13 @@ from lowrank.adapters import Adaptation
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
+from lowrank.layers.expert_stack import Layout, trained_within
 from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import hung_by_name, hung_modules, original, without_copies
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
 from lowrank.layers.wrapped import adapted_layer
+from lowrank.models.experts import stacks_of
 from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import stored_transposed, weight_shape
@@ -125,15 +127,19 @@ class Fittings:
         for module, held in layers.items():
             self.layers[module].put(name, held, plan.dropout)
         for module, by_param in weights.items():
-            self.weights.setdefault(module, WeightAdapters(state.acting)).put(name, by_param)
+            layouts = {
+                param: Layout(stack.experts, stack.out, stack.transposed)
+                for param, stack in stacks_of(module).items()
+            }
+            self.weights.setdefault(module, WeightAdapters(state.acting)).put(name, by_param, layouts)
         for module in map(root.get_submodule, plan.train):
             if module in self.trained:
                 self.trained[module].put(name, module)
             else:
                 self.trained[module] = TrainedModule(module, name, state.acting)
-        warn_at_first_backward(
-            root, name, [each for adapter in adapters.values() for each in adapter.trained()]
-        )
+        hung = [self.layers[module].adapters[name] for module in layers]
+        hung += [self.weights[module][name] for module in weights]
+        warn_at_first_backward(root, name, [each for held in hung for each in trained_within(held)])
 
     def load_copies(self, name: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Gives the copies of ``name`` the values in ``states``, by path."""

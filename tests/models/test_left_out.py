@@ -315,11 +315,13 @@ def test_experts_of_another_layout_are_left_out_and_said() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.gate_up_proj = nn.Parameter(torch.zeros(2, 6, 8))
-            self.down_proj = nn.Parameter(torch.zeros(2, 4, 6))
+            self.down_proj = nn.Parameter(torch.zeros(2, 5, 6))
 
     model = nn.ModuleDict({"q_proj": linear(), "experts": Experts()})
     assert modules(model, "all-linear") == ["q_proj"]
-    assert "experts: left out: its experts are not stored as (experts, out, in)" in notes(model, "all-linear")
+    assert "experts: left out: its experts are stored neither as (experts, out, in)" in notes(
+        model, "all-linear"
+    )
     with pytest.raises(ValueError, match="cannot be adapted: leave it out with exclude="):
         select(model, "experts")
     with pytest.raises(ValueError, match=r"target='up' may mean .*exclude=\('gate_up_proj',\)"):

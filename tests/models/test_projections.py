@@ -338,16 +338,33 @@ def test_heads_are_known_inside_another_module(family: str) -> None:
     assert output_heads(outer).keys() == {f"net.model.{path}" for path in output_heads(inner)} != set()
 
 
-def test_experts_stored_the_other_way_round_are_undivided() -> None:
+def test_experts_stored_the_other_way_round_are_told_by_their_shapes() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.gate_up_proj = nn.Parameter(torch.zeros(2, 6, 8))
             self.down_proj = nn.Parameter(torch.zeros(2, 4, 6))
 
+    model = nn.ModuleList([Experts()])
+    with torch.no_grad():
+        model[0].gate_up_proj.copy_(torch.arange(96.0).view(2, 6, 8))
+    found = find_projections(model)
+    assert [(p.role, p.rows, p.shape) for p in found[:4]] == [
+        (GATE, (0, 4), (4, 6)), (UP, (4, 8), (4, 6)), (GATE, (8, 12), (4, 6)), (UP, (12, 16), (4, 6)),
+    ]  # fmt: skip
+    assert torch.equal(found[3].weight(model), model[0].gate_up_proj[1, :, 4:].T)
+
+
+def test_experts_whose_shapes_do_not_fit_are_undivided() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.zeros(2, 6, 8))
+            self.down_proj = nn.Parameter(torch.zeros(2, 5, 6))
+
     (doubt,) = scan(nn.ModuleList([Experts()])).values()
     assert doubt is not None and not doubt.adaptable
-    assert "not stored as (experts, out, in)" in doubt.reason
+    assert "stored neither as (experts, out, in) nor as" in doubt.reason
 
 
 def test_names_of_other_families() -> None:

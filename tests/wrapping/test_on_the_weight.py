@@ -1,7 +1,8 @@
-"""Weights that no Linear holds, adapted on the weight: attention of PyTorch, and experts."""
+"""Weights that no Linear holds: attention of PyTorch, adapted on the weight, and experts."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -45,3 +46,12 @@ def test_experts_learn() -> None:
     trained = logits(perturb(model), batch)
     assert (trained - base).abs().max() > 0.05
     torch.testing.assert_close(logits(lowrank.merge(model), batch), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_the_update_and_the_weight_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W + ΔW of attention in fp32: ``addmm`` on W, with no ΔW of its own; the values are those of the sum."""
+    model = perturb(wrapped("torch_encoder", presets.lora(rank=2)))
+    attention = model.encoder.layers[0].self_attn
+    wanted = attention._parameters["in_proj_weight"] + attention.delta_weight("in_proj_weight")
+    monkeypatch.setattr("lowrank.layers.weight.updates", None)  # which would form ΔW
+    torch.testing.assert_close(attention.in_proj_weight, wanted, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,183 @@
+"""A tensor of experts as a module that multiplies by it finds it, where adapters act on it.
+
+It knows the usual ways to use one and hands them to `experts`. Whatever else is done with it meets W + ΔW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from lowrank.layers.experts import LowRank, Part
+from lowrank.layers.functional import transformed
+
+
+def adapted_experts(weight: Tensor, parts: Sequence[Part]) -> Tensor:
+    """``weight`` for whatever multiplies by it; in compiled code and under `torch.func` W + ΔW in full."""
+    low = LowRank(weight, parts)
+    if torch.compiler.is_compiling() or transformed():
+        return low.whole()
+    return ExpertWeight.show(weight, low, low.layout.transposed, None)
+
+
+class ExpertWeight(Tensor):
+    """A tensor of experts, or what is picked of it, that knows its update.
+
+    ``_flip``: the last two dimensions are (in, out) and not (out, in). ``_pick``: one expert, or ``(n,)``
+    experts, or None for all.
+    """
+
+    _low: LowRank
+    _flip: bool
+    _pick: int | Tensor | None
+
+    @staticmethod
+    def show(plain: Tensor, low: LowRank, flip: bool, pick: int | Tensor | None) -> ExpertWeight:
+        with torch._C.DisableTorchFunctionSubclass():
+            shown = plain.as_subclass(ExpertWeight)
+        shown._low, shown._flip, shown._pick = low, flip, pick
+        return shown
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            name = _NAMES.get(func) or str(func)
+            if name in _PRODUCTS:
+                made = _PRODUCTS[name](func, *args, **kwargs)
+                if made is not NotImplemented:
+                    return made
+            elif func in _METADATA or getattr(func, "__name__", "") == "__get__":
+                return func(*args, **kwargs)
+            args, kwargs = tree_map_only(ExpertWeight, ExpertWeight.values, (args, kwargs))
+            return func(*args, **kwargs)
+
+    def values(self) -> Tensor:
+        """W + ΔW of what is picked, an ordinary tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            whole = self._low.whole()
+            picked = whole if self._pick is None else whole[self._pick]
+            return picked.mT if self._flip != self._low.layout.transposed else picked
+
+    def plain(self) -> Tensor:
+        """The base's numbers."""
+        return self.as_subclass(Tensor)
+
+    def flipped(self) -> ExpertWeight:
+        return ExpertWeight.show(self.plain().mT, self._low, not self._flip, self._pick)
+
+
+# -- the ways to use it; called where torch functions see plain tensors ------------------------------------
+
+
+def _get(func: Any, w: Any, key: Any) -> Any:
+    if not isinstance(w, ExpertWeight) or w._pick is not None:
+        return NotImplemented
+    if isinstance(key, int) and not isinstance(key, bool):
+        expert = key
+    elif isinstance(key, Tensor) and key.dtype in (torch.int64, torch.int32) and key.dim() < 2:
+        if key.dim() == 1:
+            return ExpertWeight.show(w.plain()[key], w._low, w._flip, key)
+        expert = int(key)
+    else:
+        return NotImplemented
+    return ExpertWeight.show(w.plain()[expert], w._low, w._flip, expert % w._low.layout.experts)
+
+
+def _flip(func: Any, w: ExpertWeight, *dims: int, dim0: int = -2, dim1: int = -1) -> Any:
+    first, second = dims or (dim0, dim1)
+    if {first % w.dim(), second % w.dim()} != {w.dim() - 2, w.dim() - 1}:
+        return NotImplemented
+    return w.flipped()
+
+
+def _mT(func: Any, w: ExpertWeight) -> Any:
+    return w.flipped()
+
+
+def _T(func: Any, w: ExpertWeight) -> Any:
+    return w.flipped() if w.dim() == 2 else NotImplemented
+
+
+def _linear(func: Any, x: Any, w: Any, bias: Any = None) -> Any:
+    if (
+        isinstance(x, ExpertWeight)
+        or not isinstance(w, ExpertWeight)
+        or w._flip
+        or not isinstance(w._pick, int)
+    ):
+        return NotImplemented
+    return w._low.one(x, w.plain(), bias, w._pick)
+
+
+def _matmul(func: Any, a: Any, b: Any) -> Any:
+    if (
+        isinstance(b, ExpertWeight)
+        and not isinstance(a, ExpertWeight)
+        and b._flip
+        and isinstance(b._pick, int)
+    ):
+        return b._low.one(a, b.plain().T, None, b._pick)
+    return _bmm(func, a, b) if a.dim() == b.dim() == 3 else NotImplemented
+
+
+def _bmm(func: Any, a: Any, b: Any) -> Any:
+    if isinstance(b, ExpertWeight) and not isinstance(a, ExpertWeight) and b._flip:
+        return b._low.batch(func(a, b.plain()), a, _index(b))
+    if isinstance(a, ExpertWeight) and not isinstance(b, ExpertWeight) and not a._flip:
+        return a._low.batch(func(a.plain(), b).mT, b.mT, _index(a)).mT
+    return NotImplemented
+
+
+def _index(w: ExpertWeight) -> Tensor | None:
+    assert not isinstance(w._pick, int)
+    return w._pick
+
+
+def _grouped(func: Any, x: Any, w: Any, offs: Any = None, **options: Any) -> Any:
+    usable = isinstance(w, ExpertWeight) and not isinstance(x, ExpertWeight) and w._flip and w._pick is None
+    if not usable or offs is None or x.dim() != 2 or any(each is not None for each in options.values()):
+        return NotImplemented
+    native = "fallback" not in str(func)
+    return w._low.group(func(x, w.plain(), offs=offs), x, offs, native)
+
+
+_PRODUCTS: dict[str, Callable[..., Any]] = {
+    "getitem": _get,
+    "flip": _flip,
+    "mT": _mT,
+    "T": _T,
+    "linear": _linear,
+    "matmul": _matmul,
+    "bmm": _bmm,
+    "grouped": _grouped,
+    "transformers.grouped_mm_fallback": _grouped,
+    "transformers.grouped_mm_fallback.default": _grouped,
+}
+_NAMES: dict[Any, str] = {
+    Tensor.__getitem__: "getitem",
+    **dict.fromkeys((Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes), "flip"),
+    Tensor.mT.__get__: "mT",  # type: ignore[attr-defined]
+    **dict.fromkeys((Tensor.T.__get__, Tensor.t, torch.t), "T"),  # type: ignore[attr-defined]
+    F.linear: "linear",
+    **dict.fromkeys(
+        (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm), "matmul"
+    ),
+    **dict.fromkeys((torch.bmm, Tensor.bmm), "bmm"),
+    **{
+        getattr(owner, name): "grouped"
+        for owner, name in ((F, "grouped_mm"), (torch, "_grouped_mm"))
+        if hasattr(owner, name)
+    },
+}
+del _NAMES[Tensor.__rmatmul__]  # its arguments come the other way round
+_METADATA = frozenset(
+    getattr(Tensor, name)
+    for name in "dim size stride numel nelement element_size is_floating_point is_complex is_contiguous "
+    "data_ptr storage_offset get_device __len__ is_inference _is_view".split()
+)

@@ -1,0 +1,77 @@
+"""How a module stores a stack of experts: which of its tensors hold one, which way round, and for what.
+
+It looks at shapes and attributes, and changes nothing. transformers' classes say ``is_transposed`` and
+``is_concatenated``; where a class says nothing, the shapes of its two tensors tell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.linalg.rows import Rows, repeating
+from lowrank.models.families import Role
+
+GATED, UNGATED = ("gate_up_proj", "down_proj"), ("up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One tensor of experts: ``(experts, out, in)``, or ``(experts, in, out)`` where it is ``transposed``.
+
+    Args:
+        bands: what the output rows of each expert are for, counted within one expert.
+    """
+
+    experts: int
+    out: int
+    columns: int
+    transposed: bool
+    bands: tuple[tuple[Role, Rows], ...]
+
+
+def stacks_of(module: nn.Module) -> dict[str, Stack]:
+    """The tensors of experts in ``module`` itself, by parameter; none where nothing tells the layout."""
+    for names in (GATED, UNGATED):
+        up, down = (module._parameters.get(name) for name in names)
+        if up is not None and down is not None and up.dim() == down.dim() == 3:
+            return _pair(module, names, up, down)
+    return {}
+
+
+def stack_of(module: nn.Module, param: str) -> Stack | None:
+    stored = module._parameters.get(param)
+    return stacks_of(module).get(param) if stored is not None and stored.dim() == 3 else None
+
+
+def _pair(module: nn.Module, names: tuple[str, str], up: Tensor, down: Tensor) -> dict[str, Stack]:
+    gated, said = names == GATED, getattr(module, "is_transposed", None)
+    ways = [said] if isinstance(said, bool) else [False, True] if gated else []
+    for transposed in ways:
+        experts, rows, columns = _sizes(up, transposed)
+        hidden = rows // 2 if gated else rows
+        if _sizes(down, transposed) == (experts, columns, hidden) and not torch.is_complex(up):
+            if gated and rows % 2:
+                break
+            bands = _gate_up(hidden, interleaved=getattr(module, "is_concatenated", True) is False)
+            return {
+                names[0]: Stack(
+                    experts, rows, columns, transposed, bands if gated else ((Role.UP, (0, rows)),)
+                ),
+                names[1]: Stack(experts, columns, hidden, transposed, ((Role.DOWN, (0, columns)),)),
+            }
+    return {}
+
+
+def _gate_up(hidden: int, *, interleaved: bool) -> tuple[tuple[Role, Rows], ...]:
+    """Gate, then up, or row by row in turn."""
+    if interleaved:
+        return (Role.GATE, repeating(0, 1, 2, hidden)), (Role.UP, repeating(1, 1, 2, hidden))
+    return (Role.GATE, (0, hidden)), (Role.UP, (hidden, 2 * hidden))
+
+
+def _sizes(tensor: Tensor, transposed: bool) -> tuple[int, int, int]:
+    experts, out, columns = tensor.shape
+    return (experts, columns, out) if transposed else (experts, out, columns)
