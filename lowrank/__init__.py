@@ -10,7 +10,7 @@ from lowrank.choosing import adapters_for_rows, disable_adapters, set_adapters, 
 from lowrank.combining import combine_adapters
 from lowrank.init import Factors
 from lowrank.layers import LoRALinear, lora_linear
-from lowrank.learning_rates import lora_plus
+from lowrank.learning_rates import lora_plus, plan_learning_rate
 from lowrank.memory import memory_report
 from lowrank.merging import merge, remove_adapter, unwrap
 from lowrank.models.projections import Projection, Role, find_projections
@@ -60,6 +60,7 @@ __all__ = [
     "measure",
     "memory_report",
     "merge",
+    "plan_learning_rate",
     "plan_model",
     "plan_of",
     "presets",

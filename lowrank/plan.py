@@ -6,15 +6,14 @@ It is data. It can be printed, saved, compared, and carried to another tool; it 
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 from lowrank.allocate.base import Allocation
 from lowrank.files import write
+from lowrank.formats.peft_patterns import peft_patterns
 from lowrank.formats.plans import plan_arguments, plan_to_json
 from lowrank.models.projections import Projection
 from lowrank.plots import heat_map
@@ -39,6 +38,7 @@ class Plan(Mapping[Projection, Allocation]):
         dora: the magnitude of each output row is trained too (2402.09353).
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
+        learning_rate: a peak rate to train with; None where it was not measured, by `plan_learning_rate`.
 
     Raises:
         ValueError: a rank below 0 or above ``min(in, out)``, no rank anywhere, or a scaling or dropout out of
@@ -60,6 +60,7 @@ class Plan(Mapping[Projection, Allocation]):
         left_out: Mapping[str, str] | None = None,
         reference_rank: int | None = None,
         dora: bool = False,
+        learning_rate: float | None = None,
     ) -> None:
         for projection, allocation in allocations.items():
             most = min(projection.shape)
@@ -71,6 +72,8 @@ class Plan(Mapping[Projection, Allocation]):
             raise ValueError(f"dropout must be at least 0 and below 1: {dropout}")
         if reference_rank is not None and reference_rank < 1:
             raise ValueError(f"reference_rank must be at least 1: {reference_rank}")
+        if learning_rate is not None and not 0 < learning_rate < inf:
+            raise ValueError(f"learning_rate must be positive: {learning_rate}")
         if not any(allocation.rank for allocation in allocations.values()):
             raise ValueError("the plan gives no projection any rank")
         self._allocations = dict(allocations)
@@ -85,6 +88,7 @@ class Plan(Mapping[Projection, Allocation]):
         self.left_out = dict(left_out or {})
         self.reference_rank = reference_rank
         self.dora = dora
+        self.learning_rate = learning_rate
 
     def __getitem__(self, projection: Projection) -> Allocation:
         return self._allocations[projection]
@@ -160,6 +164,8 @@ class Plan(Mapping[Projection, Allocation]):
             rows.append("DoRA: a magnitude for each output row is among the parameters")
         if self.train:
             rows.append(f"trained in full: {', '.join(self.train)}")
+        if self.learning_rate is not None:
+            rows.append(f"learning rate {self.learning_rate:.2e}, measured")
         rows += [f"note: {note}" for note in self.notes]
         return "\n".join(row.rstrip() for row in rows)
 
@@ -235,22 +241,3 @@ class Plan(Mapping[Projection, Allocation]):
 
 def _layer(module: str) -> str:
     return next((part for part in module.split(".") if part.isdigit()), "–")
-
-
-def peft_patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """``r``, ``lora_alpha`` and the two patterns, for ranks and alphas by full module path.
-
-    Both dictionaries hold the same keys, one per module that differs from the commonest pair. A path
-    that another one ends with is anchored, since PEFT matches suffixes.
-    """
-    pairs = {path: (ranks[path], alphas[path]) for path in ranks}
-    (rank, alpha), _ = Counter(pairs.values()).most_common(1)[0]
-    suffixes = {path.split(".", i)[-1] for path in ranks for i in range(1, path.count(".") + 1)}
-    rest = {path: pair for path, pair in pairs.items() if pair != (rank, alpha)}
-    keys = {path: ("^" if path in suffixes else "") + re.escape(path) for path in rest}
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {keys[path]: pair[0] for path, pair in rest.items()},
-        "alpha_pattern": {keys[path]: pair[1] for path, pair in rest.items()},
-    }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters import adapters_of, one_name, plan_of, wrapped_root
 from lowrank.files import write, write_pieces
+from lowrank.formats.peft_patterns import peft_patterns
 from lowrank.formats.tensors import packed
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.layer import AdaptedLayer
@@ -40,7 +41,6 @@ from lowrank.peft_format.folder import (
 )
 from lowrank.peft_format.pairs import Pair, plain, recompressed, stacked, uniform
 from lowrank.peft_format.proof import adapted_paths, check_written
-from lowrank.plan import peft_patterns
 from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.magnitudes import magnitudes_by_module
 from lowrank.wrapping.unused import layers_only_read
