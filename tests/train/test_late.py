@@ -84,7 +84,7 @@ def test_a_step_is_read_while_the_next_is_under_way(monkeypatch: pytest.MonkeyPa
     model, loader = problem()
     reads = Reads(monkeypatch)
     quiet(model, loader, reads.loss, check="late")
-    assert reads.seen == [(2, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 8)]
+    assert reads.seen == [(1, 1), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 8)]
 
 
 def test_on_the_cpu_each_step_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
