@@ -13,9 +13,11 @@ from typing import Any
 
 from lowrank.allocate.base import Allocation
 from lowrank.files import write
-from lowrank.formats.peft_patterns import peft_patterns
+from lowrank.formats.patterns import peft_patterns
 from lowrank.formats.plans import plan_arguments, plan_to_json
+from lowrank.formats.table import table
 from lowrank.models.projections import Projection
+from lowrank.models.tokens import TokenRows
 from lowrank.plots import heat_map
 
 
@@ -39,6 +41,7 @@ class Plan(Mapping[Projection, Allocation]):
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
         learning_rate: a peak rate to train with; None where it was not measured, by `plan_learning_rate`.
+        rows: of embeddings, that alone train.
 
     Raises:
         ValueError: a rank below 0 or above ``min(in, out)``, no rank anywhere, or a scaling or dropout out of
@@ -61,6 +64,7 @@ class Plan(Mapping[Projection, Allocation]):
         reference_rank: int | None = None,
         dora: bool = False,
         learning_rate: float | None = None,
+        rows: Sequence[TokenRows] = (),
     ) -> None:
         for projection, allocation in allocations.items():
             most = min(projection.shape)
@@ -89,6 +93,7 @@ class Plan(Mapping[Projection, Allocation]):
         self.reference_rank = reference_rank
         self.dora = dora
         self.learning_rate = learning_rate
+        self.rows = tuple(rows)
 
     def __getitem__(self, projection: Projection) -> Allocation:
         return self._allocations[projection]
@@ -113,6 +118,7 @@ class Plan(Mapping[Projection, Allocation]):
             self.train,
             self.seed,
             self.dora,
+            self.rows,
         )
         return self._allocations, self.costs, settings
 
@@ -124,7 +130,11 @@ class Plan(Mapping[Projection, Allocation]):
     @property
     def trainable_parameters(self) -> int:
         """Trainable adapter parameters: frozen factors and modules trained in full do not count."""
-        return sum(self._parameters(p) for p in self)
+        return self._spent + sum(rows.parameters for rows in self.rows)
+
+    @property
+    def _spent(self) -> int:
+        return sum(map(self._parameters, self))
 
     def _parameters(self, projection: Projection) -> int:
         rank = self[projection].rank
@@ -136,7 +146,7 @@ class Plan(Mapping[Projection, Allocation]):
 
     def __str__(self) -> str:
         """A table: projection, role, shape, rank, scaling, parameters, share of the budget, energy."""
-        whole = self.budget or self.trainable_parameters
+        whole = self.budget or self._spent
         header = ["projection", "role", "out × in", "rank", "scaling", "parameters", "share"]
         if self.energies:
             header.append("energy")
@@ -151,17 +161,10 @@ class Plan(Mapping[Projection, Allocation]):
             if self.energies:
                 line.append(f"{self.energies[p]:.4f}" if p in self.energies else "–")
             lines.append(line)
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        rows = []
-        for line in lines:
-            cells = [
-                c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            ]
-            rows.append("  ".join(cells))
-        rows.insert(1, "  ".join("-" * w for w in widths))
-        rows.append(self._total())
+        rows = [*table(lines, left=2), self._total()]
         if self.dora:
             rows.append("DoRA: a magnitude for each output row is among the parameters")
+        rows += [f"rows trained: {each}, {each.parameters:,} parameters" for each in self.rows]
         if self.train:
             rows.append(f"trained in full: {', '.join(self.train)}")
         if self.learning_rate is not None:
@@ -170,9 +173,9 @@ class Plan(Mapping[Projection, Allocation]):
         return "\n".join(row.rstrip() for row in rows)
 
     def _total(self) -> str:
-        total = f"{self.trainable_parameters:,} trainable adapter parameters"
+        total = f"{self._spent:,} trainable adapter parameters"
         if self.budget is not None:
-            left = self.budget - self.trainable_parameters
+            left = self.budget - self._spent
             total += f" of a budget of {self.budget:,}" + (f" ({left:,} left)" if left else "")
         return total + ("" if self.reference_rank is None else f", reference rank {self.reference_rank}")
 
@@ -235,8 +238,10 @@ class Plan(Mapping[Projection, Allocation]):
             rank, scaling = self[p].rank, self[p].scaling
             ranks[p.module] = ranks.get(p.module, 0) + rank
             alphas[p.module] = alphas.get(p.module, 0.0) + rank * scaling
-        dora = {"use_dora": True} if self.dora else {}
-        return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas), **dora}
+        more: dict[str, Any] = {"use_dora": True} if self.dora else {}
+        if self.rows:
+            more["trainable_token_indices"] = {rows.module: list(rows.ids) for rows in self.rows}
+        return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas), **more}
 
 
 def _layer(module: str) -> str:

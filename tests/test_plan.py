@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lowrank
 from lowrank import Allocation, Plan, presets
-from lowrank.formats.peft_patterns import peft_patterns
+from lowrank.formats.patterns import peft_patterns
 from lowrank.models.projections import Projection, Role
 from tests import zoo
 

@@ -1,4 +1,4 @@
-"""Ranks and alphas that differ by module, as PEFT's configuration spells them."""
+"""Ranks and alphas by module as the patterns of PEFT's ``LoraConfig``."""
 
 from __future__ import annotations
 
