@@ -54,6 +54,8 @@ FEED_FORWARD_ROLES = {
     "value": Role.DOWN,
     "receptance": Role.GATE,
     "net": Role.DOWN,  # diffusers: net.2, behind net.0.proj
+    "w_0": Role.GATE,  # CPM-Ant, as wi_0 in T5
+    "w_1": Role.UP,
 }
 WRAPPERS = frozenset("linear linear_projection".split())  # q_proj.linear
 
