@@ -70,8 +70,8 @@ FEED_FORWARD_WORDS = {
     **dict.fromkeys("up in 1".split(), Role.UP),
     **dict.fromkeys("down out output 2".split(), Role.DOWN),
 }
-DENSE_WORDS = {  # BERT: intermediate.dense, output.dense
-    **dict.fromkeys("intermediate inter".split(), Role.UP),
+DENSE_WORDS = {  # BERT: intermediate.dense, output.dense; Reformer: dense.dense
+    **dict.fromkeys("intermediate inter dense".split(), Role.UP),
     "output": Role.DOWN,
 }
 DIRECTIONS = {"up": Role.UP, "down": Role.DOWN}
