@@ -16,13 +16,14 @@ from lowrank.peft_format.patterns import Patterns, shortened
 
 # What an adapter does not depend on once it is trained: where it came from, and how it was started.
 HARMLESS = frozenset(
-    "auto_mapping base_model_name_or_path revision task_type inference_mode peft_version peft_type "
+    "auto_mapping base_model_name_or_path revision task_type inference_mode peft_type "
     "megatron_core eva_config corda_config lora_ga_config loftq_config qalora_group_size "
     "runtime_config".split()
 )
 READ = frozenset(
     "r lora_alpha rank_pattern alpha_pattern target_modules exclude_modules use_rslora lora_dropout "
-    "fan_in_fan_out modules_to_save init_lora_weights layers_to_transform layers_pattern bias".split()
+    "fan_in_fan_out modules_to_save init_lora_weights layers_to_transform layers_pattern bias "
+    "target_parameters peft_version".split()
 )
 STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})  # these leave the base's weights alone
 
@@ -40,6 +41,8 @@ class PeftConfig:
         dropout: on the adapters' inputs, in training.
         trained: ends of the paths of modules trained in full.
         by_layer: ``layers_to_transform`` narrows the targets.
+        parameters: ``target_parameters``, tensors of experts by their names or the dotted ends of these.
+        version: of the PEFT that wrote it, where it says so.
     """
 
     r: int = 8
@@ -52,6 +55,8 @@ class PeftConfig:
     dropout: float = 0.0
     trained: frozenset[str] = frozenset()
     by_layer: bool = False
+    parameters: frozenset[str] = frozenset()
+    version: str | None = None
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> PeftConfig:
@@ -80,6 +85,8 @@ class PeftConfig:
             dropout=_dropout(data.get("lora_dropout", 0.0)),
             trained=_listed(_names(data, "modules_to_save", None) or frozenset(), "modules_to_save"),
             by_layer=layers is not None and layers != [],
+            parameters=_listed(_names(data, "target_parameters", None) or frozenset(), "target_parameters"),
+            version=_text(data, "peft_version"),
         )
 
     def rank(self, path: str) -> int:
@@ -110,6 +117,11 @@ class PeftConfig:
             return False
         within = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
         return self.trained.isdisjoint(within)
+
+    def adapts_parameter(self, name: str) -> bool:
+        """Would PEFT adapt the parameter ``name`` of a module? Nothing excludes it there."""
+        parts = name.split(".")
+        return any(".".join(parts[i:]) in self.parameters for i in range(len(parts)))
 
     def trains(self, path: str) -> bool:
         """Would PEFT train the module at ``path`` in full? It compares the ends of strings, not of paths."""
@@ -177,6 +189,13 @@ def _dropout(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise AdapterError(f"lora_dropout is {shortened(value)}, not a number from 0 to below 1")
     return float(value)
+
+
+def _text(data: Mapping[str, Any], name: str) -> str | None:
+    value = data.get(name)
+    if value is not None and not isinstance(value, str):
+        raise AdapterError(f"{name} is {shortened(value)}, not a text")
+    return value
 
 
 def _flag(data: Mapping[str, Any], name: str) -> bool:

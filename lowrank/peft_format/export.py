@@ -6,8 +6,7 @@ What PEFT cannot hold is refused by name. It writes one folder; it changes no mo
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from lowrank.layers.adapter import Adapter
 from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.tree import hung_at, state_as, without_copies
 from lowrank.linalg.rows import Rows
-from lowrank.models.kinds import kind_of
+from lowrank.models.experts import Stack, stack_of
 from lowrank.models.projections import Projection, on_weight
-from lowrank.models.storage import stored_transposed
 from lowrank.peft_format.config import PeftConfig
+from lowrank.peft_format.experts import Experts, experts_in, of_all, place_of
+from lowrank.peft_format.experts import problem as expert_problem
 from lowrank.peft_format.factors import factor_problem
 from lowrank.peft_format.factors import written as written_factors
 from lowrank.peft_format.folder import (
@@ -37,20 +37,10 @@ from lowrank.peft_format.folder import (
     staged,
 )
 from lowrank.peft_format.pairs import Pair, plain, recompressed, stacked, uniform
-from lowrank.peft_format.proof import adapted_paths, check_written
-from lowrank.plan import peft_patterns
+from lowrank.peft_format.proof import check_written
+from lowrank.peft_format.written_config import layer_at, written_config
 from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.unused import layers_only_read
-
-# By the end of a model's class name: PEFT's task, and the heads that PEFT then trains in full unasked.
-TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "ForCausalLM": ("CAUSAL_LM", ()),
-    "LMHeadModel": ("CAUSAL_LM", ()),
-    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
-    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
-    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
-    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,8 @@ class PeftExport:
 
     Args:
         path: the folder.
-        ranks: by module path; the sum over row blocks, twice the adapter's rank where it is anchored.
+        ranks: by module path, or name of a tensor of experts; the sum over row blocks, twice the adapter's
+            rank where it is anchored.
         errors: by projection name: ``|ΔW written − ΔW| / |ΔW|`` in the Frobenius norm. Below 1e-5, unless
             the adapter was recompressed or written in half precision.
     """
@@ -92,8 +83,10 @@ def export_peft(
 
     Row blocks of a fused weight become one block-structured pair. An anchored adapter of rank r becomes
     plain LoRA of rank 2r, ``[b, B₀]·[A₀ + a; a]``: the same product as ``[B, −B₀]·[A; A₀]``, but nothing in
-    it cancels. Modules trained in full become PEFT's ``modules_to_save``. The written files are read again;
-    if they do not give every ΔW to 1e-5, the export fails and nothing is left behind.
+    it cancels. A tensor of experts becomes a target parameter (PEFT 0.19 or later), of one rank for all
+    experts: the largest, to which the others are padded with zeros. Modules trained in full become PEFT's
+    ``modules_to_save``. The written files are read again; if they do not give every ΔW to 1e-5, the export
+    fails and nothing is left behind.
 
     Args:
         path: the folder. The two files of an earlier export are replaced; whatever else is there stays.
@@ -130,8 +123,14 @@ def export_peft(
             written[p] = plain(adapter, adapter.A.dtype)
     blocks: dict[str, list[tuple[Rows, Pair]]] = {}
     for p, pair in written.items():
-        blocks.setdefault(p.module, []).append((p.rows, pair))
-    pairs = {module: stacked(each, _layer(root, module).out_features) for module, each in blocks.items()}
+        blocks.setdefault(place_of(p), []).append((p.rows, pair))
+    experts = _experts(root, adapters)
+    pairs = {
+        place: of_all(each, experts[place].stack)
+        if place in experts
+        else stacked(each, layer_at(root, place).out_features)
+        for place, each in blocks.items()
+    }
     if serving:
         pairs = uniform(pairs)
     if dtype is not None:
@@ -140,28 +139,47 @@ def export_peft(
         }
 
     tensors = {f"{PREFIX}{module}.{key}": t for module, state in trained.items() for key, t in state.items()}
-    for module, pair in pairs.items():
-        factors = written_factors(_layer(root, module).base, pair)
-        tensors |= {f"{PREFIX}{module}.{key}": tensor for key, tensor in factors.items()}
+    for place, pair in pairs.items():
+        if place in experts:
+            key, factors = experts[place].key, experts[place].written(pair)
+        else:
+            key, factors = place, written_factors(layer_at(root, place).base, pair)
+        tensors |= {f"{PREFIX}{key}.{end}": tensor for end, tensor in factors.items()}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"refusing to export: {key.removeprefix(PREFIX)} contains NaN or Inf")
 
     with staged(Path(path)) as folder:
         write(folder / TENSORS, packed(tensors))
-        write(folder / CONFIG, json.dumps(_config(root, name, pairs, list(trained)), indent=2).encode())
+        config = written_config(root, name, pairs, list(experts), list(trained))
+        write(folder / CONFIG, json.dumps(config, indent=2).encode())
         lossy = dtype is not None or recompress
         errors = check_written(folder, root, exact, pairs if lossy else None, trained)
     return PeftExport(Path(path), {module: pair.rank for module, pair in pairs.items()}, errors)
 
 
+def _experts(root: nn.Module, adapters: Iterable[Projection]) -> dict[str, Experts]:
+    """The tensors of experts that are adapted, by their names."""
+    named = frozenset(place_of(p) for p in adapters if _stack(root, p))
+    return experts_in(root, PeftConfig(parameters=named)) if named else {}
+
+
+def _stack(root: nn.Module, p: Projection) -> Stack | None:
+    return stack_of(without_copies(hung_at(root, p.module)), p.param)
+
+
 def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], name: str) -> None:
-    problems, counts = [], places(root)
+    problems, counts, experts = [], places(root), _experts(root, adapters)
     only_read = layers_only_read(root, name)
     for p in adapters:
         hung = hung_at(root, p.module)
         module: Any = without_copies(hung)
-        if on_weight(root, p) or p.module in only_read:
+        if place_of(p) in experts:
+            if problem := expert_problem(experts[place_of(p)]):
+                problems.append(f"{p.name}: {problem}")
+            elif counts[hung] > 1:
+                problems.append(f"{p.name}: it is used in several places, of which PEFT would adapt one")
+        elif on_weight(root, p) or p.module in only_read:
             problems.append(
                 f"{p.name}: its weight is read without a call, where PEFT's layers have no effect"
             )
@@ -174,13 +192,7 @@ def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], n
         raise ValueError(f"PEFT has no place for these adapters; {advice}:\n  " + "\n  ".join(problems))
 
 
-def _layer(root: nn.Module, module: str) -> AdaptedLayer:
-    layer = without_copies(hung_at(root, module))
-    assert isinstance(layer, AdaptedLayer)
-    return layer
-
-
-# -- modules trained in full, and the configuration ---------------------------------------------------
+# -- modules trained in full ---------------------------------------------------------------------------
 
 
 def _trained_states(root: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
@@ -206,36 +218,3 @@ def _trained_states(root: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
     if problems:
         raise ValueError("PEFT cannot keep these modules trained in full apart:\n  " + "\n  ".join(problems))
     return states
-
-
-def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequence[str]) -> dict[str, Any]:
-    ranks = {module: pair.rank for module, pair in pairs.items()}
-    alphas = {module: pair.rank * pair.scaling for module, pair in pairs.items()}
-    linear = [base for module in pairs if kind_of(base := _layer(root, module).base) is None]
-    config = {
-        "peft_type": "LORA",
-        "task_type": _task(root, trained),
-        "base_model_name_or_path": getattr(root, "name_or_path", None) or None,
-        "inference_mode": True,
-        **peft_patterns(ranks, alphas),
-        "target_modules": sorted(pairs),
-        "modules_to_save": list(trained) or None,
-        "fan_in_fan_out": bool(linear) and all(map(stored_transposed, linear)),
-        "lora_dropout": plan_of(root, name).dropout,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-    }
-    if adapted_paths(root, PeftConfig.read(config)) != set(pairs):
-        # A path that another one ends with: only an expression names exactly these.
-        config["target_modules"] = "|".join(map(re.escape, sorted(pairs)))
-    return config
-
-
-def _task(root: nn.Module, trained: Sequence[str]) -> str | None:
-    for ending, (task, heads) in TASKS.items():
-        if type(root).__name__.endswith(ending):
-            unasked = {path for path in base_paths(root) if heads and path.endswith(heads)}
-            return task if unasked <= set(trained) else None
-    return None

@@ -27,6 +27,7 @@ from lowrank.files import (
 )
 from lowrank.layers.tree import base_modules
 from lowrank.peft_format.config import PeftConfig
+from lowrank.peft_format.experts import Experts, experts_in, names_of_factors, written_by_old
 from lowrank.peft_format.factors import BASE, FACTOR, read_factors
 from lowrank.peft_format.pairs import Pair
 
@@ -39,7 +40,7 @@ FEATURES = {
     "lora_magnitude_vector": "DoRA (use_dora)",
     "lora_A.bias": "lora_bias",
     "lora_B.bias": "lora_bias",
-    "base_layer": "a saved base weight, or a tensor that no Linear holds (target_parameters, attention)",
+    "base_layer": "a saved base weight, or a tensor that no Linear holds and target_parameters does not name",
 }
 
 
@@ -48,9 +49,11 @@ class Contents:
     """A folder as its configuration and its tensors' header describe it; no tensor has been read.
 
     Args:
-        layers: module path → "A" and "B" → what the header says of the factor.
+        layers: module path, or name of experts → "A" and "B" → what the header says of the factor.
         others: the remaining tensors, by their names in the base model.
         keys: of every tensor, by such names, as the file has them.
+        experts: what ``target_parameters`` names, by its name.
+        old: the factors of experts are those of PEFT before 0.19.
     """
 
     folder: Path
@@ -58,10 +61,12 @@ class Contents:
     layers: Mapping[str, Mapping[str, Entry]]
     others: Mapping[str, Entry]
     keys: Mapping[str, str]
+    experts: Mapping[str, Experts]
+    old: bool
 
     @classmethod
-    def read(cls, folder: Path, rename: Callable[[str], str] = str) -> Contents:
-        """``rename`` gives a tensor's name in the base model for the one in the file.
+    def read(cls, folder: Path, model: nn.Module, rename: Callable[[str], str] = str) -> Contents:
+        """``rename`` gives a tensor's name in the base ``model`` for the one in the file.
 
         Raises AdapterError where the folder holds no plain LoRA adapter in safetensors.
         """
@@ -75,16 +80,19 @@ class Contents:
                 f"{folder / PICKLED} is a pickle, which could run anything: "
                 "load it with PEFT and save it again, as safetensors"
             )
+        experts = experts_in(model, config)
+        placed = names_of_factors(experts)
         layers: dict[str, dict[str, Entry]] = {}
         others: dict[str, Entry] = {}
         keys: dict[str, str] = {}
         for key, entry in read_header(folder / TENSORS).items():
+            name = rename(key.removeprefix(PREFIX))
+            name = placed.get(name, name)
             for part, feature in FEATURES.items():
-                if part in key and not key.endswith(BASE):
+                if part in name and not key.endswith(BASE):
                     raise AdapterError(f"{folder}, {key}: {feature} is not supported")
             if not key.startswith(PREFIX):
                 raise AdapterError(f"{folder}, {key!r}: PEFT's names start with {PREFIX}")
-            name = rename(key.removeprefix(PREFIX))
             if name in keys:
                 raise AdapterError(f"{folder}: {keys[name]} and {key} are the same weight of this model")
             keys[name] = key
@@ -95,11 +103,11 @@ class Contents:
                 others[name] = entry
         stray = [name for name in others if name.endswith(BASE) and name.removesuffix(BASE) not in layers]
         if stray:
-            feature = FEATURES["base_layer"]
-            raise AdapterError(f"{folder}, {keys[stray[0]]}: {feature} is not supported")
+            raise AdapterError(f"{folder}, {keys[stray[0]]}: {FEATURES['base_layer']} is not supported")
         if not layers:
             raise AdapterError(f"{folder} holds no LoRA factors")
-        return cls(folder, config, layers, others, keys)
+        old = written_by_old(config, experts, layers)
+        return cls(folder, config, layers, others, keys, experts, old)
 
     def tensors(self) -> Tensors:
         """Reads everything; raises AdapterError where a number is not finite."""
@@ -107,7 +115,7 @@ class Contents:
         for name, tensor in read.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise AdapterError(f"{self.folder}, {name}: holds NaN or Inf")
-        return Tensors({name: read[key] for name, key in self.keys.items()}, self.config)
+        return Tensors({n: read[key] for n, key in self.keys.items()}, self.config, self.experts, self.old)
 
 
 @dataclass(frozen=True)
@@ -116,10 +124,13 @@ class Tensors:
 
     read: Mapping[str, Tensor]
     config: PeftConfig
+    experts: Mapping[str, Experts]
+    old: bool
 
     def pair(self, path: str) -> Pair:
         A, B = read_factors(self.read, path)
-        return Pair(A, B, self.config.scaling(path))
+        pair = Pair(A, B, self.config.scaling(path))
+        return self.experts[path].read(pair, self.old) if path in self.experts else pair
 
     def state(self, path: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state of the module at ``path``, with the names of ``like``."""

@@ -20,6 +20,8 @@ from lowrank.layers.bases import master_dtype
 from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, Role, further, scan
 from lowrank.models.storage import weight_shape
+from lowrank.peft_format.experts import blocks_of_experts
+from lowrank.peft_format.experts import problem as expert_problem
 from lowrank.peft_format.factors import BASE, factor_key, factor_problem, factor_shapes
 from lowrank.peft_format.folder import Contents, Tensors, ancestors, base_paths, places
 from lowrank.peft_format.names import present_name
@@ -39,10 +41,11 @@ def import_peft(
     ``model`` may hold adapters already: the new one hangs beside them, and acts once `set_adapters` names it.
 
     Both factors are trainable afterwards, in fp32. A fused weight gets one adapter over all its rows, as in
-    PEFT. A rank above min(in, out) is brought down to that, which changes ΔW by rounding only. Names that
-    transformers has changed since the adapter was saved are translated. An embedding or output head in the
-    folder without being named in its configuration (``save_embedding_layers``) counts as trained in full
-    where it differs from the model's. The modules that are replaced in full are named in the log "lowrank".
+    PEFT, and so does each expert of a tensor of experts. A rank above min(in, out) is brought down to that,
+    which changes ΔW by rounding only. Names that transformers has changed since the adapter was saved are
+    translated. An embedding or output head in the folder without being named in its configuration
+    (``save_embedding_layers``) counts as trained in full where it differs from the model's. The modules that
+    are replaced in full are named in the log "lowrank".
 
     Args:
         name: of the adapter in ``model``.
@@ -66,14 +69,16 @@ def _read(
     model: nn.Module, path: str | Path, train: bool
 ) -> tuple[Plan, dict[Projection, Adapter], dict[str, dict[str, Tensor]]]:
     """What the folder holds for the base ``model``: the plan, the adapters, and states of trained modules."""
-    contents = Contents.read(Path(path), present_name(model))
+    contents = Contents.read(Path(path), model, present_name(model))
     known = _whole_weights(model)
     trained, saved, problems = _trained(model, contents) if train else ([], [], [])
     problems = _mismatches(model, contents, known) + problems
     if problems:
         raise AdapterError(f"{contents.folder} was made for another base:\n  " + "\n  ".join(problems))
-    projections = [p for path, p in known.items() if path in contents.layers]
     tensors = contents.tensors()
+    pairs = {p: tensors.pair(path) for path, p in known.items() if path in contents.layers}
+    for place, experts in contents.experts.items():
+        pairs |= dict(blocks_of_experts(place, experts.stack, tensors.pair(place)))
     changed = [
         path
         for path in contents.layers
@@ -87,15 +92,15 @@ def _read(
         )
     trained += [path for path in saved if not _equal(model.get_submodule(path), tensors, path)]
     try:
-        check_layers(model, projections, trained, contents.config.dropout)
+        check_layers(model, list(pairs), trained, contents.config.dropout)
     except ValueError as error:
         raise AdapterError(f"{contents.folder} cannot be put on this model: {error}") from error
 
     allocations, adapters = {}, {}
-    for p in projections:
-        pair = reduced(tensors.pair(p.module))
+    for p, whole in pairs.items():
+        pair = reduced(whole)
         allocations[p] = Allocation(pair.rank, pair.scaling)
-        weight = model.get_submodule(p.module)._parameters["weight"]
+        weight = model.get_submodule(p.module)._parameters[p.param]
         assert weight is not None
         state = {"A": pair.A.to(master_dtype(weight.dtype)), "B": pair.B.to(master_dtype(weight.dtype))}
         adapters[p] = Adapter.from_state(state, pair.scaling, rows=p.rows).to(device_beside(model, p))
@@ -124,6 +129,9 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
     config, problems, hung = contents.config, [], places(model)
     config.check_cost(known.keys() & contents.layers.keys())
     for path, entries in contents.layers.items():
+        if path in contents.experts:
+            problems += _of_experts(model, contents, path)
+            continue
         if path not in known:
             problems.append(f"{path}: the model has no such linear module, embedding or convolution")
             continue
@@ -149,12 +157,32 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
             problems.append(f"{path}: {why}")
         elif config.lists_targets and not config.adapts(path):
             problems.append(f"{path}: target_modules does not name it, so PEFT would not adapt it")
+    absent = [place for place in contents.experts if place not in contents.layers]
+    problems += [
+        f"{place}: target_parameters names it, but the folder has no factors for it" for place in absent
+    ]
     if config.lists_targets:
         absent = [path for path in known if config.adapts(path) and path not in contents.layers]
         problems += [
             f"{path}: target_modules names it, but the folder has no factors for it" for path in absent
         ]
     return problems
+
+
+def _of_experts(model: nn.Module, contents: Contents, place: str) -> list[str]:
+    """What speaks against the factors of a tensor of experts."""
+    experts, rank, entries = contents.experts[place], contents.config.rank(place), contents.layers[place]
+    wanted = experts.shapes(rank, contents.old)
+    shapes = {factor: entry.shape for factor, entry in sorted(entries.items())}
+    if shapes != wanted:
+        return [f"{place}: its factors are {shapes}, not {wanted}"]
+    if any(entry.dtype not in FLOATS for entry in entries.values()):
+        return [f"{place}: its factors are not floating point"]
+    if why := expert_problem(experts):
+        return [f"{place}: {why}"]
+    if places(model)[model.get_submodule(place.rpartition(".")[0])] > 1:
+        return [f"{place}: it is used in several places, of which PEFT adapts one"]
+    return []
 
 
 def _trained(model: nn.Module, contents: Contents) -> tuple[list[str], list[str], list[str]]:

@@ -39,11 +39,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Policy, str]] = {
         presets.lora(rank=2, target="linear1"),
         "encoder.layers.1.linear1: its weight is read without a call",
     ),
-    "experts": (
-        lambda: zoo.build("mixtral"),
-        presets.lora(rank=2, target="up"),
-        r"experts.gate_up_proj\[0.up\]: its weight is read without a call",
-    ),
     "a shared module": (zoo.Shared, presets.lora(rank=2), "first: it is used in several places"),
     "another kind of layer": (
         lambda: nn.Sequential(zoo.Homemade(), nn.Linear(8, 8)),
