@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import interleaved, result_name, surroundings
+from timing import interleaved, result_name, surroundings
 from torch import Tensor
 
 from lowrank.layers.functional import Block, fused_lora

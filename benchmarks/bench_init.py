@@ -19,8 +19,8 @@ from pathlib import Path
 
 import starts
 import torch
-from measure import result_name, surroundings, verdict
 from spectra import Crossing, Row, crossings, spectrum
+from timing import result_name, surroundings, verdict
 from transformers.utils import logging
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleaved, kept_bytes, peak_bytes, result_name, surroundings, verdict
 from models import (
     FROZEN,
     OURS,
@@ -35,6 +34,7 @@ from models import (
     factors_of,
     frozen,
 )
+from timing import interleaved, kept_bytes, peak_bytes, result_name, surroundings, verdict
 from torch import Tensor, nn
 
 from lowrank.adapters import plan_of

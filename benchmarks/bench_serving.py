@@ -21,8 +21,8 @@ from typing import Any
 
 import peft
 import torch
-from measure import interleaved, result_name, surroundings, verdict
 from models import MODELS
+from timing import interleaved, result_name, surroundings, verdict
 from torch import Tensor, nn
 
 import lowrank

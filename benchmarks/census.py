@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from tqdm import tqdm
 
@@ -49,6 +50,7 @@ def main() -> None:
         for name in options.only or names()[:: options.every]
         if name not in known or (options.again and not passed(known[name]))
     ]
+    wanted.sort(key=lambda name: crc32(name.encode()))  # mixed: what was counted so far is a fair sample
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("a", buffering=1) as file, tqdm(total=len(wanted), unit="model") as bar:
         for row in count(wanted, options.jobs, options.seconds):

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from measure import interleaved
+from timing import interleaved
 from torch import Tensor
 
 from lowrank.linalg import bottom_singular, singular, top_singular

@@ -21,11 +21,11 @@ from typing import Any
 
 import peft
 import torch
-from measure import peak_bytes
 from models import MODELS, smollm2
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
+from timing import peak_bytes
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.measure import surroundings
 from benchmarks.studies.cells import Cell, Result, read, wanted
 from benchmarks.studies.methods import METHODS
 from benchmarks.studies.tasks import TASKS, data_of
+from benchmarks.timing import surroundings
 
 
 def one_run(cell: Cell, device: str) -> Result:

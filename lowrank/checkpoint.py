@@ -6,7 +6,6 @@ rename, so that a crash leaves the old adapter or the new one; it carries the te
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import warnings
@@ -27,10 +26,10 @@ from lowrank.batches import model_device
 from lowrank.files import (
     AdapterError,
     make_folder,
-    packed,
     read_header,
     read_tensors,
     write,
+    write_pieces,
 )
 from lowrank.formats.folder import (
     CONFIG,
@@ -43,6 +42,7 @@ from lowrank.formats.folder import (
     refuse,
     tensors_file,
 )
+from lowrank.formats.tensors import digest, packed
 from lowrank.layers.adapter import Adapter
 from lowrank.models.fingerprint import Sample, of_projection
 from lowrank.models.projections import Projection
@@ -60,6 +60,7 @@ from lowrank.wrapping.claims import (
     weight_problems,
 )
 from lowrank.wrapping.install import bare, device_beside
+from lowrank.wrapping.magnitudes import magnitude_of
 from lowrank.wrapping.unused import describe_unused, unused_layers, warn_of_unsaved
 
 OVERRIDE = 'if that is meant: load_adapter(..., base="other")'
@@ -98,8 +99,8 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
     processes.raise_in_all(error, "save_adapter")
 
 
-def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], bytes]:
-    """What is to be written: the configuration, and the tensors as one blob."""
+def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is to be written: the configuration, and the tensors."""
     root = wrapped_root(model)
     name = one_name(root, name)
     plan = plan_of(root, name)
@@ -112,30 +113,29 @@ def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], bytes]
             raise ValueError(f"refusing to save: {key} contains NaN or Inf")
     warn_of_unsaved(root)
 
-    blob = packed(tensors)
-    digest = hashlib.sha256(blob).hexdigest()
+    sha256 = digest(packed(tensors))
     config = {
         "format": FORMAT,
         "version": VERSION,
         "name": name,
-        "tensors": file_name(digest),
-        "sha256": digest,
+        "tensors": file_name(sha256),
+        "sha256": sha256,
         "plan": plan.to_json(),
         "frozen": {p.name: sorted(adapter.frozen) for p, adapter in adapters.items()},
         "fingerprint": {p.name: sample_to_json(of_projection(holder(root, p), p)) for p in adapters},
         "rest": {name: sample.to_json() for name, sample in samples_of_the_rest(root, plan).items()},
     }
     config["checksum"] = checksum(config)
-    return config, blob
+    return config, tensors
 
 
-def _write(folder: Path, config: Mapping[str, Any], blob: bytes) -> None:
+def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     content = json.dumps(config, indent=1, allow_nan=False).encode()
     make_folder(folder)
     before, file = own_tensors(folder), folder / str(config["tensors"])
     obsolete = {before} if file.exists() else {before, file}
     try:
-        write(file, blob)
+        write_pieces(file, packed(tensors))
         write(folder / CONFIG, content)
     finally:  # whichever of the two adapters adapter.json names now stays
         for each in obsolete - {own_tensors(folder)}:
@@ -203,7 +203,7 @@ def _loaded(
                 f"it was, heads and embeddings included, or train these modules and save again ({OVERRIDE})",
                 rest_problems(model, config.get("rest", {})),
             )
-        check_layers(model, plan.adapted, plan.train, plan.dropout)
+        check_layers(model, plan.adapted, plan.train, plan.dropout, dora=plan.dora)
         frozen = {p: frozen_names(config["frozen"][p.name]) for p in plan.adapted}
         file = tensors_file(folder, config)
         header = read_header(file)
@@ -235,7 +235,11 @@ def _adapter(
         if f"{p.name}.{factor}" in tensors
     }
     adapter = Adapter.from_state(state, plan[p].scaling, rows=p.rows, frozen=frozen)
-    return adapter.to(device_beside(model, p))
+    adapter = adapter.to(device_beside(model, p))
+    if plan.dora:
+        start, offset = (tensors[f"{p.name}.magnitude.{key}"] for key in ("start", "offset"))
+        adapter.magnitude = magnitude_of(model, p, adapter, start, offset)
+    return adapter
 
 
 def sample_to_json(sample: Sample) -> dict[str, Any]:

@@ -12,14 +12,13 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 LARGEST_JSON = 64 << 20  # bytes; a plan of ten thousand projections takes a third of it
@@ -73,8 +72,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write(path: Path, content: bytes) -> None:
     """All of ``content`` or nothing, also if the machine stops; see `replacing`."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    write_pieces(path, [content])
+
+
+def write_pieces(path: Path, content: Iterable[bytes | memoryview]) -> None:
+    """As `write`, one piece after the other, so that they need not be in memory together."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for piece in content:
+            file.write(piece)
 
 
 def make_folder(path: Path) -> None:
@@ -107,13 +112,6 @@ def sync(path: Path) -> None:
             raise  # some file systems have no fsync of folders
     finally:
         os.close(descriptor)
-
-
-def packed(tensors: Mapping[str, Tensor]) -> bytes:
-    """The content of a safetensors file; tensors may be on any device, strided or shared."""
-    return save_tensors(
-        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, {"format": "pt"}
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

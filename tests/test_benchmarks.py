@@ -125,7 +125,32 @@ def check_train(results: dict[str, Any]) -> None:
     assert results["once"].keys() == {"stall", "scaling"} and results["once"]["scaling"] > 0
 
 
+def check_launches(results: dict[str, Any]) -> None:
+    """Of PEFT's default, which also has fp32 masters, LoRA dispatches fewer operations in each column."""
+    for case in results["cases"].values():
+        by = {record["contender"]: record for record in case}
+        for when in ("forward", "backward", "no_grad"):
+            assert 1 == by["frozen"][when] < by["ours, LoRA"][when] < by["PEFT, default"][when]
+        assert by["ours, LoRA"]["no_grad"] == by["ours, anchored (PiSSA)"]["no_grad"] == 3
+
+
+def check_generate(results: dict[str, Any]) -> None:
+    for case in results["cases"].values():
+        assert [r["contender"] for r in case] == [*MODEL[:4], MODEL[5]]
+        assert all(in_order(record, "seconds") for record in case) and case[0]["over_frozen"] == 1
+
+
+def check_scale(results: dict[str, Any]) -> None:
+    small, shapes = results["cases"].values()
+    assert [r["stage"] for r in small] == ["find", "plan", "wrap", "save", "load", "unwrap"]
+    assert [r["stage"] for r in shapes] == ["find", "plan", "wrap", "unwrap"]
+    assert {r["projections"] for r in small} == {36} and all(r["seconds"] > 0 for r in [*small, *shapes])
+
+
 CHECKS = {
+    "bench_generate": check_generate,
+    "bench_launches": check_launches,
+    "bench_scale": check_scale,
     "bench_bounds": check_bounds,
     "bench_init": check_init,
     "bench_linear": check_linear,

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 DEPENDENCIES = "import torch, einops, safetensors.torch, tqdm.auto"
 
 OPTIONAL = {"accelerate", "bitsandbytes", "hypothesis", "matplotlib", "pandas", "peft", "scipy", "torchao"}
-OPTIONAL |= {"transformers", "triton"}
+OPTIONAL |= {"transformers"}
 
 ABSENT = """
 import sys

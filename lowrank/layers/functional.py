@@ -6,34 +6,18 @@ Plain tensors in, a plain tensor out. It knows no module and no model, owns no p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lowrank.layers.block import Block
 from lowrank.layers.gemm import down, up
+from lowrank.layers.inference import Kept, infer, infer_beside
 from lowrank.layers.row_blocks import RowBlockProduct
 from lowrank.layers.single import SingleProduct
-from lowrank.linalg.rows import Rows, height, lie_within, spread
-
-
-class Block(NamedTuple):
-    """One adapter on some output rows of a weight: ``ΔW[rows] = scaling · B·A``.
-
-    The rows are ``(start, stop)``, or pieces of that: see `linalg.rows`. A is ``(r, in)``, B is
-    ``(rows, r)``; any floating dtype. With an anchor, A0 ``(r, in)`` and B0 ``(rows, r)`` are the start and
-    A, B are the offsets from it (zero at first):
-    ``ΔW[rows] = scaling · (B·(A0 + A) + B0·A)``. Anchors are constants: they get no gradient.
-    """
-
-    rows: Rows
-    A: Tensor
-    B: Tensor
-    scaling: float
-    A0: Tensor | None = None
-    B0: Tensor | None = None
+from lowrank.linalg.rows import height, lie_within, spread
 
 
 def lora_linear(
@@ -57,6 +41,7 @@ def fused_lora(
     *,
     dropout: float = 0.0,
     exact: bool = True,
+    kept: Kept | None = None,
 ) -> Tensor:
     """``F.linear(x, weight, bias)`` plus the update of every block, in one pass over x.
 
@@ -72,12 +57,15 @@ def fused_lora(
     For backward it keeps x itself (only where an A or the weight is trained) and the ``(tokens, Σr)``
     product of x with the A's. The gradients are those of LoRA (2106.09685, section 4.1). It can be
     differentiated once: a second derivative raises RuntimeError. Under `torch.func` and in forward mode it is
-    composed of ordinary operations, which can be differentiated and mapped at will. The blocks are not
+    composed of ordinary operations, which can be differentiated and mapped at will. Where grad is off no
+    graph is built (see `infer`), and `kept` holds the cast factors from call to call. The blocks are not
     checked at each call: see `check_blocks`.
     """
     x, weight, bias = to_autocast(x, weight, bias)
     if transformed():
         return _composed(F.linear(x, weight, bias), x, blocks, dropout)
+    if exact and dropout == 0 and not torch.is_grad_enabled():
+        return infer(x, weight, bias, blocks, kept)
     if len(blocks) > 1 or blocks[0].rows != (0, weight.shape[0]):
         return RowBlockProduct.apply(x, None, weight, bias, *_laid_out(x, blocks, dropout))
     ((_, A, B, scaling, A0, B0),) = blocks
@@ -109,6 +97,8 @@ def add_lora(y: Tensor, x: Tensor, blocks: Sequence[Block], *, dropout: float = 
     x = x.to(y.dtype)
     if transformed():
         return _composed(y, x, blocks, dropout)
+    if dropout == 0 and not torch.is_grad_enabled():
+        return infer_beside(y, x, blocks)
     return RowBlockProduct.apply(x, y, None, None, *_laid_out(x, blocks, dropout))
 
 

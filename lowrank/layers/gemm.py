@@ -1,12 +1,10 @@
 """The few matrix operations that the low-rank products are made of, each in its cheapest form.
 
-Measured choices live here, and the switch for the Triton kernel; what is multiplied with what is not
-decided here.
+Measured choices live here; what is multiplied with what is not decided here.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -88,9 +86,6 @@ def through_up(
     the first columns, those of `like`, which is B: the rest are an anchor's.
     """
     dS = dB = None
-    if needs_S and S is not None and _kernels is not None and _kernels.suits(dY, up.shape[1]):
-        dS, dB = _kernels.dS_and_dB(dY, up, S, alpha)
-        return dS, dB[:, : like.shape[1]].to(like.dtype, copy=True)
     if S is not None:
         S = S if S.shape[1] == like.shape[1] else S[:, : like.shape[1]]
         # (Sᵀ·dY)ᵀ, not dYᵀ·S: the same numbers, but it reads dY along its rows.
@@ -98,19 +93,6 @@ def through_up(
     if needs_S:
         dS = scaled(dY, up, alpha)
     return dS, dB
-
-
-_kernels: Any = None  # the module, once switched on
-
-
-def one_pass(on: bool = True) -> None:
-    """Let backward take dS and dB from one pass over dY, by a Triton kernel, where `kernels.suits` says so.
-
-    That is on CUDA, in half precision and for ranks up to about 32. Off until it is asked for: what it gains
-    has not been measured on a GPU yet. Needs Triton, else ImportError. It is a switch of the process.
-    """
-    global _kernels
-    _kernels = importlib.import_module("lowrank.layers.kernels") if on else None
 
 
 class _Once(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.layers.adapter import RowBlocks
-from lowrank.layers.functional import Block
+from lowrank.layers.block import Block
 from lowrank.layers.gemm import down, up
 from lowrank.linalg.rows import spread
 
@@ -55,7 +55,7 @@ class ExampleAdapters:
         seen = [_identity(tensor) for part in parts for tensor in _factors(part)]
         key = id(layer), dtype
         if key not in self._stacks or self._stacks[key][0] != seen:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 self._stacks[key] = seen, *stacked(parts, layer.out_features, dtype)
         return self._stacks[key][1:]
 

@@ -45,6 +45,10 @@ class Doubt:
     adaptable: bool = True
     routes: bool = False
 
+    def why(self, module: str) -> str:
+        """The reason without the path of ``module``."""
+        return self.reason.removeprefix(module).removeprefix(": ").strip()
+
 
 def matches(path: str, pattern: str) -> bool:
     """Does the dotted-suffix ``pattern``, with ``*`` inside its parts, name ``path``?"""

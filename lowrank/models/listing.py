@@ -1,10 +1,11 @@
-"""Many modules in one line: those that differ by numbers only are counted, large ones are never cut off."""
+"""Names in messages: many in one line, large ones never cut off, and those nearest to what was asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import difflib
+from collections.abc import Callable, Collection, Iterable, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 LARGE = 0.01  # of the model's parameters
 
@@ -28,11 +29,34 @@ def listed(modules: Iterable[str], large: Collection[str] = ()) -> str:
 def large_weights(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Those of ``names``, modules or weights, that hold more than `LARGE` of the model's parameters."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    whole = sum(parameter.numel() for parameter in parameters.values())
+
+    def numbers(held: Iterable[nn.Parameter]) -> int:
+        lazy = nn.parameter.UninitializedParameter  # has no shape yet
+        return sum(parameter.numel() for parameter in held if not isinstance(parameter, lazy))
 
     def size(name: str) -> int:
         module = modules.get(name)
-        held = parameters.get(name) if module is None else getattr(module, "weight", None)
-        return held.numel() if isinstance(held, Tensor) else 0
+        return numbers([parameters[name]] if module is None else module.parameters(recurse=False))
+
+    whole = numbers(parameters.values())
 
     return {name for name in names if size(name) > LARGE * whole}
+
+
+def nearest(name: str, paths: Sequence[str]) -> str:
+    """`; the nearest names are …`, by the suffixes of as many parts as ``name`` has."""
+    parts = name.count(".") + 1
+    suffixes = list(dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))
+    near = difflib.get_close_matches(name, suffixes, n=4, cutoff=0.3) or suffixes[:8]
+    return f"; the nearest names are {', '.join(near)}"
+
+
+def as_names(names: str | Sequence[str], what: str) -> list[str]:
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, Iterable) or not all(isinstance(name, str) and name for name in listed):
+        raise ValueError(f"{what} takes names, not {names!r}")
+    return list(listed)
+
+
+def under(paths: Sequence[str]) -> Callable[[str], bool]:
+    return lambda path: any(path == above or path.startswith(above + ".") for above in paths)

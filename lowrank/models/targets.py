@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,9 +10,10 @@ from torch import nn
 
 from lowrank.models.fused import Doubt, Fused, matches
 from lowrank.models.heads import output_heads
-from lowrank.models.listing import large_weights, listed
+from lowrank.models.listing import as_names, large_weights, listed, nearest, under
 from lowrank.models.projections import Projection, Role, further, scan, unheld
 from lowrank.models.roles import Roles, unnamed
+from lowrank.models.towers import within
 
 ROLE_UNKNOWN = "left out, since its role is not known: roles={pattern: role} says it"
 _ROLES = frozenset(role.value for role in Role)
@@ -50,20 +50,20 @@ def select(
     paths = [path for path, _ in model.named_modules() if path]
     for pattern in fused:
         if not any(matches(path, pattern) for path in paths):
-            raise ValueError(f"fused={pattern!r} names no module{_nearest(pattern, paths)}")
+            raise ValueError(f"fused={pattern!r} names no module{nearest(pattern, paths)}")
     doubts = scan(model, fused, roles)
     layers = dict.fromkeys(p.module for p in doubts if not p.block)
     for pattern in unnamed(layers, roles or {}):
         raise ValueError(
-            f"roles={pattern!r} names no projection of one role{_nearest(pattern, list(layers) or paths)}"
+            f"roles={pattern!r} names no projection of one role{nearest(pattern, list(layers) or paths)}"
         )
     if not doubts:
         raise ValueError(f"{type(model).__name__} has no linear projection to adapt")
-    excludes = _as_names(exclude, "exclude")
+    excludes = as_names(exclude, "exclude")
     trained = trained_modules(model, train)
-    aside = _under([*trained, *(path for path in paths if any(matches(path, name) for name in excludes))])
+    aside = under([*trained, *(path for path in paths if any(matches(path, name) for name in excludes))])
     unheld_ = [name for name, path in unheld(model, doubts).items() if not aside(path)]
-    inside_trained = _under(trained)
+    inside_trained = under(trained)
     doubts = {p: doubt for p, doubt in doubts.items() if not inside_trained(p.module)}
     besides = {p: doubt for p, doubt in further(model).items() if not inside_trained(p.module)}
     known = _Known(model, doubts, output_heads(model), unheld_, besides)
@@ -74,10 +74,10 @@ def select(
         if not chosen:
             raise ValueError(f"the target {target!r} accepts none of the model's {len(doubts)} projections")
     else:
-        names = _as_names(target, "target")
+        names = as_names(target, "target")
         if not names:
             raise ValueError('no target: name projections, a role such as "query", or "all-linear"')
-        by_role = [name for name in names if name in _ROLES]
+        by_role = [name for name in names if _is_role(name)]
         chosen = {p for name in names if name not in by_role for p in known.named(name)}
         among = doubts.keys() - chosen - excluded
         for name in by_role:
@@ -110,6 +110,12 @@ class _Known:
 
     def named(self, name: str, *, excluding: bool = False) -> set[Projection]:
         """The projections that ``name`` means; raises ValueError where it means nothing."""
+        part, _, what = name.rpartition(":")
+        if part:
+            lies = within(self.model, part)
+            if hits := {p for p in self.named(what, excluding=excluding) if lies(p.module)}:
+                return hits
+            raise ValueError(f"{name!r} matches no projection: {part} has none that {what!r} means")
         if name == "all-linear":
             return {p for p, doubt in self.doubts.items() if excluding or not self._left_out(p, doubt)}
         if name in _ROLES:
@@ -125,7 +131,7 @@ class _Known:
         hits |= {p for p in self.further if p.name == name}
         if excluding:
             inside = [path for path, _ in self.model.named_modules() if path and matches(path, name)]
-            hits |= {p for p in (*self.doubts, *self.further) if _under(inside)(p.module)}
+            hits |= {p for p in (*self.doubts, *self.further) if under(inside)(p.module)}
             if inside:
                 return hits
         if hits:
@@ -134,15 +140,19 @@ class _Known:
             return set()
         what = "exclude" if excluding else "target"
         roles = [p.role.value for p in self.doubts if p.role != Role.OTHER]
-        suggestions = _nearest(
+        suggestions = nearest(
             name, [*(p.module for p in (*self.doubts, *self.further)), *(p.name for p in self.doubts), *roles]
         )
         raise ValueError(f"{what}={name!r} matches no projection{suggestions}")
 
     def check_role(self, said: str, name: str, among: Collection[Projection]) -> None:
         """Raises ValueError where the role ``name`` may lie in a weight of ``among`` that is not divided."""
+        part, _, role = name.rpartition(":")
+        if part:
+            inside = within(self.model, part)
+            among = {p for p in among if inside(p.module)}
         may_be = [
-            (p, doubt) for p, doubt in self.doubts.items() if doubt and name in doubt.roles and p in among
+            (p, doubt) for p, doubt in self.doubts.items() if doubt and role in doubt.roles and p in among
         ]
         if may_be:
             first, doubt = may_be[0]
@@ -165,15 +175,17 @@ class _Known:
         self, target: Target, chosen: Collection[Projection], excluded: Collection[Projection]
     ) -> dict[str, str]:
         """Why each module or weight is left out that "all-linear" does not adapt; else nothing."""
-        if callable(target) or "all-linear" not in _as_names(target, "target"):
+        if callable(target) or "all-linear" not in as_names(target, "target"):
             return {}
         found = {}
         for p, doubt in self.doubts.items():
             if p not in chosen and p not in excluded:
                 why = self.heads.get(p.module)
-                found[p.module] = f"an output head ({why})" if why else _why(p, doubt) if doubt else ""
+                found[p.module] = f"an output head ({why})" if why else doubt.why(p.module) if doubt else ""
         found |= dict.fromkeys(self.unheld, "no linear layer holds it")
-        return found | dict.fromkeys(self._convolutions(), "convolutions are not adapted")
+        adapted = {p.module for p in chosen}
+        convolutions = [path for path in self._convolutions() if path not in adapted]
+        return found | dict.fromkeys(convolutions, "convolutions are not adapted")
 
     def notes(
         self,
@@ -184,15 +196,15 @@ class _Known:
     ) -> list[str]:
         """What a plan for ``target`` should say of what it adapts as a whole or leaves out."""
         found: dict[str, list[str]] = {}
-        by_role = not callable(target) and any(name in _ROLES for name in _as_names(target, "target"))
+        by_role = not callable(target) and any(map(_is_role, as_names(target, "target")))
         for p, doubt in self.doubts.items():
             if p in chosen:
                 if doubt and doubt.roles:
-                    found.setdefault(f"adapted as a whole, since {_why(p, doubt)}", []).append(p.module)
+                    found.setdefault(f"adapted as a whole, since {doubt.why(p.module)}", []).append(p.module)
             elif p in excluded or left_out:
                 continue
             elif callable(target) and doubt and doubt.roles:
-                found.setdefault(f"left out, and {_why(p, doubt)}", []).append(p.module)
+                found.setdefault(f"left out, and {doubt.why(p.module)}", []).append(p.module)
             elif by_role and p.role == Role.OTHER and p.module not in self.heads and not doubt:
                 found.setdefault(ROLE_UNKNOWN, []).append(p.module)
         for name, why in left_out.items():
@@ -201,13 +213,13 @@ class _Known:
         return [f"{listed(modules, large)}: {what}" for what, modules in found.items()]
 
 
-def _why(p: Projection, doubt: Doubt) -> str:
-    return doubt.reason.removeprefix(p.module).removeprefix(": ").strip()
+def _is_role(name: str) -> bool:
+    return name.rpartition(":")[2] in _ROLES
 
 
 def _nothing_left(target: Target, exclude: Sequence[str], train: Sequence[str], notes: Sequence[str]) -> str:
     options = (("exclude", exclude), ("train", train))
-    left = [f"{what}={_as_names(names, what)}" for what, names in options if names]
+    left = [f"{what}={as_names(names, what)}" for what, names in options if names]
     by = f"{' and '.join(left)} leaves" if left else "the model has"
     why = f" ({'; '.join(notes)}); name what to adapt in target=" if notes else ""
     return f"{by} nothing of target={target!r}{why}"
@@ -217,10 +229,10 @@ def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
     """Paths of the modules that ``train`` names; a path below another of them is left out."""
     paths = [path for path, _ in model.named_modules() if path]
     found: list[str] = []
-    for pattern in _as_names(train, "train"):
+    for pattern in as_names(train, "train"):
         hits = [path for path in paths if matches(path, pattern)]
         if not hits:
-            raise ValueError(f"train={pattern!r} names no module{_nearest(pattern, paths)}")
+            raise ValueError(f"train={pattern!r} names no module{nearest(pattern, paths)}")
         for hit in hits:
             kind = type(model.get_submodule(hit))
             if kind.forward is nn.Module.forward:
@@ -229,28 +241,9 @@ def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
                     f"name what it holds, such as {pattern + '.*'!r}"
                 )
         found += [hit for hit in hits if hit not in found]
-    return [path for path in found if not _under([p for p in found if p != path])(path)]
+    return [path for path in found if not under([p for p in found if p != path])(path)]
 
 
 def _is_called(projection: Projection, name: str) -> bool:
     full = f"{projection.module}.{projection.param}"
     return projection.name == name or matches(projection.module, name) or matches(full, name)
-
-
-def _as_names(names: str | Sequence[str], what: str) -> list[str]:
-    listed = [names] if isinstance(names, str) else names
-    if not isinstance(listed, Iterable) or not all(isinstance(name, str) and name for name in listed):
-        raise ValueError(f"{what} takes names, not {names!r}")
-    return list(listed)
-
-
-def _under(paths: Sequence[str]) -> Callable[[str], bool]:
-    return lambda path: any(path == above or path.startswith(above + ".") for above in paths)
-
-
-def _nearest(name: str, paths: Sequence[str]) -> str:
-    """`; the nearest names are …`, by the suffixes of as many parts as ``name`` has."""
-    parts = name.count(".") + 1
-    suffixes = list(dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))
-    near = difflib.get_close_matches(name, suffixes, n=4, cutoff=0.3) or suffixes[:8]
-    return f"; the nearest names are {', '.join(near)}"

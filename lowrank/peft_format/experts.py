@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from einops import rearrange
 from torch import Tensor, nn
 
-from lowrank.files import AdapterError, Entry
+from lowrank.files import FLOATS, AdapterError, Entry
 from lowrank.layers.tree import base_modules, without_copies
 from lowrank.linalg.rows import Rows, shifted
 from lowrank.models.experts import Stack, stacks_of
@@ -142,6 +142,17 @@ def problem(experts: Experts) -> str:
     if experts.stack.experts == 1 and experts.stack.transposed:
         return "PEFT adds the update of a single expert the wrong way round"
     return ""
+
+
+def mismatch(experts: Experts, entries: Mapping[str, Entry], rank: int, old: bool) -> str:
+    """Why these factors cannot be read; empty where they can."""
+    wanted = experts.shapes(rank, old)
+    shapes = {factor: entry.shape for factor, entry in sorted(entries.items())}
+    if shapes != wanted:
+        return f"its factors are {shapes}, not {wanted}"
+    if any(entry.dtype not in FLOATS for entry in entries.values()):
+        return "its factors are not floating point"
+    return problem(experts)
 
 
 # -- which PEFT wrote a folder --------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import adapters_of, one_name, plan_of, wrapped_root
-from lowrank.files import packed, write
+from lowrank.files import write, write_pieces
+from lowrank.formats.tensors import packed
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.tree import hung_at, state_as, without_copies
@@ -27,19 +28,13 @@ from lowrank.peft_format.experts import Experts, experts_in, of_all, place_of
 from lowrank.peft_format.experts import problem as expert_problem
 from lowrank.peft_format.factors import factor_problem
 from lowrank.peft_format.factors import written as written_factors
-from lowrank.peft_format.folder import (
-    CONFIG,
-    PREFIX,
-    TENSORS,
-    ancestors,
-    base_paths,
-    places,
-    staged,
-)
+from lowrank.peft_format.folder import MAGNITUDE, PREFIX, ancestors, base_paths, places
 from lowrank.peft_format.pairs import Pair, plain, recompressed, stacked, uniform
 from lowrank.peft_format.proof import check_written
+from lowrank.peft_format.staging import CONFIG, TENSORS, staged
 from lowrank.peft_format.written_config import layer_at, written_config
 from lowrank.wrapping.checks import check_whole
+from lowrank.wrapping.magnitudes import magnitudes_by_module
 from lowrank.wrapping.unused import layers_only_read
 
 
@@ -107,12 +102,19 @@ def export_peft(
     check_whole(model, "export_peft")
     name = one_name(root, name)
     adapters = adapters_of(root, name)
-    _check_exportable(root, adapters, name)
+    experts = _experts(root, adapters)
+    check_exportable(root, adapters, name, experts)
     trained = _trained_states(root, name)
     if serving and trained:
         raise ValueError(
             f"serving engines refuse or ignore modules trained in full ({', '.join(trained)}): "
             "export without serving=True, or merge(model) and serve the whole model"
+        )
+    dora = plan_of(root, name).dora
+    if serving and dora:
+        raise ValueError(
+            "serving engines have no magnitudes (DoRA): export without serving=True, or merge(model) and "
+            "serve the whole model"
         )
     exact, written = {}, {}
     for p, adapter in adapters.items():
@@ -124,7 +126,6 @@ def export_peft(
     blocks: dict[str, list[tuple[Rows, Pair]]] = {}
     for p, pair in written.items():
         blocks.setdefault(place_of(p), []).append((p.rows, pair))
-    experts = _experts(root, adapters)
     pairs = {
         place: of_all(each, experts[place].stack)
         if place in experts
@@ -145,16 +146,18 @@ def export_peft(
         else:
             key, factors = place, written_factors(layer_at(root, place).base, pair)
         tensors |= {f"{PREFIX}{key}.{end}": tensor for end, tensor in factors.items()}
+    magnitudes = magnitudes_by_module(root, adapters) if dora else {}
+    tensors |= {f"{PREFIX}{module}{MAGNITUDE}": values for module, values in magnitudes.items()}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"refusing to export: {key.removeprefix(PREFIX)} contains NaN or Inf")
 
     with staged(Path(path)) as folder:
-        write(folder / TENSORS, packed(tensors))
+        write_pieces(folder / TENSORS, packed(tensors))
         config = written_config(root, name, pairs, list(experts), list(trained))
         write(folder / CONFIG, json.dumps(config, indent=2).encode())
         lossy = dtype is not None or recompress
-        errors = check_written(folder, root, exact, pairs if lossy else None, trained)
+        errors = check_written(folder, root, exact, pairs if lossy else None, trained, magnitudes)
     return PeftExport(Path(path), {module: pair.rank for module, pair in pairs.items()}, errors)
 
 
@@ -168,8 +171,11 @@ def _stack(root: nn.Module, p: Projection) -> Stack | None:
     return stack_of(without_copies(hung_at(root, p.module)), p.param)
 
 
-def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], name: str) -> None:
-    problems, counts, experts = [], places(root), _experts(root, adapters)
+def check_exportable(
+    root: nn.Module, adapters: Mapping[Projection, Adapter], name: str, experts: Mapping[str, Experts]
+) -> None:
+    """Raises ValueError where an export has no place for an adapter; ``experts`` are those that it has."""
+    problems, counts = [], places(root)
     only_read = layers_only_read(root, name)
     for p in adapters:
         hung = hung_at(root, p.module)

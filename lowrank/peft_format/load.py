@@ -20,8 +20,7 @@ from lowrank.layers.bases import master_dtype
 from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, Role, further, scan
 from lowrank.models.storage import weight_shape
-from lowrank.peft_format.experts import blocks_of_experts
-from lowrank.peft_format.experts import problem as expert_problem
+from lowrank.peft_format.experts import blocks_of_experts, mismatch
 from lowrank.peft_format.factors import BASE, factor_key, factor_problem, factor_shapes
 from lowrank.peft_format.folder import Contents, Tensors, ancestors, base_paths, places
 from lowrank.peft_format.names import present_name
@@ -29,6 +28,7 @@ from lowrank.peft_format.pairs import reduced
 from lowrank.plan import Plan
 from lowrank.wrapping.checks import check_beside, check_layers
 from lowrank.wrapping.install import bare, device_beside
+from lowrank.wrapping.magnitudes import magnitude_of
 
 LOG = logging.getLogger("lowrank")
 
@@ -92,7 +92,7 @@ def _read(
         )
     trained += [path for path in saved if not _equal(model.get_submodule(path), tensors, path)]
     try:
-        check_layers(model, list(pairs), trained, contents.config.dropout)
+        check_layers(model, list(pairs), trained, contents.config.dropout, dora=contents.config.dora)
     except ValueError as error:
         raise AdapterError(f"{contents.folder} cannot be put on this model: {error}") from error
 
@@ -104,7 +104,9 @@ def _read(
         assert weight is not None
         state = {"A": pair.A.to(master_dtype(weight.dtype)), "B": pair.B.to(master_dtype(weight.dtype))}
         adapters[p] = Adapter.from_state(state, pair.scaling, rows=p.rows).to(device_beside(model, p))
-    plan = Plan(allocations, dropout=contents.config.dropout, train=trained)
+        if contents.config.dora:
+            adapters[p].magnitude = magnitude_of(model, p, adapters[p], tensors.magnitude(p.module))
+    plan = Plan(allocations, dropout=contents.config.dropout, train=trained, dora=contents.config.dora)
     states = {name: tensors.state(name, model.get_submodule(name).state_dict()) for name in trained}
     return plan, adapters, states
 
@@ -130,7 +132,10 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
     config.check_cost(known.keys() & contents.layers.keys())
     for path, entries in contents.layers.items():
         if path in contents.experts:
-            problems += _of_experts(model, contents, path)
+            why = mismatch(contents.experts[path], contents.layers[path], config.rank(path), contents.old)
+            if not why and hung[model.get_submodule(path.rpartition(".")[0])] > 1:
+                why = "it is used in several places, of which PEFT adapts one"
+            problems += [f"{path}: {why}"] if why else []
             continue
         if path not in known:
             problems.append(f"{path}: the model has no such linear module, embedding or convolution")
@@ -147,6 +152,10 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
             )
         elif any(entry.dtype not in FLOATS for entry in entries.values()):
             problems.append(f"{path}: its factors are not floating point")
+        elif config.dora and kind_of(module):
+            problems.append(f"{path}: magnitudes (DoRA) of a {type(module).__name__} are not supported")
+        elif (found := _magnitudes(contents, path)) != ((out,) if config.dora else None):
+            problems.append(f"{path}: its magnitudes (DoRA) are {found}, and use_dora is {config.dora}")
         elif rank > 2 * (out + columns):
             problems.append(
                 f"{path}: rank {rank} is far more than a weight of shape {(out, columns)} can use"
@@ -161,6 +170,10 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
     problems += [
         f"{place}: target_parameters names it, but the folder has no factors for it" for place in absent
     ]
+    strange = contents.magnitudes.keys() - contents.layers.keys()
+    problems += [
+        f"{path}: the folder has magnitudes (DoRA) for it, but no factors" for path in sorted(strange)
+    ]
     if config.lists_targets:
         absent = [path for path in known if config.adapts(path) and path not in contents.layers]
         problems += [
@@ -169,20 +182,10 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
     return problems
 
 
-def _of_experts(model: nn.Module, contents: Contents, place: str) -> list[str]:
-    """What speaks against the factors of a tensor of experts."""
-    experts, rank, entries = contents.experts[place], contents.config.rank(place), contents.layers[place]
-    wanted = experts.shapes(rank, contents.old)
-    shapes = {factor: entry.shape for factor, entry in sorted(entries.items())}
-    if shapes != wanted:
-        return [f"{place}: its factors are {shapes}, not {wanted}"]
-    if any(entry.dtype not in FLOATS for entry in entries.values()):
-        return [f"{place}: its factors are not floating point"]
-    if why := expert_problem(experts):
-        return [f"{place}: {why}"]
-    if places(model)[model.get_submodule(place.rpartition(".")[0])] > 1:
-        return [f"{place}: it is used in several places, of which PEFT adapts one"]
-    return []
+def _magnitudes(contents: Contents, path: str) -> tuple[int, ...] | None:
+    """The shape of the magnitudes in the folder; None where there are none."""
+    entry = contents.magnitudes.get(path)
+    return None if entry is None else entry.shape
 
 
 def _trained(model: nn.Module, contents: Contents) -> tuple[list[str], list[str], list[str]]:

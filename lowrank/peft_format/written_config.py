@@ -57,7 +57,7 @@ def written_config(
         "lora_dropout": plan_of(root, name).dropout,
         "bias": "none",
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": plan_of(root, name).dora,
         "init_lora_weights": True,
     }
     if experts:

@@ -66,6 +66,9 @@ class SingleProcess:
         """``act()`` in the process that writes, while the others wait."""
         act()
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+
     def check_same(self, value: int, what: str) -> None:
         """Raises ValueError where ``value`` is not the same in all processes."""
 
@@ -129,6 +132,9 @@ class Together(SingleProcess):
             except Exception as raised:
                 error = raised
         self.exchange(error=error)
+
+    def wait(self) -> None:
+        self.exchange()
 
     def check_same(self, value: int, what: str) -> None:
         everyone = self.exchange(value)[:, 0].tolist()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import Policy, presets
-from lowrank.peft_format import export
+from lowrank.peft_format import export, written_config
 from tests import zoo
 from tests.helpers import perturb
 from tests.peft_format.common import (
@@ -129,9 +129,9 @@ def test_an_export_that_is_not_the_model_leaves_nothing(
 
 
 def test_a_wrong_configuration_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    patterns = export.peft_patterns
+    patterns = written_config.peft_patterns
     monkeypatch.setattr(
-        export, "peft_patterns", lambda *a: {**patterns(*a), "lora_alpha": 1.0, "alpha_pattern": {}}
+        written_config, "peft_patterns", lambda *a: {**patterns(*a), "lora_alpha": 1.0, "alpha_pattern": {}}
     )
     with pytest.raises(ValueError, match="give another ΔW"):
         lowrank.export_peft(adapted("gpt2", policy("gpt2")), tmp_path / "peft")

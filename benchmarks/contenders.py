@@ -56,7 +56,6 @@ class Contender:
     update: Callable[..., Tensor] | None
     alive: tuple[Tensor, ...]
     limit: float
-    one_pass: bool = False  # with the Triton kernel in backward, where it suits
 
 
 def contenders(case: Case, *, compiled: bool = True) -> dict[str, Contender]:
@@ -88,15 +87,12 @@ def contenders(case: Case, *, compiled: bool = True) -> dict[str, Contender]:
         *factors: Tensor,
         update: Callable[..., Tensor] = both,
         constants: Sequence[Tensor] = (),
-        one_pass: bool = False,
         **limit: Any,
     ) -> Contender:
         def bound(x: Tensor) -> Tensor:
             return run(x, weight, *factors, s, case.dropout)
 
-        return Contender(
-            bound, factors, update, (weight, *factors, *constants), case.limit(**limit), one_pass
-        )
+        return Contender(bound, factors, update, (weight, *factors, *constants), case.limit(**limit))
 
     def ours_frozen_A(x: Tensor, weight: Tensor, B: Tensor, s: float, p: float) -> Tensor:
         return ours(x, weight, A, B, s, p)
@@ -116,9 +112,6 @@ def contenders(case: Case, *, compiled: bool = True) -> dict[str, Contender]:
         "ours, anchored": made(ours_anchored, *trained(A, B), update=offsets, constants=[A0, B0], width=2),
         "ours, update first": made(update_first, *trained(A, B)),
     }
-    if case.device == "cuda":
-        entries["ours, one pass"] = made(ours, *trained(A, B), one_pass=True)
-        entries["ours, update first, one pass"] = made(update_first, *trained(A, B), one_pass=True)
     if half != torch.float32:
         entries["ours, half factors"] = made(ours, *trained(A, B, dtype=half))
     if compiled:
