@@ -15,7 +15,7 @@ from lowrank.adapters import adapters_of, one_name, plan_of, wrapped_root
 from lowrank.files import write_pieces
 from lowrank.formats.tensors import packed
 from lowrank.linalg.rows import Rows
-from lowrank.peft_format.export import check_exportable
+from lowrank.peft_format.exportable import check_exportable
 from lowrank.peft_format.pairs import Pair, plain, stacked, uniform
 from lowrank.peft_format.written_config import layer_at
 

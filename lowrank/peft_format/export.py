@@ -6,36 +6,28 @@ What PEFT cannot hold is refused by name. It writes one folder; it changes no mo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank.adapters import adapters_of, one_name, plan_of, wrapped_root
 from lowrank.files import write, write_pieces
 from lowrank.formats.tensors import packed
-from lowrank.layers.adapter import Adapter
-from lowrank.layers.layer import AdaptedLayer
-from lowrank.layers.tree import hung_at, state_as, without_copies
 from lowrank.linalg.rows import Rows
-from lowrank.models.experts import Stack, stack_of
-from lowrank.models.projections import Projection, on_weight
-from lowrank.peft_format.config import PeftConfig
-from lowrank.peft_format.experts import Experts, experts_in, of_all, place_of
-from lowrank.peft_format.experts import problem as expert_problem
-from lowrank.peft_format.factors import factor_problem
+from lowrank.peft_format.experts import of_all, place_of
+from lowrank.peft_format.exportable import adapted_experts, check_exportable, trained_states
 from lowrank.peft_format.factors import written as written_factors
-from lowrank.peft_format.folder import MAGNITUDE, PREFIX, ancestors, base_paths, places
+from lowrank.peft_format.folder import MAGNITUDE, PREFIX
 from lowrank.peft_format.pairs import Pair, plain, recompressed, stacked, uniform
 from lowrank.peft_format.proof import check_written
 from lowrank.peft_format.staging import CONFIG, TENSORS, staged
+from lowrank.peft_format.tokens import check_rows_written, written_rows
 from lowrank.peft_format.written_config import layer_at, written_config
 from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.magnitudes import magnitudes_by_module
-from lowrank.wrapping.unused import layers_only_read
 
 
 @dataclass(frozen=True)
@@ -80,8 +72,8 @@ def export_peft(
     plain LoRA of rank 2r, ``[b, B₀]·[A₀ + a; a]``: the same product as ``[B, −B₀]·[A; A₀]``, but nothing in
     it cancels. A tensor of experts becomes a target parameter (PEFT 0.19 or later), of one rank for all
     experts: the largest, to which the others are padded with zeros. Modules trained in full become PEFT's
-    ``modules_to_save``. The written files are read again; if they do not give every ΔW to 1e-5, the export
-    fails and nothing is left behind.
+    ``modules_to_save``, rows of embeddings its ``trainable_token_indices``. The written files are read
+    again; if they do not give every ΔW to 1e-5, the export fails and nothing is left behind.
 
     Args:
         path: the folder. The two files of an earlier export are replaced; whatever else is there stays.
@@ -102,12 +94,13 @@ def export_peft(
     check_whole(model, "export_peft")
     name = one_name(root, name)
     adapters = adapters_of(root, name)
-    experts = _experts(root, adapters)
+    experts = adapted_experts(root, adapters)
     check_exportable(root, adapters, name, experts)
-    trained = _trained_states(root, name)
-    if serving and trained:
+    trained = trained_states(root, name)
+    tokens = written_rows(root, name)
+    if serving and (trained or tokens):
         raise ValueError(
-            f"serving engines refuse or ignore modules trained in full ({', '.join(trained)}): "
+            f"serving engines refuse or ignore modules trained in full ({', '.join((*trained, *tokens))}): "
             "export without serving=True, or merge(model) and serve the whole model"
         )
     dora = plan_of(root, name).dora
@@ -140,6 +133,7 @@ def export_peft(
         }
 
     tensors = {f"{PREFIX}{module}.{key}": t for module, state in trained.items() for key, t in state.items()}
+    tensors |= {f"{PREFIX}{key}": rows if dtype is None else rows.to(dtype) for key, rows in tokens.items()}
     for place, pair in pairs.items():
         if place in experts:
             key, factors = experts[place].key, experts[place].written(pair)
@@ -158,69 +152,5 @@ def export_peft(
         write(folder / CONFIG, json.dumps(config, indent=2).encode())
         lossy = dtype is not None or recompress
         errors = check_written(folder, root, exact, pairs if lossy else None, trained, magnitudes)
+        check_rows_written(folder, root, {key: tensors[f"{PREFIX}{key}"] for key in tokens})
     return PeftExport(Path(path), {module: pair.rank for module, pair in pairs.items()}, errors)
-
-
-def _experts(root: nn.Module, adapters: Iterable[Projection]) -> dict[str, Experts]:
-    """The tensors of experts that are adapted, by their names."""
-    named = frozenset(place_of(p) for p in adapters if _stack(root, p))
-    return experts_in(root, PeftConfig(parameters=named)) if named else {}
-
-
-def _stack(root: nn.Module, p: Projection) -> Stack | None:
-    return stack_of(without_copies(hung_at(root, p.module)), p.param)
-
-
-def check_exportable(
-    root: nn.Module, adapters: Mapping[Projection, Adapter], name: str, experts: Mapping[str, Experts]
-) -> None:
-    """Raises ValueError where an export has no place for an adapter; ``experts`` are those that it has."""
-    problems, counts = [], places(root)
-    only_read = layers_only_read(root, name)
-    for p in adapters:
-        hung = hung_at(root, p.module)
-        module: Any = without_copies(hung)
-        if place_of(p) in experts:
-            if problem := expert_problem(experts[place_of(p)]):
-                problems.append(f"{p.name}: {problem}")
-            elif counts[hung] > 1:
-                problems.append(f"{p.name}: it is used in several places, of which PEFT would adapt one")
-        elif on_weight(root, p) or p.module in only_read:
-            problems.append(
-                f"{p.name}: its weight is read without a call, where PEFT's layers have no effect"
-            )
-        elif problem := factor_problem(module.base):
-            problems.append(f"{p.name}: {problem}")
-        elif counts[hung] > 1:
-            problems.append(f"{p.name}: it is used in several places, of which PEFT would adapt one")
-    if problems:
-        advice = "adapt the model without them (exclude=), or merge(model) and save the whole of it"
-        raise ValueError(f"PEFT has no place for these adapters; {advice}:\n  " + "\n  ".join(problems))
-
-
-# -- modules trained in full ---------------------------------------------------------------------------
-
-
-def _trained_states(root: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
-    """The states of the modules that PEFT will want from the file, by path.
-
-    PEFT compares the ends of strings: "classifier" names a ``pre_classifier`` too, whose weights are then
-    written as the base has them.
-    """
-    train = plan_of(root, name).train
-    paths = base_paths(root)
-    taken = sorted(path for path in paths if path.endswith(train)) if train else []
-    problems, states, hung = [], {}, places(root)
-    for path in taken:
-        module = paths[path]
-        own = [each for each in module.modules() if isinstance(each, AdaptedLayer) and name in each.adapters]
-        if own:
-            problems.append(f"{path}: it holds adapters, and PEFT would train it in full, going by its name")
-        elif any(above in states for above in ancestors(path)):
-            problems.append(f"{path}: it lies inside another module that PEFT would train in full")
-        elif hung[module] > 1:
-            problems.append(f"{path}: it is used in several places, of which PEFT would train one")
-        states[path] = state_as(module, name)
-    if problems:
-        raise ValueError("PEFT cannot keep these modules trained in full apart:\n  " + "\n  ".join(problems))
-    return states

@@ -18,6 +18,7 @@ from lowrank.peft_format.experts import VERSION
 from lowrank.peft_format.folder import base_paths
 from lowrank.peft_format.pairs import Pair
 from lowrank.peft_format.proof import adapted_paths
+from lowrank.peft_format.tokens import indices
 from lowrank.plan import peft_patterns
 
 # By the end of a model's class name: PEFT's task, and the heads that PEFT then trains in full unasked.
@@ -59,6 +60,7 @@ def written_config(
         "use_rslora": False,
         "use_dora": plan_of(root, name).dora,
         "init_lora_weights": True,
+        **indices(plan_of(root, name).rows),
     }
     if experts:
         config |= {"target_parameters": sorted(experts), "peft_version": VERSION}
