@@ -14,6 +14,7 @@ from lowrank.learning_rates import lora_plus
 from lowrank.memory import memory_report
 from lowrank.merging import merge, remove_adapter, unwrap
 from lowrank.models.projections import Projection, Role, find_projections
+from lowrank.notices import LowrankWarning, UnsavedParametersWarning, UnusedLayerWarning
 from lowrank.peft_format import PeftExport, export_diffusers, export_peft, import_peft
 from lowrank.plan import Plan
 from lowrank.policy import Policy
@@ -31,6 +32,7 @@ __all__ = [
     "Factors",
     "FrozenHeadWarning",
     "LoRALinear",
+    "LowrankWarning",
     "MemoryReport",
     "PeftExport",
     "Plan",
@@ -39,6 +41,8 @@ __all__ = [
     "Role",
     "SavePretrainedWarning",
     "Statistics",
+    "UnsavedParametersWarning",
+    "UnusedLayerWarning",
     "adapted_layers",
     "adapter_names",
     "adapter_parameters",

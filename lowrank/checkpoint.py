@@ -7,7 +7,6 @@ rename, so that a crash leaves the old adapter or the new one; it carries the te
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +46,7 @@ from lowrank.layers.adapter import Adapter
 from lowrank.models.fingerprint import Sample, of_projection
 from lowrank.models.projections import Projection
 from lowrank.models.tokens import check_rows
+from lowrank.notices import UnusedLayerWarning, logger
 from lowrank.plan import Plan
 from lowrank.processes import Processes, in_parts, whole
 from lowrank.wrapping.checks import check_beside, check_layers
@@ -66,7 +66,6 @@ from lowrank.wrapping.rows import read_offsets, start_tensors
 from lowrank.wrapping.unused import describe_unused, unused_layers, warn_of_unsaved
 
 OVERRIDE = 'if that is meant: load_adapter(..., base="other")'
-LOG = logging.getLogger("lowrank")
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> None:
@@ -108,7 +107,7 @@ def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], dict[s
     plan = plan_of(root, name)
     adapters = adapters_of(root, name)
     if unused := unused_layers(root, name):
-        warnings.warn(describe_unused(unused), stacklevel=3)
+        warnings.warn(describe_unused(unused), UnusedLayerWarning, stacklevel=3)
     tensors = {key: whole(tensor) for key, tensor in adapter_tensors(root, name).items()}
     tensors |= start_tensors(root, name)
     for key, tensor in tensors.items():
@@ -178,7 +177,7 @@ def load_adapter(
     with bare(check_beside(model, name)) as fittings:
         plan, adapters, states, offsets = _loaded(fittings.root, Path(path), base, train)
         if plan.train:
-            LOG.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
+            logger.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
         fittings.install(name, plan, adapters, offsets)
         fittings.load_copies(name, states)
     return model

@@ -5,7 +5,6 @@ What it does not understand it refuses by name, before the model is touched. It 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, Role, further, scan
 from lowrank.models.storage import weight_shape
 from lowrank.models.tokens import check_rows
+from lowrank.notices import logger
 from lowrank.peft_format.experts import blocks_of_experts, mismatch
 from lowrank.peft_format.factors import BASE, factor_key, factor_problem, factor_shapes
 from lowrank.peft_format.folder import Contents, Tensors, ancestors, base_paths, places
@@ -31,8 +31,6 @@ from lowrank.plan import Plan
 from lowrank.wrapping.checks import check_beside, check_layers
 from lowrank.wrapping.install import bare, device_beside
 from lowrank.wrapping.magnitudes import magnitude_of
-
-LOG = logging.getLogger("lowrank")
 
 
 def import_peft(
@@ -61,7 +59,7 @@ def import_peft(
     with bare(check_beside(model, name)) as fittings:
         plan, adapters, states, offsets = _read(fittings.root, path, train)
         if plan.train:
-            LOG.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
+            logger.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
         fittings.install(name, plan, adapters, offsets)
         fittings.load_copies(name, states)
     return model

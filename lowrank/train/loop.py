@@ -5,7 +5,6 @@ What decides how a run goes on is in `run.Run`, which can be saved; what process
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from lowrank.batches import Loss, output_loss
+from lowrank.notices import logger, show
 from lowrank.train.begin import begun
 from lowrank.train.callbacks import Callback
 from lowrank.train.checkpoints import Checkpoints
@@ -108,7 +107,8 @@ def fit(
     gradient_checkpointing: for models that have ``gradient_checkpointing_enable``, as transformers' do.
     compile: run forward through ``torch.compile``; a mapping has its options.
     allow_unused: let the first step's loss reach only some of the parameters (experts, say).
-    report: print what memory a step on the first batch will take, before it is run: see `step_memory`.
+    report: show what memory a step on the first batch will take, before it is run: see `step_memory`. It is
+        logged as INFO by the logger "lowrank", or written to stderr where logging does not show that.
     check: "step" waits in each step for its loss and gradient, to see that they are finite. "late" does not:
         the optimizer skips a step where they are not and all steps after it, and a step later that is read
         and raised. Callbacks, bar and log are a step behind then, but for steps that evaluate or save. By
@@ -173,7 +173,7 @@ def fit(
         run.start_clock()
         for epoch, place, group in () if run.over else run.cursor:
             if report and parallel.writes:
-                tqdm.write(told(model, group[0], loss, autocast, run.optimizer))
+                show(told(model, group[0], loss, autocast, run.optimizer))
                 report = False
                 run.start_clock()
             run.take(epoch, place, group)
@@ -228,5 +228,5 @@ def _stopped(step: int, steps: int, folder: Checkpoints | None) -> str:
         f"training was stopped by a signal after step {step} of {steps}; it is saved in {folder.path(step)}, "
         "and the same call continues from there"
     )
-    tqdm.write(message, file=sys.stderr)
+    logger.warning(message)
     return message

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lowrank.batches import count_tokens
+from lowrank.notices import LowrankWarning, UnusedLayerWarning
 from lowrank.train.callbacks import Callback
 from lowrank.train.checkpoints import CheckpointError
 from lowrank.train.data import Cursor
@@ -24,6 +25,10 @@ from lowrank.train.optim import Schedule
 from lowrank.train.reach import unmoved, unused
 from lowrank.train.state import Trained, differences, load_optimizer
 from lowrank.train.step import NO_TERMS, Gradients, Outcome
+
+
+class SkippedStepWarning(LowrankWarning):
+    """A step updated nothing, since no label of its batches counts."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ class Run:
                 warnings.warn(
                     "a step's batches have no label that the loss counts: it updates nothing "
                     '(its record says skipped="no labels")',
+                    SkippedStepWarning,
                     stacklevel=3,
                 )
             now = perf_counter()
@@ -223,6 +229,7 @@ def check_reached(model: nn.Module, parameters: Sequence[nn.Parameter], allow_un
         warnings.warn(
             f"the first gradient is exactly zero in {len(still)} layers: {', '.join(still)}; "
             "they are called, but the loss does not depend on what they give",
+            UnusedLayerWarning,
             stacklevel=4,
         )
 

@@ -14,6 +14,7 @@ from lowrank.adapters import added_parameters, one_name, wrapped_root
 from lowrank.layers.adapter import RowBlocks
 from lowrank.layers.layer import AdaptedLayer, seen_by_compiler
 from lowrank.layers.tree import base_modules, without_copies
+from lowrank.notices import UnsavedParametersWarning, UnusedLayerWarning
 
 
 def unused_layers(model: nn.Module, name: str | None = None) -> list[str]:
@@ -84,7 +85,7 @@ def warn_at_first_backward(model: nn.Module, name: str, parameters: Iterable[nn.
             and not _acts_elsewhere(part, parts)
         ]
         if idle:
-            warnings.warn(describe_unused(idle), stacklevel=2)
+            warnings.warn(describe_unused(idle), UnusedLayerWarning, stacklevel=2)
 
     def first(parameter: Tensor) -> None:
         for handle in handles:
@@ -109,6 +110,6 @@ def warn_of_unsaved(root: nn.Module) -> None:
         warnings.warn(
             f"these parameters of the base require grad, but are not saved with the adapter: "
             f"{', '.join(learning[:5])}{more}; name their modules in Policy(train=...) when wrapping",
-            UserWarning,
+            UnsavedParametersWarning,
             stacklevel=4,
         )
