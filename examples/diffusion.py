@@ -1,10 +1,10 @@
 """Adapt the attention of a diffusion model to new pictures, and hand the adapter to diffusers.
 
-    python examples/diffusion.py           # a small U-Net with RANDOM weights: it shows how, not what comes out
+    python examples/diffusion.py           # a small U-Net with RANDOM weights: shows how, not what comes out
     python examples/diffusion.py --tiny    # a smaller one
 
-With a pretrained model, replace `unet` by `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")` and
-`pictures` by latents of your pictures. Needs diffusers.
+With a pretrained model, replace `unet` by `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`,
+and `pictures` by latents of your pictures. Needs diffusers.
 """
 
 from __future__ import annotations
