@@ -47,8 +47,8 @@ class Policy:
         ranks, alphas: by name, pattern or role, for projections with a rank or alpha of their own:
             ``{"q_proj": 32}``. Of several that match, the longest counts. Their scaling is that of their own
             alpha and rank. Ranks and a budget exclude each other.
-        expert_rank: of experts: ``"rank"``, as of any projection, or ``"rank/active"``: the rank divided by the
-            number of experts that act on a token, at least 1. Their scaling is that of the divided rank. Not
+        expert_rank: of experts: ``"rank"``, as of any projection, or ``"rank/active"``: divided by the number
+            of experts that act on a token, and at least 1. Their scaling is that of the divided rank. Not
             beside a budget.
         dora: train the magnitude of each output row apart from its direction (DoRA, 2402.09353). Such an
             adapter acts alone, with weight 1. Its magnitudes, ``out`` for each projection, count in a budget.
