@@ -72,5 +72,5 @@ def test_the_policy_says_what_it_takes() -> None:
     assert Policy.from_json(policy.to_json()) == policy
     with pytest.raises(ValueError, match='expert_rank must be "rank" or "rank/active", got \'active\''):
         Policy(expert_rank="active")
-    with pytest.raises(ValueError, match="divides ranks: leave budget=None"):
+    with pytest.raises(ValueError, match="divides a rank: leave budget=None"):
         Policy(expert_rank="rank/active", budget=1000)
