@@ -1,10 +1,10 @@
 """Adapt the attention of a diffusion model to new pictures, and hand the adapter to diffusers.
 
-    python examples/diffusion.py           # a small U-Net with RANDOM weights: it shows how, not what comes out
+    python examples/diffusion.py           # a small U-Net with RANDOM weights: it shows how it is done
     python examples/diffusion.py --tiny    # a smaller one
 
-With a pretrained model, replace `unet` by `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")` and
-`pictures` by latents of your pictures. Needs diffusers.
+With a pretrained model, replace `unet` by `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`
+and `pictures` by latents of your pictures. Needs diffusers and PEFT.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def main() -> None:
     batch = pictures(2)
     with torch.no_grad():
         inputs = batch["latents"], torch.tensor(500), batch["prompt"]
-        apart = float((model.eval()(*inputs).sample - other.eval()(*inputs).sample).abs().max())
-    print(f"{file}, loaded by diffusers, gives the same within {apart:.1e}")
+        before, trained, loaded = (net.eval()(*inputs).sample for net in (unet(options.tiny), model, other))
+    print(f"training moved the output by {float((trained - before).abs().max()):.1e}")
+    print(f"{file}, loaded by diffusers, gives the same within {float((trained - loaded).abs().max()):.1e}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python examples/own_initializer.py --tiny
 
-This one makes A of the rows of the weight that have the largest norm, and leaves B zero. It is a made-up method.
+This one, which is made up, makes A of the rows of the weight with the largest norm, and leaves B zero.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Serve several adapters on one base: each request of a batch has its own, and one is exchanged while serving.
+"""Serve several adapters on one base: each request of a batch has its own; one is exchanged.
 
     python examples/serve_many_adapters.py          # SmolLM2-135M-Instruct; adapters trained for a moment
     python examples/serve_many_adapters.py --tiny   # a small random model
@@ -54,10 +54,10 @@ def main() -> None:
     rows = [*NAMES, None]
     with lowrank.adapters_for_rows(model, rows):
         mixed = logits(model, inputs)
-    for row, name in enumerate(rows):
-        with lowrank.use_adapters(model, name or ()):
+    for row, served in enumerate(rows):
+        with lowrank.use_adapters(model, served or ()):
             alone = logits(model, inputs)
-        print(f"row {row}, {name or 'the base'}: differs from serving it alone by "
+        print(f"row {row}, {served or 'the base'}: differs from serving it alone by "
               f"{float((mixed[row] - alone[row]).abs().max()):.1e}")  # fmt: skip
 
     lowrank.swap_adapter(model, options.out / "polite", "short")  # new values in the same tensors

@@ -8,6 +8,7 @@ from lowrank.calibration.statistics import Statistics
 from lowrank.checkpoint import AdapterError, load_adapter, save_adapter
 from lowrank.choosing import adapters_for_rows, disable_adapters, set_adapters, use_adapters
 from lowrank.combining import combine_adapters
+from lowrank.comparing import compare_plans
 from lowrank.init import Factors
 from lowrank.layers import LoRALinear, lora_linear
 from lowrank.learning_rates import lora_plus, plan_learning_rate
@@ -51,6 +52,7 @@ __all__ = [
     "allocate",
     "calibrate",
     "combine_adapters",
+    "compare_plans",
     "disable_adapters",
     "export_diffusers",
     "export_peft",

@@ -18,7 +18,7 @@ from lowrank.formats.plans import plan_arguments, plan_to_json
 from lowrank.formats.table import table
 from lowrank.models.projections import Projection
 from lowrank.models.tokens import TokenRows
-from lowrank.plots import heat_map
+from lowrank.plots import by_layer
 
 
 class Plan(Mapping[Projection, Allocation]):
@@ -186,14 +186,7 @@ class Plan(Mapping[Projection, Allocation]):
         Needs matplotlib. It is written to ``path``, whose ending says the format, where there is one, and
         the figure is returned.
         """
-        ranks: dict[tuple[str, str], int] = {}
-        for p, allocation in self.items():
-            cell = (p.role.value, _layer(p.module))
-            ranks[cell] = ranks.get(cell, 0) + allocation.rank
-        roles = list(dict.fromkeys(role for role, _ in ranks))
-        layers = sorted({layer for _, layer in ranks}, key=lambda layer: (layer == "–", len(layer), layer))
-        cells = [[ranks.get((role, layer)) for layer in layers] for role in roles]
-        return heat_map(cells, roles, layers, path, title=self._total(), xlabel="layer")
+        return by_layer(ranks_by_layer(self), path, title=self._total())
 
     # -- JSON ---------------------------------------------------------------------------------------
 
@@ -242,6 +235,14 @@ class Plan(Mapping[Projection, Allocation]):
         if self.rows:
             more["trainable_token_indices"] = {rows.module: list(rows.ids) for rows in self.rows}
         return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas), **more}
+
+
+def ranks_by_layer(plan: Plan) -> dict[tuple[str, str], int]:
+    """(role, layer) → the sum of the ranks there."""
+    ranks: Counter[tuple[str, str]] = Counter()
+    for p, allocation in plan.items():
+        ranks[p.role.value, _layer(p.module)] += allocation.rank
+    return dict(ranks)
 
 
 def _layer(module: str) -> str:

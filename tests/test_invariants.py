@@ -53,6 +53,7 @@ PAIRS = [
     if not ("dora" in preset and layout in ON_WEIGHTS)
 ]
 ROWS = PAIRS + [(preset, layout) for preset in WITHOUT_BATCHES for layout in (*BESIDES, *TOKENS)]
+ROWS += [("dora", layout) for layout in TOKENS]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

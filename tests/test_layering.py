@@ -23,7 +23,7 @@ LAYERS = [
     {"init", "allocate"},
     {"formats"},  # data classes as JSON
     {"plan", "layers"},
-    {"policy", "adapters"},
+    {"policy", "adapters", "comparing"},
     {"choosing"},
     {"wrapping"},  # what wrapping, loading and importing share
     {"merging", "combining"},

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import AdapterError, Policy
+from lowrank.cli import saved
 from tests import zoo
 from tests.helpers import frozen_logits, logits, perturb
 
@@ -338,14 +339,35 @@ def test_what_was_not_trained_or_holds_nan_is_not_merged() -> None:
     assert torch.equal(model.lm_head.base.weight, before)
 
 
-def test_a_mixture_compiles_and_is_copied() -> None:
+def test_it_compiles_and_is_copied() -> None:
     model, batch = wrapped("tied_llama"), batch_of("tied_llama")
     perturb(model)
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(logits(compiled, batch), logits(model, batch), rtol=1e-5, atol=1e-6)
     again = copy.deepcopy(model)
     assert torch.equal(logits(again, batch), logits(model, batch))
     layers = lowrank.adapted_layers(again)
     assert layers["lm_head"].part().tokens is layers["model.embed_tokens"].part().tokens
     assert layers["lm_head"].part().tokens is not lowrank.adapted_layers(model)["lm_head"].part().tokens
+
+
+def test_a_head_with_magnitudes_merges_beside_rows_of_its_weight() -> None:
+    model, batch = wrapped("tied_llama", target=("q_proj", "lm_head"), dora=True), batch_of("tied_llama")
+    perturb(model)
+    trained, head = logits(model, batch), lowrank.adapted_layers(model)["lm_head"]
+    wanted = head.base.weight + head.delta_weight()
+    lowrank.merge(model, untie=True)
+    assert torch.allclose(model.lm_head.weight, wanted, atol=1e-5)
+    assert torch.allclose(logits(model, batch), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_commands_that_read_no_model_refuse_rows_by_name(tmp_path: Path) -> None:
+    lowrank.save_adapter(wrapped("llama"), tmp_path / "own")
+    lowrank.export_peft(wrapped("llama"), tmp_path / "peft")
+    with pytest.raises(AdapterError, match="own trains rows of embeddings: read it with load_adapter"):
+        saved.read(tmp_path / "own")
+    with pytest.raises(AdapterError, match="peft: trainable_token_indices needs the model: .*import_peft"):
+        saved.read(tmp_path / "peft")
 
 
 def test_the_memory_report_counts_them() -> None:

@@ -41,20 +41,11 @@ from lowrank.peft_format.folder import (
 )
 from lowrank.peft_format.pairs import Pair, plain, recompressed, stacked, uniform
 from lowrank.peft_format.proof import adapted_paths, check_written
+from lowrank.peft_format.tasks import task_of
 from lowrank.peft_format.tokens import check_rows_written, indices, peft_problems, written_rows
 from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.magnitudes import magnitudes_by_module
 from lowrank.wrapping.unused import layers_only_read
-
-# By the end of a model's class name: PEFT's task, and the heads that PEFT then trains in full unasked.
-TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "ForCausalLM": ("CAUSAL_LM", ()),
-    "LMHeadModel": ("CAUSAL_LM", ()),
-    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
-    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
-    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
-    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
-}
 
 
 @dataclass(frozen=True)
@@ -231,7 +222,7 @@ def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequ
     linear = [base for module in pairs if kind_of(base := layer_at(root, module).base) is None]
     config = {
         "peft_type": "LORA",
-        "task_type": _task(root, trained),
+        "task_type": task_of(root, trained),
         "base_model_name_or_path": getattr(root, "name_or_path", None) or None,
         "inference_mode": True,
         **peft_patterns(ranks, alphas),
@@ -249,11 +240,3 @@ def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequ
         # A path that another one ends with: only an expression names exactly these.
         config["target_modules"] = "|".join(map(re.escape, sorted(pairs)))
     return config
-
-
-def _task(root: nn.Module, trained: Sequence[str]) -> str | None:
-    for ending, (task, heads) in TASKS.items():
-        if type(root).__name__.endswith(ending):
-            unasked = {path for path in base_paths(root) if heads and path.endswith(heads)}
-            return task if unasked <= set(trained) else None
-    return None

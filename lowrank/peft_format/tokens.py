@@ -115,11 +115,12 @@ def rows_in(
     """
     named = {path: module for path, module in base_modules(model).items() if path}
     left = {name.removesuffix(KEY): entry for name, entry in others.items() if name.endswith(KEY)}
-    rows, problems = [], []
+    rows: list[TokenRows] = []
+    absent, problems = [], []
     for end, ids in _said(model, config).items():
         hits = [path for path in named if path.endswith(end) and path in left]
         if not hits:
-            problems.append(f"{end}: trainable_token_indices names it, but the folder has no rows of it")
+            absent.append((end, tuple(sorted(ids))))
         for path in hits:
             entry = left.pop(path)
             if not isinstance(named[path], nn.Embedding):
@@ -132,6 +133,12 @@ def rows_in(
         f"{path}: the folder has rows of it, which trainable_token_indices does not name" for path in left
     ]
     problems += row_problems(model, rows)
+    for end, same in () if problems else absent:
+        # Of tied modules PEFT saves one.
+        held = [weight_of(model, each) for each in rows if each.ids == same]
+        ends = [module._parameters.get("weight") for path, module in named.items() if path.endswith(end)]
+        if not ends or any(all(weight is not each for each in held) for weight in ends):
+            problems.append(f"{end}: trainable_token_indices names it, but the folder has no rows of it")
     return rows, problems or peft_problems(model, rows, adapted)
 
 

@@ -52,6 +52,8 @@ def start_tensors(root: nn.Module, name: str) -> dict[str, Tensor]:
     found = {}
     for rows in plan_of(root, name).rows:
         weight = whole(weight_of(root, rows).detach())
+        if weight.is_meta:
+            raise ValueError(f"{rows.module} is on the meta device: load the base first")
         found[f"{PREFIX}{rows.module}.start"] = weight[torch.tensor(rows.ids, device=weight.device)].clone()
     return found
 

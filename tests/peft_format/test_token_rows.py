@@ -57,6 +57,16 @@ def test_what_peft_trained_is_imported(family: str, named: bool, tmp_path: Path)
     assert torch.allclose(ours.get_submodule(path).weight, rows, atol=1e-6)
 
 
+def test_a_tied_head_that_is_named_too_follows_its_embedding(tmp_path: Path) -> None:
+    said = {"embed_tokens": list(IDS), "lm_head": list(IDS)}
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=said)
+    theirs, batch = peft.get_peft_model(zoo.build("tied_llama"), config), batch_of("tied_llama")
+    perturb(theirs).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = lowrank.import_peft(zoo.build("tied_llama"), tmp_path)
+    assert torch.allclose(logits(ours, batch), logits(theirs, batch), rtol=1e-4, atol=1e-5)
+
+
 def test_a_plan_gives_peft_the_same_rows() -> None:
     plan = lowrank.plan_model(zoo.build("tied_llama"), policy("tied_llama", target="q_proj"))
     theirs = peft.get_peft_model(zoo.build("tied_llama"), peft.LoraConfig(**plan.to_peft()))
