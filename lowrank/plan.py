@@ -6,6 +6,7 @@ It is data. It can be printed, saved, compared, and carried to another tool; it 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf, isfinite
 from pathlib import Path
