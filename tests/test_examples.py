@@ -26,9 +26,9 @@ EXAMPLES = {
 
 
 def test_every_example_is_run_here() -> None:
-    """finetune_llm and compare_methods have tests of their own; reviews is data."""
+    """finetune_llm and compare_methods have tests of their own; reviews and notebooks are none."""
     files = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert files - {"finetune_llm", "compare_methods", "reviews"} == set(EXAMPLES)
+    assert files - {"finetune_llm", "compare_methods", "reviews", "notebooks"} == set(EXAMPLES)
 
 
 @pytest.mark.slow
