@@ -1,7 +1,7 @@
 """How far the start's curvature lets a step go, for each setting that the study swept: one JSON line each.
 
-`analyse.py` puts it beside the best rates that the sweeps found. A second line of each setting has the new
-head trained for some steps before, since a random head's gradient says little.
+It is measured with the new head as it is, and after the head was trained alone for some steps. `--judge` says
+what `fit(lr="auto")` would lose against the best rate of each sweep, beside one rate for all.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from math import log
 from pathlib import Path
 from time import perf_counter
 
@@ -20,10 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import lowrank
 from benchmarks.studies.cells import read
 from benchmarks.studies.methods import HEAD_LR, METHODS, prepare
-from benchmarks.studies.run import CALIBRATION, HEADS
-from benchmarks.studies.run import _budget as budget_of
+from benchmarks.studies.run import CALIBRATION, HEADS, budget_of
 from benchmarks.studies.tasks import TASKS, build, data_of
-from lowrank.train.rate import turning_step
+from lowrank.train.rate import measured_rate, turning_step
 
 
 def main() -> None:
@@ -31,7 +31,10 @@ def main() -> None:
     parser.add_argument("--study", type=Path, default=Path("benchmarks/results/study.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rates.jsonl"))
     parser.add_argument("--warm", type=int, nargs="+", default=[0, 30], help="steps of the head alone before")
+    parser.add_argument("--judge", action="store_true", help="measure nothing; judge the rule by both files")
     options = parser.parse_args()
+    if options.judge:
+        return judge(options.study, options.out)
     known = (
         {tuple(json.loads(line)["setting"]) for line in open(options.out)} if options.out.exists() else set()
     )
@@ -77,6 +80,36 @@ def measure(setting: tuple[str, str, int, str], warm: list[int]) -> dict[str, ob
             steps[str(count)] = None
         seconds = perf_counter() - clock
     return {"setting": setting, "steps": steps, "seconds": round(seconds, 2)}
+
+
+def judge(study: Path, measured: Path) -> None:
+    """Prints the loss against the best swept score, of scores interpolated in the logarithm of the rate."""
+    turns = {tuple(row["setting"]): row["steps"]["0"] for row in map(json.loads, measured.open())}
+    curves: dict[tuple[str, str, int, str], dict[float, float]] = {}
+    for result in read(study):
+        if result.cell.seed == 0:
+            curves.setdefault(result.cell.setting, {})[result.cell.lr] = result.score or 0.0
+    rules = {"lr=auto": measured_rate, "1e-3 for all": lambda _: 1e-3}
+    for name, rule in rules.items():
+        losses = {
+            setting[1]: 1 - _at(curve, rule(turns[setting])) / max(curve.values())
+            for setting, curve in curves.items()
+            if turns.get(setting) and METHODS[setting[1]].b_rate == 1
+        }
+        near, worst = sum(loss <= 0.01 for loss in losses.values()), max(losses, key=losses.__getitem__)
+        mean = sum(losses.values()) / len(losses)
+        print(f"{name}: within 1 % in {near} of {len(losses)}, mean loss {mean:.2%}, worst", end=" ")
+        print(f"{losses[worst]:.1%} ({worst})")
+
+
+def _at(curve: dict[float, float], rate: float) -> float:
+    """The score at ``rate``, between those of the sweep; the nearest one outside."""
+    rates = sorted(curve)
+    rate = min(max(rate, rates[0]), rates[-1])
+    low = max(each for each in rates if each <= rate)
+    high = min(each for each in rates if each >= rate)
+    share = log(rate / low) / log(high / low) if high > low else 0.0
+    return (1 - share) * curve[low] + share * curve[high]
 
 
 if __name__ == "__main__":

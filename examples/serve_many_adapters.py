@@ -51,13 +51,13 @@ def main() -> None:
 
     batch = padded([Conversations(pairs, tokenizer, length=64)[0]] * 4, 0)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    rows: list[str | None] = [*NAMES, None]
+    rows = [*NAMES, None]
     with lowrank.adapters_for_rows(model, rows):
         mixed = logits(model, inputs)
-    for row, chosen in enumerate(rows):
-        with lowrank.use_adapters(model, chosen or ()):
+    for row, served in enumerate(rows):
+        with lowrank.use_adapters(model, served or ()):
             alone = logits(model, inputs)
-        print(f"row {row}, {chosen or 'the base'}: differs from serving it alone by "
+        print(f"row {row}, {served or 'the base'}: differs from serving it alone by "
               f"{float((mixed[row] - alone[row]).abs().max()):.1e}")  # fmt: skip
 
     lowrank.swap_adapter(model, options.out / "polite", "short")  # new values in the same tensors

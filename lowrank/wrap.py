@@ -20,6 +20,7 @@ from lowrank.init.base import frozen_factors, needs_of
 from lowrank.layers.adapter import Adapter
 from lowrank.models.projections import Projection
 from lowrank.models.targets import select
+from lowrank.models.tokens import check_rows
 from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.progress import bar
@@ -164,6 +165,7 @@ def _made(root: nn.Module, policy: Policy | Plan, source: Source) -> tuple[Plan,
     if isinstance(policy, Plan):
         plan, init = fitted_plan(root, policy), policy.init or Kaiming()
         check_layers(root, plan.adapted, plan.train, plan.dropout, dora=plan.dora)
+        check_rows(plan.rows, plan.adapted, plan.train)
     else:
         plan, source.statistics = make_plan(root, policy, source, start=True)
         init = policy.init

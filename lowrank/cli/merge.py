@@ -126,6 +126,8 @@ def _addition(name: str, stored: Stored, updates: Sequence[Update]) -> Change:
         raise AdapterError(
             f"{name}: it is no matrix but {stored.shape}; load the model and use lowrank.merge"
         )
+    if any(update.magnitudes is not None for update in updates):
+        raise AdapterError(f"{name}: it has magnitudes (DoRA); load the model and use lowrank.merge")
     fitting = [turned for turned in (False, True) if _fits(stored, updates, turned)]
     said = {update.transposed for update in updates} - {None}
     fitting = [turned for turned in fitting if not said or turned in said]

@@ -183,7 +183,7 @@ def fit(
             if stopped or run.over:
                 for record in run.records(every=True):
                     complete(record)
-            if folder is not None and (run.over or stopped or asked.saves_after(run.step)):
+            if folder is not None and (run.over or stopped or asked.saves_after(run.taken)):
                 _save(folder, run, parallel)
             if stopped and not run.over:
                 raise Stopped(signalled.number, _stopped(run.step, run.schedule.steps, folder))

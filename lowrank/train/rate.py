@@ -25,7 +25,7 @@ from lowrank.train.scope import evaluating, forked_generators
 from lowrank.train.step import NO_TERMS, OVERFLOW, Gradients, NonFiniteGradient, NonFiniteLoss, needs_scaling
 from lowrank.train.together import gradients_of
 
-SHARE = 6.3e-3  # learning rate = SHARE · √(turning step): the best of 15 methods on one task, docs/study
+SHARE = 6.3e-3  # learning rate = SHARE · √(turning step): fitted on 15 methods and one task, docs/choosing.md
 BATCHES = 8  # how many a measurement takes
 GIVE = "give lr= a number instead"
 
