@@ -93,7 +93,8 @@ def fit(
         alone, the loss is scaled as by ``torch.amp.GradScaler``; a step whose scaled gradient overflows
         updates nothing, is recorded so, and the scale is halved. Parameters to train are never float16.
     evaluate: ``evaluate(model) -> {"accuracy": 0.9}``, in eval mode without grad, every ``evaluate_every``
-        steps (by default once an epoch; at the end, if ``steps`` is given) and after the last.
+        steps (by default once an epoch; at the end, if ``steps`` is given) and after the last. Of several
+        processes the mean is taken, of those that give scores.
     callbacks: see `Callback`; `EarlyStopping` and `KeepBest` are two.
     progress: a bar with loss, lr, tokens per second, memory and the time left.
     seed: of torch's generators while this runs, so that dropout and shuffling repeat where the same script
@@ -194,16 +195,18 @@ def fit(
             record = run.take(epoch, place, group, clock)
             last = record.step == groups.steps
             if evaluate is not None and (last or record.step % evaluate_every == 0):
-                record = replace(record, evaluation=_scores(evaluate, model))
+                record = replace(record, evaluation=parallel.mean(_scores(evaluate, model)))
             history.append(record)
             shown(record)
             for callback in callbacks:
                 callback.after_step(run, record)
-            asked = parallel.any(signalled.number != 0)
-            if folder is not None and (run.over or asked or record.step % every == 0):
+            number, stopped = parallel.largest(signalled.number, bool(run.stop))
+            if stopped and not run.stop:
+                run.stop = "a callback in another process ended the run"
+            if folder is not None and (run.over or number or record.step % every == 0):
                 _save(folder, run, parallel)
-            if asked and not run.over:
-                raise Stopped(signalled.number, _stopped(record.step, groups.steps, folder))
+            if number and not run.over:
+                raise Stopped(number, _stopped(record.step, groups.steps, folder))
             if run.over:
                 break
             clock = perf_counter()
