@@ -23,7 +23,7 @@ PROJECT := pyproject.toml constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-levels check lint format types benchmarks census study study-data gpu clean distclean
+.PHONY: help demo test test-levels check lint format types docs benchmarks census study study-data gpu clean distclean
 .NOTPARALLEL:
 
 help: ## this list
@@ -51,7 +51,7 @@ test-level-%: $(READY)-test
 	$(if $(LEVEL_$*),,$(error there is no level $*: LEVEL is one of $(LEVELS)))
 	$(LEVEL_$*) TORCHINDUCTOR_CACHE_DIR=$(abspath .cache)/inductor-$* $(PY) -m pytest -n $(JOBS) $(ARGS)
 
-check: test lint types ## everything that must pass before a commit
+check: test lint types docs ## everything that must pass before a commit
 
 lint: $(READY)-dev ## ruff's rules and format, nothing written
 	$(PY) -m ruff check .
@@ -63,6 +63,10 @@ format: $(READY)-dev ## write the format, and the fixes that are safe
 
 types: $(READY)-dev ## mypy over the package
 	$(PY) -m mypy
+
+docs: $(READY)-docs ## the documentation as a site, in out/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "open out/site/index.html"
 
 benchmarks: $(READY)-benchmarks ## the CPU benchmarks, quick, one after another
 	set -e; for script in benchmarks/bench_*.py; do $(PY) $$script --quick $(ARGS); done
@@ -127,6 +131,10 @@ $(READY)-test: $(READY)-torch $(PROJECT) $(REVIEWS_READY)
 
 $(READY)-dev: $(READY)-torch $(PROJECT)
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(READY)-docs: $(READY)-torch $(PROJECT)
+	$(PIP) install -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(READY)-benchmarks: $(READY)-torch $(PROJECT) $(REVIEWS_READY)

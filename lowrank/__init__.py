@@ -14,7 +14,7 @@ from lowrank.learning_rates import lora_plus
 from lowrank.memory import memory_report
 from lowrank.merging import merge, remove_adapter, unwrap
 from lowrank.models.projections import Projection, Role, find_projections
-from lowrank.peft_format import PeftExport, export_peft, import_peft
+from lowrank.peft_format import PeftExport, export_diffusers, export_peft, import_peft
 from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.swapping import swap_adapter
@@ -48,6 +48,7 @@ __all__ = [
     "calibrate",
     "combine_adapters",
     "disable_adapters",
+    "export_diffusers",
     "export_peft",
     "find_projections",
     "import_peft",

@@ -60,6 +60,7 @@ from lowrank.wrapping.claims import (
     weight_problems,
 )
 from lowrank.wrapping.install import bare, device_beside
+from lowrank.wrapping.magnitudes import magnitude_of
 from lowrank.wrapping.unused import describe_unused, unused_layers, warn_of_unsaved
 
 OVERRIDE = 'if that is meant: load_adapter(..., base="other")'
@@ -202,7 +203,7 @@ def _loaded(
                 f"it was, heads and embeddings included, or train these modules and save again ({OVERRIDE})",
                 rest_problems(model, config.get("rest", {})),
             )
-        check_layers(model, plan.adapted, plan.train, plan.dropout)
+        check_layers(model, plan.adapted, plan.train, plan.dropout, dora=plan.dora)
         frozen = {p: frozen_names(config["frozen"][p.name]) for p in plan.adapted}
         file = tensors_file(folder, config)
         header = read_header(file)
@@ -234,7 +235,11 @@ def _adapter(
         if f"{p.name}.{factor}" in tensors
     }
     adapter = Adapter.from_state(state, plan[p].scaling, rows=p.rows, frozen=frozen)
-    return adapter.to(device_beside(model, p))
+    adapter = adapter.to(device_beside(model, p))
+    if plan.dora:
+        start, offset = (tensors[f"{p.name}.magnitude.{key}"] for key in ("start", "offset"))
+        adapter.magnitude = magnitude_of(model, p, adapter, start, offset)
+    return adapter
 
 
 def sample_to_json(sample: Sample) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def combine_adapters(
 
     Raises:
         ValueError: the model is not wrapped, a name is unknown or taken, a weight or rank is out of range, or
-            one of the adapters trains modules in full, which cannot be added up.
+            one of the adapters has magnitudes or trains modules in full, which cannot be added up.
     """
     root = wrapped_root(model)
     check_beside(model, name)
@@ -71,6 +71,11 @@ def combine_adapters(
         raise ValueError(f"expected a rank of at least 1, got {rank!r}")
     plans = {each: plan_of(root, each) for each in names}
     for each, plan in plans.items():
+        if plan.dora:
+            raise ValueError(
+                f"the adapter {each!r} has magnitudes (DoRA), which cannot be added up: "
+                f"merge(model, {each!r}) makes it part of the base"
+            )
         if plan.train:
             raise ValueError(
                 f"the adapter {each!r} trains {', '.join(plan.train)} in full, and modules trained in full "

@@ -20,6 +20,7 @@ from lowrank.init import Kaiming
 from lowrank.init.base import frozen_factors, starts_anchored
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
+from lowrank.layers.magnitude import Magnitude
 from lowrank.plan import Plan
 from lowrank.train.memory import Optimizers, StandIn, optimizer_factory
 from lowrank.train.memory_table import MemoryReport
@@ -167,12 +168,14 @@ def _install(model: nn.Module, plan: Plan) -> None:
             state |= {"A0": torch.empty_like(state["A"]), "B0": torch.empty_like(state["B"])}
         frozen = frozen_factors(init, p.role)
         adapters[p] = Adapter.from_state(state, plan[p].scaling, rows=p.rows, frozen=frozen)
+        if plan.dora:
+            adapters[p].magnitude = Magnitude(torch.empty(p.out_features, **where))
     with bare(model) as fittings:
         fittings.install("default", plan, adapters)
 
 
 def _beside(model: nn.Module) -> Iterable[Tensor]:
-    """All that wrapping put beside the base: factors, their anchors, modules trained in full."""
+    """All that wrapping put beside the base: factors, their anchors, magnitudes, modules trained in full."""
     anchors = (module.buffers() for module in model.modules() if isinstance(module, Adapter))
     return chain(added_parameters(model), chain.from_iterable(anchors))
 

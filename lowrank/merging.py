@@ -16,6 +16,7 @@ from lowrank.adapters import (
     added_parameters,
     holder,
     one_name,
+    plan_of,
     wrapped_root,
 )
 from lowrank.choosing import check_together
@@ -23,6 +24,7 @@ from lowrank.layers.adapter import Adapter, full_delta, updates, weighted
 from lowrank.layers.bases import multiplies
 from lowrank.layers.functional import Block
 from lowrank.layers.layer import AdaptedLayer
+from lowrank.layers.linear import LoRALinear
 from lowrank.layers.tree import hung_at, original, without_copies
 from lowrank.linalg.rows import shifted
 from lowrank.models.experts import Stack, stack_of
@@ -31,6 +33,7 @@ from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import as_rows, one_expert, quantized
 from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.install import bare
+from lowrank.wrapping.magnitudes import renew_squares
 from lowrank.wrapping.pretrained import forget_quantization, forget_ties
 from lowrank.wrapping.unused import replaced_layers, unused_layers
 
@@ -105,22 +108,39 @@ def merge(
             block = weighted(adapter.block, acting.weights.get(name))
             by_weight.setdefault((p.module, p.param), []).append((p, block))
     usual = _usual_dtype(root)
+    excess = {
+        p.module: _excess(root, p, name)
+        for name, held in adapters.items()
+        for p in held
+        if plan_of(root, name).dora
+    }
     if untie and any([_untie(root, held[0][0]) for held in by_weight.values()]):
         forget_ties(root)
-    unpacked = [_merge_weight(root, held, usual) for held in by_weight.values()]
+    unpacked = [
+        _merge_weight(root, held, usual, excess.get(module)) for (module, _), held in by_weight.items()
+    ]
     with bare(root) as fittings:
         for trained in fittings.trained.values():
             for name in set(chosen) & set(trained.copies):
                 original(trained.base).load_state_dict(trained.copies[name].state_dict())
         fittings.drop(chosen)
+        renew_squares(fittings, {module for module, _ in by_weight})
     if any(unpacked):
         forget_quantization(root)
     return model
 
 
 @torch.no_grad()
-def _merge_weight(root: nn.Module, held: Sequence[tuple[Projection, Block]], usual: torch.dtype) -> bool:
-    """Adds all updates of one weight to it, some rows at a time in fp32; says whether it was quantized."""
+def _merge_weight(
+    root: nn.Module,
+    held: Sequence[tuple[Projection, Block]],
+    usual: torch.dtype,
+    excess: Tensor | None,
+) -> bool:
+    """Adds all updates of one weight to it, some rows at a time in fp32; says whether it was quantized.
+
+    With magnitudes, ``excess`` (out,) is by how much each row is scaled then, less 1.
+    """
     p = held[0][0]
     stored = _stored(root, p)
     dtype, unpacked = stored.dtype, quantized(stored)
@@ -134,7 +154,10 @@ def _merge_weight(root: nn.Module, held: Sequence[tuple[Projection, Block]], usu
         return False
     rows = as_rows(holder(root, p), p.param)
     for start, stop, update in updates([block for _, block in held]):
-        rows[start:stop].copy_(update.add_(rows[start:stop]))
+        update.add_(rows[start:stop])
+        rows[start:stop].copy_(
+            update if excess is None else update.addcmul_(update, excess[start:stop, None])
+        )
     if unpacked:
         weight.data = weight.data.to(dtype)
         _match_bias(holder(root, p), dtype)
@@ -167,11 +190,7 @@ def _check_effects(root: nn.Module, name: str, adapters: Mapping[Projection, Ada
             )
         parent = p.module.rpartition(".")[0]
         passed_by = p.module in unused and parent in ran
-        if (
-            passed_by
-            and not isinstance(original(hung_at(root, parent)), containers)
-            and adapter.product().any()
-        ):
+        if passed_by and not isinstance(original(hung_at(root, parent)), containers) and adapter.moved():
             raise ValueError(
                 f"{p.name} was not used when the model ran, so its adapter has had no effect, and merging it "
                 "would change the output: if another kind of batch uses this layer, call the model on one "
@@ -263,6 +282,12 @@ def _unpack(root: nn.Module, p: Projection) -> None:
         plain.register_parameter("bias", cast("nn.Parameter | None", layer.base.bias))
         layer.base = plain
     layer.base.register_parameter(p.param, weight)
+
+
+def _excess(root: nn.Module, p: Projection, name: str) -> Tensor:
+    layer = without_copies(hung_at(root, p.module))
+    assert isinstance(layer, LoRALinear)
+    return layer.excess(layer.part(name))
 
 
 def _stored(root: nn.Module, p: Projection) -> nn.Parameter:

@@ -36,6 +36,7 @@ class Plan(Mapping[Projection, Allocation]):
         notes: what a reader should know and the rows do not show: what was left out or limited, and why.
         left_out: what "all-linear" does not adapt, modules and weights by name, each with why; the notes
             say the same in short.
+        dora: the magnitude of each output row is trained too (2402.09353).
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
 
@@ -58,6 +59,7 @@ class Plan(Mapping[Projection, Allocation]):
         notes: Sequence[str] = (),
         left_out: Mapping[str, str] | None = None,
         reference_rank: int | None = None,
+        dora: bool = False,
     ) -> None:
         for projection, allocation in allocations.items():
             most = min(projection.shape)
@@ -82,6 +84,7 @@ class Plan(Mapping[Projection, Allocation]):
         self.notes = tuple(notes)
         self.left_out = dict(left_out or {})
         self.reference_rank = reference_rank
+        self.dora = dora
 
     def __getitem__(self, projection: Projection) -> Allocation:
         return self._allocations[projection]
@@ -98,7 +101,15 @@ class Plan(Mapping[Projection, Allocation]):
     __hash__ = None  # type: ignore[assignment]
 
     def _state(self) -> tuple[Any, ...]:
-        settings = (self.budget, self.reference_rank, self.init, self.dropout, self.train, self.seed)
+        settings = (
+            self.budget,
+            self.reference_rank,
+            self.init,
+            self.dropout,
+            self.train,
+            self.seed,
+            self.dora,
+        )
         return self._allocations, self.costs, settings
 
     @property
@@ -112,7 +123,8 @@ class Plan(Mapping[Projection, Allocation]):
         return sum(self._parameters(p) for p in self)
 
     def _parameters(self, projection: Projection) -> int:
-        return self[projection].rank * self.costs[projection]
+        rank = self[projection].rank
+        return rank * self.costs[projection] + (projection.out_features if self.dora and rank else 0)
 
     def __repr__(self) -> str:
         adapted = f"{len(self.adapted)} of {len(self)} projections"
@@ -144,6 +156,8 @@ class Plan(Mapping[Projection, Allocation]):
             rows.append("  ".join(cells))
         rows.insert(1, "  ".join("-" * w for w in widths))
         rows.append(self._total())
+        if self.dora:
+            rows.append("DoRA: a magnitude for each output row is among the parameters")
         if self.train:
             rows.append(f"trained in full: {', '.join(self.train)}")
         rows += [f"note: {note}" for note in self.notes]
@@ -215,7 +229,8 @@ class Plan(Mapping[Projection, Allocation]):
             rank, scaling = self[p].rank, self[p].scaling
             ranks[p.module] = ranks.get(p.module, 0) + rank
             alphas[p.module] = alphas.get(p.module, 0.0) + rank * scaling
-        return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas)}
+        dora = {"use_dora": True} if self.dora else {}
+        return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas), **dora}
 
 
 def _layer(module: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite, sqrt
@@ -40,6 +41,13 @@ class Policy:
         init: how the factors start.
         allocate: how the budget is spent.
         dropout: on the adapters' inputs, in training.
+        layers: numbers of the repeated blocks to adapt: ``range(8, 24)``, ``(0, 5)``, ``7``, or ``"8:24"``,
+            of which either end may be missing. The number of a block is the first one in a projection's path.
+        ranks, alphas: by name, pattern or role, for projections with a rank or alpha of their own:
+            ``{"q_proj": 32}``. Of several that match, the longest counts. Their scaling is that of their own
+            alpha and rank. Ranks and a budget exclude each other.
+        dora: train the magnitude of each output row apart from its direction (DoRA, 2402.09353). Such an
+            adapter acts alone, with weight 1. Its magnitudes, ``out`` for each projection, count in a budget.
         train: modules trained in full and saved with the adapter, such as a new classifier head.
         fused: rows by role of a fused weight that its shape alone cannot tell, by name:
             ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
@@ -66,11 +74,16 @@ class Policy:
     fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+    dora: bool = False
+    layers: str | int | Sequence[int] | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("target", "exclude", "train"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_overrides()
         if not _whole(self.rank) or self.rank < 1:
             raise ValueError(f"rank must be a whole number, at least 1: {self.rank!r}")
         if not _number(self.alpha) or not isfinite(self.alpha) or self.alpha <= 0:
@@ -82,6 +95,8 @@ class Policy:
             raise ValueError(f"scaling must be {choices} or a positive number: {self.scaling!r}")
         if not _number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1: {self.dropout!r}")
+        if not isinstance(self.dora, bool):
+            raise ValueError(f"dora must be True or False: {self.dora!r}")
         if not _whole(self.seed):
             raise ValueError(f"seed must be a whole number: {self.seed!r}")
         counted = _whole(self.budget) and self.budget >= 1  # type: ignore[operator]
@@ -113,6 +128,31 @@ class Policy:
                 f'{self.allocate!r} spends n·rank ranks, whatever they cost: with unit="ranks" give rank=, '
                 "and leave budget=None"
             )
+
+    def _check_overrides(self) -> None:
+        """Brings ``layers`` into one form, and raises ValueError where it, ranks or alphas are wrong."""
+        layers: Any = (self.layers,) if _whole(self.layers) else self.layers
+        if isinstance(layers, str):
+            right = re.fullmatch(r"\d*:\d*", layers) is not None and layers != ":"
+        else:
+            right = layers is None or (
+                isinstance(layers, Sequence) and bool(layers) and all(_whole(n) and n >= 0 for n in layers)
+            )
+            object.__setattr__(self, "layers", tuple(layers) if right and layers is not None else layers)
+        if not right:
+            raise ValueError(f'layers takes numbers, range(8, 24) or "8:24", got {self.layers!r}')
+        for name, fits in (("ranks", _whole), ("alphas", _number)):
+            said = getattr(self, name)
+            if not isinstance(said, Mapping) or not all(
+                isinstance(key, str) and key and fits(n) and 0 < n < float("inf") for key, n in said.items()
+            ):
+                raise ValueError(
+                    f'{name} says a positive number by name, such as {{"q_proj": 32}}, got {said!r}'
+                )
+        if self.ranks and self.budget is not None:
+            raise ValueError("ranks says ranks whatever they cost: leave budget=None, or ranks out")
+        if self.alphas and self.scaling not in SCALINGS:
+            raise ValueError(f"alphas has no effect with scaling={self.scaling!r}: leave one of them out")
 
     def reference_scaling(self, rank: int) -> float:
         """The scaling that ``scaling`` and ``alpha`` say for the reference rank."""

@@ -26,7 +26,9 @@ from lowrank.policy import Policy
 from lowrank.wrapping.agreement import agreed
 from lowrank.wrapping.checks import check_beside, check_layers, check_unwrapped
 from lowrank.wrapping.install import bare, make_adapter
+from lowrank.wrapping.magnitudes import magnitude_of
 from lowrank.wrapping.new_heads import warn_of_new_heads
+from lowrank.wrapping.overrides import in_layers
 from lowrank.wrapping.planning import fitted_plan, make_plan, named_errors
 
 # -- planning -----------------------------------------------------------------------------------------
@@ -74,6 +76,7 @@ def measure(
     projections = select(
         model, policy.target, policy.exclude, policy.train, policy.fused, policy.roles
     ).projections
+    projections, _ = in_layers(projections, policy)
     needs = {p: policy.allocate.needs | needs_of(policy.init, p.role) for p in projections}
     return Source(batches, loss, mask, progress=progress).measure(model, needs)
 
@@ -160,7 +163,7 @@ def _made(root: nn.Module, policy: Policy | Plan, source: Source) -> tuple[Plan,
     """The plan for the base ``root``, and all its adapters."""
     if isinstance(policy, Plan):
         plan, init = fitted_plan(root, policy), policy.init or Kaiming()
-        check_layers(root, plan.adapted, plan.train, plan.dropout)
+        check_layers(root, plan.adapted, plan.train, plan.dropout, dora=plan.dora)
     else:
         plan, source.statistics = make_plan(root, policy, source, start=True)
         init = policy.init
@@ -195,7 +198,10 @@ def _start(
             with torch.no_grad():
                 factors = init(weight, rank, scaling, role=p.role, statistics=measured, generator=generator)
             _check_factors(p, factors, rank, frozen_factors(init, p.role))
-            return make_adapter(model, p, factors.A, factors.B, scaling, factors.frozen), factors.energy
+            adapter = make_adapter(model, p, factors.A, factors.B, scaling, factors.frozen)
+            if plan.dora:
+                adapter.magnitude = magnitude_of(model, p, adapter)
+            return adapter, factors.energy
         except (ValueError, RuntimeError) as error:
             if not unreadable:
                 raise

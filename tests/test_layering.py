@@ -33,7 +33,7 @@ LAYERS = [
     {"memory"},
     {"integrations"},  # one file for each library that drives training, imported by the user
     {"__init__"},  # the public names
-    {"demo"},
+    {"cli", "__main__", "demo"},  # the command
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -47,7 +47,7 @@ ONLY = {
 SHARED = {"init": {"base"}, "allocate": {"base", "apportion", "budget"}}
 
 # At the top: what they import is their own affair, and nothing below imports them.
-FREE = {"__init__", "demo"}
+FREE = {"__init__", "__main__", "cli", "demo"}
 
 REQUIRED = {"torch", "einops", "safetensors", "tqdm"}
 
@@ -118,7 +118,7 @@ def test_nothing_else_is_required(module: str) -> None:
     path = modules()[module]
     top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     found = imports("\n".join(map(ast.unparse, top)), module, path.name == "__init__.py")
-    allowed = {"lowrank"} | REQUIRED | OPTIONAL.get(module, set()) | sys.stdlib_module_names
+    allowed = {"lowrank", "lowrank_cli"} | REQUIRED | OPTIONAL.get(module, set()) | sys.stdlib_module_names
     assert {name.split(".")[0] for _, name in found} <= allowed
 
 

@@ -136,7 +136,13 @@ def test_parts_are_what_they_say() -> None:
 
 def test_a_plan_and_the_wrapped_model_give_the_same_report() -> None:
     batch, base = zoo.batch("llama"), zoo.build("llama")
-    for policy in (presets.lora(rank=4), presets.pissa(rank=4), presets.lora(rank=4, train=("lm_head",))):
+    policies = (
+        presets.lora(rank=4),
+        presets.pissa(rank=4),
+        presets.dora(rank=4),
+        presets.lora(rank=4, train=("lm_head",)),
+    )
+    for policy in policies:
         before = {name: (t.clone(), t.requires_grad) for name, t in base.named_parameters()}
         planned = lowrank.memory_report(base, lowrank.plan_model(base, policy), batch=batch)
         assert all(t.equal(base.get_parameter(n)) for n, (t, _) in before.items())

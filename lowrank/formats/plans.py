@@ -25,6 +25,7 @@ def plan_to_json(plan: Any) -> dict[str, Any]:
         "dropout": plan.dropout,
         "train": list(plan.train),
         "seed": plan.seed,
+        "dora": plan.dora,
         "notes": list(plan.notes),
         "left_out": plan.left_out,
         "projections": [
@@ -73,6 +74,7 @@ def plan_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
             "notes": [typed(note, str) for note in data.get("notes", ())],
             "left_out": {name: typed(why, str) for name, why in data.get("left_out", {}).items()},
             "reference_rank": _whole(data.get("reference_rank")),
+            "dora": _flag(data.get("dora", False)),
         }
     except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"this is not a plan: {type(error).__name__}: {error}") from error
@@ -99,6 +101,12 @@ def _rows(said: Any) -> Rows:
 
 def _number(value: Any) -> float:
     return float(typed(value, (int, float)))
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
 
 
 def _whole(value: Any) -> int | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.functional import Block
+from lowrank.layers.magnitude import Magnitude
 from lowrank.linalg.rows import Rows, add_, height, pieces
 
 
@@ -39,6 +40,7 @@ class Adapter(nn.Module):
 
     A0: Tensor | None
     B0: Tensor | None
+    magnitude: Magnitude | None  # DoRA: the rows' magnitudes are trained apart
 
     def __init__(
         self,
@@ -95,6 +97,7 @@ class Adapter(nn.Module):
         self.B = nn.Parameter(B, requires_grad="B" not in frozen)
         self.register_buffer("A0", A0)
         self.register_buffer("B0", B0)
+        self.register_module("magnitude", None)
 
     @property
     def anchored(self) -> bool:
@@ -117,13 +120,23 @@ class Adapter(nn.Module):
         return self.A0 + self.A, self.B0 + self.B
 
     def product(self) -> Tensor:
-        """``ΔW`` (rows, in) in fp32 (fp64 for fp64 parameters), differentiable; zero offsets give zero."""
+        """``ΔW`` (rows, in) in fp32 (fp64 for fp64 parameters), differentiable; zero offsets give zero.
+
+        Magnitudes do not count in it.
+        """
         return product(self.block)
+
+    def moved(self) -> bool:
+        """Does it change anything yet?"""
+        return bool(self.product().any()) or (
+            self.magnitude is not None and bool(self.magnitude.offset.any())
+        )
 
     def extra_repr(self) -> str:
         out, rank = self.B.shape
         notes = [f"({out}, {self.A.shape[1]}), rank={rank}, scaling={self.scaling:.4g}"]
         notes += ["anchored"] if self.anchored else []
+        notes += ["with magnitudes"] if self.magnitude is not None else []
         notes += [f"{name} frozen" for name in sorted(self.frozen)]
         return ", ".join(notes)
 
@@ -134,6 +147,7 @@ class RowBlocks(nn.ModuleList):
     def __init__(self, adapters: Iterable[Adapter], dropout: float = 0.0) -> None:
         super().__init__(adapters)
         self.dropout = dropout
+        self.rescales = any(adapter.magnitude is not None for adapter in self.held())  # the whole output
         self.called = self.read = False  # while acting, ever; not by compiled code: see `seen_by_compiler`
 
     @property

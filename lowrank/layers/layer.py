@@ -90,6 +90,11 @@ class AdaptedLayer(nn.Module):
                     f"{rows.path(self)}: its weight is read without a call, so adapters for single examples "
                     "cannot act on it: run the examples of one adapter at a time, with use_adapters"
                 )
+            if any(part.rescales for part, _ in acting):
+                raise ValueError(
+                    "the weight of a layer is read without a call, where the magnitudes of dora=True have no "
+                    f"effect: leave it out with exclude=, or adapt it without dora ({self.base})"
+                )
             if torch.compiler.is_compiling():
                 note_compiler()
             else:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.acting import Acting
-from lowrank.layers.adapter import Adapter
+from lowrank.layers.adapter import Adapter, RowBlocks
 from lowrank.layers.bases import plain_weight
 from lowrank.layers.block import Block
 from lowrank.layers.functional import add_lora, fused_lora
 from lowrank.layers.grouped import ExampleAdapters, add_grouped
 from lowrank.layers.inference import Kept
 from lowrank.layers.layer import AdaptedLayer, note_compiler
+from lowrank.layers.magnitude import excess_of, multiplied_by, rescaled
 from lowrank.layers.reading import AS_STORED, TRANSPOSED, Layout
 
 
@@ -90,7 +91,14 @@ class LoRALinear(AdaptedLayer):
             y = fused_lora(x, weight, base._parameters["bias"], blocks, dropout=dropout, kept=self.kept)
         for blocks, dropout in products:
             y = add_lora(y, x, blocks, dropout=dropout)
+        for part, _ in self.acting.among(self._parts()):
+            if part.rescales:
+                y = rescaled(y, self.bias, self._excess(part, weight, y.dtype))
         return y
+
+    def _excess(self, part: RowBlocks, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """By how much the magnitudes of ``part`` scale each column of the output, less 1, (out,)."""
+        return excess_of(part.held(), multiplied_by(self.base, weight, dtype), self.out_features)
 
     def _by_rows(self, rows: ExampleAdapters, *args: Any, **kwargs: Any) -> Tensor:
         y, parts = self.base(*args, **kwargs), self._parts()
@@ -118,3 +126,26 @@ class LoRALinear(AdaptedLayer):
             else:
                 products.append((part.blocks(weight), dropout))
         return products
+
+    def delta_weight(self, name: str | None = None) -> Tensor:
+        """See `AdaptedLayer.delta_weight`; magnitudes count in it.
+
+        Raises ValueError where there are some and the base's weight cannot be read.
+        """
+        part, delta = self.part(name), super().delta_weight(name)
+        if not part.rescales:
+            return delta
+        weight = plain_weight(self.base)
+        if weight is None:
+            raise ValueError(f"the weight of a {type(self.base).__name__} cannot be read here")
+        return delta + self.excess(part)[:, None] * (weight.detach().to(delta.dtype) + delta)
+
+    @torch.no_grad()
+    def excess(self, part: RowBlocks) -> Tensor:
+        """By how much each row of W + ΔW is scaled, less 1, (out,), detached: zero without magnitudes."""
+        A = part.held()[0].A
+        if not part.rescales:
+            return A.new_zeros(self.out_features)
+        stored = cast(Tensor, self.base.weight)
+        dtype = stored.dtype if stored.is_floating_point() and stored.itemsize > 1 else A.dtype
+        return self._excess(part, plain_weight(self.base), dtype)

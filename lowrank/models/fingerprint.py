@@ -62,7 +62,7 @@ def of_projection(module: nn.Module, p: Projection) -> Sample:
     dtype, weight = _dtype(stored), _read_rows(module, p)
     if weight is None:
         return Sample(dtype, None, None)
-    return Sample(dtype, None, _values(weight, _spread(weight.numel(), OF_PROJECTION)))
+    return Sample(dtype, None, _values(weight, spread(weight.numel(), OF_PROJECTION)))
 
 
 def of_projections(model: nn.Module, projections: Iterable[Projection]) -> dict[Projection, Sample]:
@@ -92,9 +92,9 @@ def of_tensor(module: nn.Module, name: str) -> Sample | None:
     tensor = _read(module, name) if coded else None if stored.is_meta else whole(stored.detach())
     if tensor is None:
         return None if coded else Sample(dtype, tuple(stored.shape), None)
-    spread, last = OF_TENSOR
+    count, last = OF_TENSOR
     row = tensor.numel() // tensor.shape[0] if tensor.dim() else 1
-    places = torch.cat([_spread(tensor.numel(), spread), tensor.numel() - row + _spread(row, last)])
+    places = torch.cat([spread(tensor.numel(), count), tensor.numel() - row + spread(row, last)])
     return Sample(dtype, tuple(tensor.shape), _values(tensor, places))
 
 
@@ -158,7 +158,7 @@ def _read_rows(module: nn.Module, p: Projection) -> Tensor | None:
     return None if weight is None else view(weight, p.rows)
 
 
-def _spread(size: int, count: int) -> Tensor:
+def spread(size: int, count: int) -> Tensor:
     """At most ``count`` places from 0 to ``size`` − 1."""
     return torch.linspace(0, size - 1, min(count, size), dtype=torch.float64).long()
 

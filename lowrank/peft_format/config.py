@@ -22,7 +22,8 @@ HARMLESS = frozenset(
 )
 READ = frozenset(
     "r lora_alpha rank_pattern alpha_pattern target_modules exclude_modules use_rslora lora_dropout "
-    "fan_in_fan_out modules_to_save init_lora_weights layers_to_transform layers_pattern bias".split()
+    "fan_in_fan_out modules_to_save init_lora_weights layers_to_transform layers_pattern bias "
+    "use_dora".split()
 )
 STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})  # these leave the base's weights alone
 
@@ -39,6 +40,7 @@ class PeftConfig:
         rslora: the scaling is alpha / √r instead of alpha / r.
         dropout: on the adapters' inputs, in training.
         trained: ends of the paths of modules trained in full.
+        dora: each adapted module has a magnitude for each output row.
         by_layer: ``layers_to_transform`` narrows the targets.
     """
 
@@ -52,6 +54,7 @@ class PeftConfig:
     dropout: float = 0.0
     trained: frozenset[str] = frozenset()
     by_layer: bool = False
+    dora: bool = False
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> PeftConfig:
@@ -79,6 +82,7 @@ class PeftConfig:
             rslora=_flag(data, "use_rslora"),
             dropout=_dropout(data.get("lora_dropout", 0.0)),
             trained=_listed(_names(data, "modules_to_save", None) or frozenset(), "modules_to_save"),
+            dora=_flag(data, "use_dora"),
             by_layer=layers is not None and layers != [],
         )
 

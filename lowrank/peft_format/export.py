@@ -30,6 +30,7 @@ from lowrank.peft_format.factors import factor_problem
 from lowrank.peft_format.factors import written as written_factors
 from lowrank.peft_format.folder import (
     CONFIG,
+    MAGNITUDE,
     PREFIX,
     TENSORS,
     ancestors,
@@ -41,6 +42,7 @@ from lowrank.peft_format.pairs import Pair, plain, recompressed, stacked, unifor
 from lowrank.peft_format.proof import adapted_paths, check_written
 from lowrank.plan import peft_patterns
 from lowrank.wrapping.checks import check_whole
+from lowrank.wrapping.magnitudes import magnitudes_by_module
 from lowrank.wrapping.unused import layers_only_read
 
 # By the end of a model's class name: PEFT's task, and the heads that PEFT then trains in full unasked.
@@ -115,12 +117,18 @@ def export_peft(
     check_whole(model, "export_peft")
     name = one_name(root, name)
     adapters = adapters_of(root, name)
-    _check_exportable(root, adapters, name)
+    check_exportable(root, adapters, name)
     trained = _trained_states(root, name)
     if serving and trained:
         raise ValueError(
             f"serving engines refuse or ignore modules trained in full ({', '.join(trained)}): "
             "export without serving=True, or merge(model) and serve the whole model"
+        )
+    dora = plan_of(root, name).dora
+    if serving and dora:
+        raise ValueError(
+            "serving engines have no magnitudes (DoRA): export without serving=True, or merge(model) and "
+            "serve the whole model"
         )
     exact, written = {}, {}
     for p, adapter in adapters.items():
@@ -132,7 +140,7 @@ def export_peft(
     blocks: dict[str, list[tuple[Rows, Pair]]] = {}
     for p, pair in written.items():
         blocks.setdefault(p.module, []).append((p.rows, pair))
-    pairs = {module: stacked(each, _layer(root, module).out_features) for module, each in blocks.items()}
+    pairs = {module: stacked(each, layer_at(root, module).out_features) for module, each in blocks.items()}
     if serving:
         pairs = uniform(pairs)
     if dtype is not None:
@@ -142,8 +150,10 @@ def export_peft(
 
     tensors = {f"{PREFIX}{module}.{key}": t for module, state in trained.items() for key, t in state.items()}
     for module, pair in pairs.items():
-        factors = written_factors(_layer(root, module).base, pair)
+        factors = written_factors(layer_at(root, module).base, pair)
         tensors |= {f"{PREFIX}{module}.{key}": tensor for key, tensor in factors.items()}
+    magnitudes = magnitudes_by_module(root, adapters) if dora else {}
+    tensors |= {f"{PREFIX}{module}{MAGNITUDE}": values for module, values in magnitudes.items()}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"refusing to export: {key.removeprefix(PREFIX)} contains NaN or Inf")
@@ -152,11 +162,11 @@ def export_peft(
         write_pieces(folder / TENSORS, packed(tensors))
         write(folder / CONFIG, json.dumps(_config(root, name, pairs, list(trained)), indent=2).encode())
         lossy = dtype is not None or recompress
-        errors = check_written(folder, root, exact, pairs if lossy else None, trained)
+        errors = check_written(folder, root, exact, pairs if lossy else None, trained, magnitudes)
     return PeftExport(Path(path), {module: pair.rank for module, pair in pairs.items()}, errors)
 
 
-def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], name: str) -> None:
+def check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], name: str) -> None:
     problems, counts = [], places(root)
     only_read = layers_only_read(root, name)
     for p in adapters:
@@ -175,7 +185,7 @@ def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], n
         raise ValueError(f"PEFT has no place for these adapters; {advice}:\n  " + "\n  ".join(problems))
 
 
-def _layer(root: nn.Module, module: str) -> AdaptedLayer:
+def layer_at(root: nn.Module, module: str) -> AdaptedLayer:
     layer = without_copies(hung_at(root, module))
     assert isinstance(layer, AdaptedLayer)
     return layer
@@ -212,7 +222,7 @@ def _trained_states(root: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
 def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequence[str]) -> dict[str, Any]:
     ranks = {module: pair.rank for module, pair in pairs.items()}
     alphas = {module: pair.rank * pair.scaling for module, pair in pairs.items()}
-    linear = [base for module in pairs if kind_of(base := _layer(root, module).base) is None]
+    linear = [base for module in pairs if kind_of(base := layer_at(root, module).base) is None]
     config = {
         "peft_type": "LORA",
         "task_type": _task(root, trained),
@@ -225,7 +235,7 @@ def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequ
         "lora_dropout": plan_of(root, name).dropout,
         "bias": "none",
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": plan_of(root, name).dora,
         "init_lora_weights": True,
     }
     if adapted_paths(root, PeftConfig.read(config)) != set(pairs):

@@ -27,6 +27,7 @@ from lowrank.peft_format.pairs import reduced
 from lowrank.plan import Plan
 from lowrank.wrapping.checks import check_beside, check_layers
 from lowrank.wrapping.install import bare, device_beside
+from lowrank.wrapping.magnitudes import magnitude_of
 
 LOG = logging.getLogger("lowrank")
 
@@ -87,7 +88,7 @@ def _read(
         )
     trained += [path for path in saved if not _equal(model.get_submodule(path), tensors, path)]
     try:
-        check_layers(model, projections, trained, contents.config.dropout)
+        check_layers(model, projections, trained, contents.config.dropout, dora=contents.config.dora)
     except ValueError as error:
         raise AdapterError(f"{contents.folder} cannot be put on this model: {error}") from error
 
@@ -99,7 +100,9 @@ def _read(
         assert weight is not None
         state = {"A": pair.A.to(master_dtype(weight.dtype)), "B": pair.B.to(master_dtype(weight.dtype))}
         adapters[p] = Adapter.from_state(state, pair.scaling, rows=p.rows).to(device_beside(model, p))
-    plan = Plan(allocations, dropout=contents.config.dropout, train=trained)
+        if contents.config.dora:
+            adapters[p].magnitude = magnitude_of(model, p, adapters[p], tensors.magnitude(p.module))
+    plan = Plan(allocations, dropout=contents.config.dropout, train=trained, dora=contents.config.dora)
     states = {name: tensors.state(name, model.get_submodule(name).state_dict()) for name in trained}
     return plan, adapters, states
 
@@ -139,6 +142,10 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
             )
         elif any(entry.dtype not in FLOATS for entry in entries.values()):
             problems.append(f"{path}: its factors are not floating point")
+        elif config.dora and kind_of(module):
+            problems.append(f"{path}: magnitudes (DoRA) of a {type(module).__name__} are not supported")
+        elif (found := _magnitudes(contents, path)) != ((out,) if config.dora else None):
+            problems.append(f"{path}: its magnitudes (DoRA) are {found}, and use_dora is {config.dora}")
         elif rank > 2 * (out + columns):
             problems.append(
                 f"{path}: rank {rank} is far more than a weight of shape {(out, columns)} can use"
@@ -149,12 +156,22 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
             problems.append(f"{path}: {why}")
         elif config.lists_targets and not config.adapts(path):
             problems.append(f"{path}: target_modules does not name it, so PEFT would not adapt it")
+    strange = contents.magnitudes.keys() - contents.layers.keys()
+    problems += [
+        f"{path}: the folder has magnitudes (DoRA) for it, but no factors" for path in sorted(strange)
+    ]
     if config.lists_targets:
         absent = [path for path in known if config.adapts(path) and path not in contents.layers]
         problems += [
             f"{path}: target_modules names it, but the folder has no factors for it" for path in absent
         ]
     return problems
+
+
+def _magnitudes(contents: Contents, path: str) -> tuple[int, ...] | None:
+    """The shape of the magnitudes in the folder; None where there are none."""
+    entry = contents.magnitudes.get(path)
+    return None if entry is None else entry.shape
 
 
 def _trained(model: nn.Module, contents: Contents) -> tuple[list[str], list[str], list[str]]:

@@ -48,6 +48,8 @@ def plan_differences(plan: Plan, saved: Any) -> list[str]:
         for p in {**dict(plan), **dict(other)}
         if plan.get(p) != other.get(p)
     ]
+    if plan.dora != other.dora:
+        problems.append(f"dora is {other.dora}, expected {plan.dora}")
     if set(plan.train) != set(other.train):
         problems.append(f"modules trained in full: {sorted(other.train)}, expected {sorted(plan.train)}")
     return problems
@@ -104,6 +106,8 @@ def tensor_problems(model: nn.Module, plan: Plan, header: Mapping[str, Entry]) -
         for anchor in ("", "0") if f"{p.name}.A0" in header else ("",):
             wanted[f"{p.name}.A{anchor}"] = (rank, p.in_features), True
             wanted[f"{p.name}.B{anchor}"] = (p.out_features, rank), True
+        for key in ("start", "offset") if plan.dora else ():
+            wanted[f"{p.name}.magnitude.{key}"] = (p.out_features,), True
     for name in plan.train:
         for key, tensor in model.get_submodule(name).state_dict().items():
             wanted[f"{TRAINED}{name}.{key}"] = tuple(tensor.shape), tensor.is_floating_point()
