@@ -90,7 +90,7 @@ class _Touch(torch.autograd.Function):
         return tuple(tensor.view_as(tensor) for tensor in tensors[:outputs])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
         return None, *gradients, *zeros
 

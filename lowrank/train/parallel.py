@@ -111,6 +111,7 @@ class Together(SingleProcess):
         return [int(value) for value in self.exchange(*values).amax(0)[: len(values)].tolist()]
 
     def mean(self, scores: dict[str, float]) -> dict[str, float]:
+        self.wait()  # a process that failed says so here
         everyone = [each for each in self.processes.gathered(scores) if each]
         if any(list(each) != list(everyone[0]) for each in everyone):
             named = ", ".join(str(sorted(each)) for each in everyone)
