@@ -8,12 +8,14 @@ from lowrank.calibration.statistics import Statistics
 from lowrank.checkpoint import AdapterError, load_adapter, save_adapter
 from lowrank.choosing import adapters_for_rows, disable_adapters, set_adapters, use_adapters
 from lowrank.combining import combine_adapters
+from lowrank.comparing import compare_plans
 from lowrank.init import Factors
 from lowrank.layers import LoRALinear, lora_linear
 from lowrank.learning_rates import lora_plus
 from lowrank.memory import memory_report
 from lowrank.merging import merge, remove_adapter, unwrap
 from lowrank.models.projections import Projection, Role, find_projections
+from lowrank.notices import LowrankWarning, UnsavedParametersWarning, UnusedLayerWarning
 from lowrank.peft_format import PeftExport, export_diffusers, export_peft, import_peft
 from lowrank.plan import Plan
 from lowrank.policy import Policy
@@ -31,6 +33,7 @@ __all__ = [
     "Factors",
     "FrozenHeadWarning",
     "LoRALinear",
+    "LowrankWarning",
     "MemoryReport",
     "PeftExport",
     "Plan",
@@ -39,6 +42,8 @@ __all__ = [
     "Role",
     "SavePretrainedWarning",
     "Statistics",
+    "UnsavedParametersWarning",
+    "UnusedLayerWarning",
     "adapted_layers",
     "adapter_names",
     "adapter_parameters",
@@ -47,6 +52,7 @@ __all__ = [
     "allocate",
     "calibrate",
     "combine_adapters",
+    "compare_plans",
     "disable_adapters",
     "export_diffusers",
     "export_peft",

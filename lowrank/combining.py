@@ -23,6 +23,7 @@ from lowrank.models.storage import weight_shape
 from lowrank.plan import Plan
 from lowrank.wrapping.checks import check_beside
 from lowrank.wrapping.install import bare, device_beside
+from lowrank.wrapping.rows import combined_rows
 
 Term = tuple[Projection, Adapter, float]  # of the sum: the adapter of a projection, and its weight
 
@@ -89,6 +90,7 @@ def combine_adapters(
             expert = p.rows[0] // stack.out if stack else 0
             by_weight.setdefault((p.module, p.param, expert), []).append((p, adapter, share))
     dropouts = {plan.dropout for plan in plans.values()}
+    rows, offsets = combined_rows(root, shares)
     with bare(root) as fittings:
         made, allocations, errors = {}, {}, {}
         for terms in by_weight.values():
@@ -102,8 +104,9 @@ def combine_adapters(
             allocations,
             dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
             notes=_notes(shares, errors),
+            rows=rows,
         )
-        fittings.install(name, plan, made)
+        fittings.install(name, plan, made, offsets)
     return model
 
 

@@ -26,6 +26,7 @@ from lowrank.train.memory import Optimizers, StandIn, optimizer_factory
 from lowrank.train.memory_table import MemoryReport
 from lowrank.wrapping.install import bare
 from lowrank.wrapping.planning import fitted_plan
+from lowrank.wrapping.rows import weight_of
 
 PRECISIONS: dict[Any, tuple[torch.dtype | None, torch.dtype | None]] = {  # dtype of the base, autocast
     **{dtype: (dtype, None) for dtype in (torch.float32, torch.bfloat16, torch.float16)},
@@ -171,7 +172,13 @@ def _install(model: nn.Module, plan: Plan) -> None:
         if plan.dora:
             adapters[p].magnitude = Magnitude(torch.empty(p.out_features, **where))
     with bare(model) as fittings:
-        fittings.install("default", plan, adapters)
+        offsets = {
+            rows.module: torch.empty(
+                len(rows.ids), rows.width, dtype=master_dtype(weight_of(model, rows).dtype), device="meta"
+            )
+            for rows in plan.rows
+        }
+        fittings.install("default", plan, adapters, offsets)
 
 
 def _beside(model: nn.Module) -> Iterable[Tensor]:

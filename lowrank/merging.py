@@ -35,6 +35,7 @@ from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.install import bare
 from lowrank.wrapping.magnitudes import renew_squares
 from lowrank.wrapping.pretrained import forget_quantization, forget_ties
+from lowrank.wrapping.rows import check_rows_mergeable, merge_rows
 from lowrank.wrapping.unused import replaced_layers, unused_layers
 
 
@@ -107,6 +108,7 @@ def merge(
         for p, adapter in held.items():
             block = weighted(adapter.block, acting.weights.get(name))
             by_weight.setdefault((p.module, p.param), []).append((p, block))
+    check_rows_mergeable(root, chosen)
     usual = _usual_dtype(root)
     excess = {
         p.module: _excess(root, p, name)
@@ -119,6 +121,7 @@ def merge(
     unpacked = [
         _merge_weight(root, held, usual, excess.get(module)) for (module, _), held in by_weight.items()
     ]
+    merge_rows(root, {name: acting.weights.get(name) for name in chosen})
     with bare(root) as fittings:
         for trained in fittings.trained.values():
             for name in set(chosen) & set(trained.copies):

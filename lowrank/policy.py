@@ -53,6 +53,8 @@ class Policy:
             ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
             rows of one group, and how many there are: ``{"wqkv": {"groups": 8, "query": 512, "key": 128,
             "value": 128}}``.
+        rows: of embeddings, which alone train, as those of new tokens: ``{"embed_tokens": [32000, 32001]}``.
+            A head that is tied to the embedding follows. They are trainable parameters beside the budget.
         roles: of weights that names tell nothing of, or tell wrongly, by dotted-suffix pattern:
             ``{"mixer.theta": "query"}``. The longest pattern counts. `ByRole` and targets by role follow it.
         seed: of every random draw in wrapping.
@@ -73,6 +75,7 @@ class Policy:
     train: Sequence[str] = ()
     fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
     seed: int = 0
     dora: bool = False
     layers: str | int | Sequence[int] | None = None
@@ -118,6 +121,12 @@ class Policy:
                 f'roles says the role of each name, such as {{"mixer.theta": "query"}}, one of '
                 f"{', '.join(Role)}: {self.roles!r}"
             )
+        if not isinstance(self.rows, Mapping) or not all(map(_are_ids, self.rows, self.rows.values())):
+            raise ValueError(
+                'rows says which rows of which embedding train, each once, such as {"embed_tokens": [7, 8]}: '
+                f"{self.rows!r:.200}"
+            )
+        object.__setattr__(self, "rows", {name: tuple(ids) for name, ids in self.rows.items()})
         for name in ("init", "allocate"):
             choice = getattr(self, name)
             if not callable(choice) or isinstance(choice, type) or not hasattr(choice, "needs"):
@@ -220,3 +229,9 @@ def _is_rows(said: object) -> bool:
     return isinstance(said, Mapping) and all(
         role in {*Role, GROUPS} and _whole(n) for role, n in said.items()
     )
+
+
+def _are_ids(name: object, ids: object) -> bool:
+    if not (isinstance(name, str) and name and isinstance(ids, Sequence) and ids):
+        return False
+    return all(_whole(i) and i >= 0 for i in ids) and len(set(ids)) == len(ids)

@@ -40,6 +40,11 @@ BESIDES = {
     "llama+embedding": ("llama", ("q_proj", "embedding")),
     "vit+conv": ("vit", ("query", "conv")),
 }
+# Rows of an embedding that train besides: layout, then the embedding and the tokens.
+TOKENS = {
+    "llama+rows": ("llama", {"embed_tokens": (5, 20, 41)}),
+    "tied+rows": ("tied_llama", {"embed_tokens": (5, 20, 41)}),
+}
 WITHOUT_BATCHES = ["lora", "pissa", "milora", "olora", "lora_fa", "rslora"]
 PAIRS = [
     (preset, layout)
@@ -47,7 +52,8 @@ PAIRS = [
     for layout in LAYOUTS
     if not ("dora" in preset and layout in ON_WEIGHTS)
 ]
-ROWS = PAIRS + [(preset, layout) for preset in WITHOUT_BATCHES for layout in BESIDES]
+ROWS = PAIRS + [(preset, layout) for preset in WITHOUT_BATCHES for layout in (*BESIDES, *TOKENS)]
+ROWS += [("dora", layout) for layout in TOKENS]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -56,17 +62,19 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def policy_for(preset: str, layout: str) -> lowrank.Policy:
+    if layout in TOKENS:
+        return PRESETS[preset](rank=4, rows=TOKENS[layout][1])
     if layout in BESIDES:
         return PRESETS[preset](rank=4, target=BESIDES[layout][1])
     return PRESETS[preset](rank=4, train=(HEADS[layout],) if layout in HEADS else ())
 
 
 def build(layout: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return zoo.build(BESIDES.get(layout, (layout,))[0], dtype)
+    return zoo.build((BESIDES | TOKENS).get(layout, (layout,))[0], dtype)
 
 
 def batch_of(layout: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
-    return zoo.batch(BESIDES.get(layout, (layout,))[0], dtype, seed)
+    return zoo.batch((BESIDES | TOKENS).get(layout, (layout,))[0], dtype, seed)
 
 
 def wrap(model: nn.Module, preset: str, layout: str, dtype: torch.dtype) -> nn.Module:

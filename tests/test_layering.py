@@ -17,13 +17,13 @@ PACKAGE = Path(__file__).parents[1] / "lowrank"
 # Lowest first. A file imports from lower layers only; a package's own files may import one another,
 # but for the siblings below.
 LAYERS = [
-    {"batches", "files", "linalg", "plots", "processes"},
+    {"batches", "files", "linalg", "notices", "plots", "processes", "progress"},
     {"models"},  # what is known of other people's models
     {"calibration"},
     {"init", "allocate"},
     {"formats"},  # data classes as JSON
     {"plan", "layers"},
-    {"policy", "adapters", "learning_rates"},
+    {"policy", "adapters", "comparing", "learning_rates"},
     {"choosing"},
     {"wrapping"},  # what wrapping, loading and importing share
     {"merging", "combining"},
@@ -40,7 +40,14 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Narrower than their place in the table: the only other parts that these may name.
 ONLY = {
     "layers": {"linalg"},  # plain tensors, no model
-    "train": {"batches", "files", "plots", "processes"},  # knows requires_grad, never LoRA
+    "train": {
+        "batches",
+        "files",
+        "notices",
+        "plots",
+        "processes",
+        "progress",
+    },  # knows requires_grad, never LoRA
 }
 
 # Each file there is one idea, and may import of its own package only these.

@@ -242,12 +242,12 @@ def test_storages_are_counted_once_and_until_they_are_freed() -> None:
     assert storages.at_peak({"first": storages.numbers([b])}) == {"first": 32, "temporary": 1024}
 
 
-def test_fit_prints_the_report_before_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_shows_the_report_before_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
     model, batch = wrapped("llama"), zoo.batch("llama")
     expected = str(step_memory(model, batch)).splitlines()
     torch.manual_seed(3)
     lowrank.train.fit(model, [batch], steps=2, report=True, progress=False)
-    printed = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().err.splitlines()
     assert printed[: len(expected) - 1] == expected[:-1]  # the last line says what is free just then
     other = wrapped("llama")
     lowrank.train.fit(other, [batch], steps=2, progress=False)

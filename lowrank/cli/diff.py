@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from lowrank.cli.saved import Saved, read, whole
+from lowrank.cli.saved import Saved, Update, read, whole
+from lowrank.linalg.rows import spread
 from lowrank.peft_format.pairs import relative_distance
 
 
@@ -41,8 +44,20 @@ def _compare(one: Saved, other: Saved) -> tuple[dict[str, float], list[str]]:
             distances[name] = 0.0
         else:
             distances[name] = relative_distance(*pairs)
+        if not _same(_magnitudes(first[name], out), _magnitudes(second[name], out)):
+            problems.append(f"{name}: the magnitudes (DoRA) are not the same")
     for name in sorted(one.trained.keys() | other.trained.keys()):
         a, b = one.trained.get(name), other.trained.get(name)
-        if a is None or b is None or not torch.equal(a, b):
+        if not _same(a, b):
             problems.append(f"{name}: trained in full, and not the same")
     return distances, problems
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def _magnitudes(updates: Sequence[Update], out: int) -> Tensor | None:
+    """Of all ``out`` rows, zero where they are not adapted; None without any."""
+    parts = [spread(u.magnitudes, u.rows, out) for u in updates if u.magnitudes is not None]
+    return sum(parts[1:], parts[0]) if parts else None

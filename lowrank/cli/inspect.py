@@ -34,6 +34,7 @@ def run(options: Namespace) -> None:
         "trainable_parameters": saved.plan.trainable_parameters if saved.plan else None,
         "norm": total,
         "trained": sorted(saved.trained),
+        "dora": any(update.magnitudes is not None for update in saved.updates.values()),
         "notes": list(saved.plan.notes) if saved.plan else [],
         "projections": rows,
     }
@@ -49,6 +50,8 @@ def run(options: Namespace) -> None:
     print(f"{saved.format} adapter, {len(rows)} projections, |ΔW| {total:.4g} in all")
     if saved.plan:
         print(f"{saved.plan.trainable_parameters:,} trainable adapter parameters")
+    if found["dora"]:
+        print("with magnitudes (DoRA), which |ΔW| does not count")
     if saved.trained:
         print(f"modules trained in full: {', '.join(sorted(saved.trained))}")
     for note in found["notes"]:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lowrank.cli.saved import Saved, Update, read, whole
 from lowrank.cli.shards import DTYPES, Stored, others, resolve, rewrite, stored_tensors, values_at
 from lowrank.files import AdapterError, make_folder, sync, unused_name
 from lowrank.linalg.rows import Rows, lie_within, view
 from lowrank.models.fingerprint import OF_PROJECTION, Sample, difference, spread
+from lowrank.progress import bar
 
 Change = Callable[[Tensor, int], Tensor]
 
@@ -57,18 +57,17 @@ def merge_files(base: Path, saved: Saved, out: Path, *, progress: bool = True) -
         for path in others(base):
             shutil.copyfile(path, room / path.name)
         files = sorted({each.file for each in stored.values()})
-        bar = tqdm(
-            total=len(files) + len(changes), desc="merging", disable=not progress, delay=2, leave=False
-        )
-        with bar:
+        total = len(files) + len(changes)
+        shown = bar(None, "merging", total=total, shown=progress, delay=2, leave=False)
+        with shown:
             for file in files:
                 shutil.copyfile(file, room / file.name)
-                bar.update()
+                shown.update()
                 for name, change in changes.items():
                     if stored[name].file == file:
-                        bar.set_postfix_str(name, refresh=False)
+                        shown.set_postfix_str(name, refresh=False)
                         rewrite(room / file.name, stored[name], change)
-                        bar.update()
+                        shown.update()
                 sync(room / file.name)
         if out.exists():
             out.rmdir()
@@ -127,6 +126,8 @@ def _addition(name: str, stored: Stored, updates: Sequence[Update]) -> Change:
         raise AdapterError(
             f"{name}: it is no matrix but {stored.shape}; load the model and use lowrank.merge"
         )
+    if any(update.magnitudes is not None for update in updates):
+        raise AdapterError(f"{name}: it has magnitudes (DoRA); load the model and use lowrank.merge")
     fitting = [turned for turned in (False, True) if _fits(stored, updates, turned)]
     said = {update.transposed for update in updates} - {None}
     fitting = [turned for turned in fitting if not said or turned in said]

@@ -18,6 +18,7 @@ from lowrank.formats.folder import read_config, tensors_file
 from lowrank.layers.adapter import Adapter
 from lowrank.linalg.rows import Rows
 from lowrank.models.fingerprint import Sample
+from lowrank.peft_format.factors import BASE, EMBEDDING
 from lowrank.peft_format.folder import CONFIG as PEFT_CONFIG
 from lowrank.peft_format.folder import Contents
 from lowrank.peft_format.pairs import Pair, plain, stacked
@@ -36,6 +37,7 @@ class Update:
         role, rank: as the adapter was planned; "" and the pair's rank where that is not known.
         sample: of the weight that it was made for, where it is known.
         transposed: is the weight stored ``(in, out)``? None where the folder does not say.
+        magnitudes: (rows,) of W + ΔW (DoRA), where they are trained apart.
     """
 
     weight: str
@@ -45,6 +47,7 @@ class Update:
     rank: int = 0
     sample: Sample | None = None
     transposed: bool | None = None
+    magnitudes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,21 @@ def _own(folder: Path) -> Saved:
             }
             adapter = Adapter.from_state(state, plan[p].scaling, rows=p.rows)
             weight = f"{p.module}.{p.param}" if p.module else p.param
+            parts = [tensors[f"{p.name}.magnitude.{key}"] for key in ("start", "offset") if plan.dora]
             updates[p.name] = Update(
                 weight, p.rows, plain(adapter, torch.float32), p.role.value, plan[p].rank,
                 _sample(config["fingerprint"][p.name]),
+                magnitudes=parts[0] + parts[1] if parts else None,
             )  # fmt: skip
     except AdapterError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise AdapterError(f"{folder} does not hold a whole adapter: {error}") from error
     trained = {name.removeprefix(TRAINED): t for name, t in tensors.items() if name.startswith(TRAINED)}
-    known = {f"{name}.{key}" for name in updates for key in ("A", "B", "A0", "B0")}
+    own = ("A", "B", "A0", "B0", *(("magnitude.start", "magnitude.offset") if plan.dora else ()))
+    known = {f"{name}.{key}" for name in updates for key in own}
+    if plan.rows:
+        raise AdapterError(f"{folder} trains rows of embeddings: read it with load_adapter(model, path)")
     strange = sorted(name for name in tensors if not name.startswith(TRAINED) and name not in known)
     if strange:
         raise AdapterError(f"{folder}: this command does not know what to do with {', '.join(strange[:5])}")
@@ -111,6 +119,10 @@ def _sample(data: Mapping[str, Any]) -> Sample:
 
 def _peft(folder: Path) -> Saved:
     contents = Contents.read(folder)
+    if contents.config.tokens:
+        raise AdapterError(
+            f"{folder}: trainable_token_indices needs the model: read it with import_peft(model, path)"
+        )
     tensors = contents.tensors()
     transposed, updates = _fan_in(folder), {}
     for path, factors in contents.layers.items():
@@ -118,9 +130,13 @@ def _peft(folder: Path) -> Saved:
             raise AdapterError(f"{folder}, {path}: expected both factors, got {sorted(factors)}")
         pair = tensors.pair(path)
         pair = pair._replace(A=pair.A.float(), B=pair.B.float())
-        rows = (0, pair.B.shape[0])
-        updates[path] = Update(f"{path}.weight", rows, pair, rank=pair.rank, transposed=transposed)
-    return _finite(Saved(folder, "peft", updates, {name: tensors.read[name] for name in contents.others}))
+        updates[path] = Update(
+            f"{path}.weight", (0, pair.B.shape[0]), pair, rank=pair.rank,
+            transposed=True if f"{path}.{EMBEDDING}A" in contents.keys else transposed,
+            magnitudes=tensors.magnitude(path) if path in contents.magnitudes else None,
+        )  # fmt: skip
+    trained = {name: tensors.read[name] for name in contents.others if not name.endswith(BASE)}
+    return _finite(Saved(folder, "peft", updates, trained))
 
 
 def _fan_in(folder: Path) -> bool | None:

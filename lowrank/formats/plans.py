@@ -10,6 +10,7 @@ from lowrank.allocate.base import Allocation
 from lowrank.formats.strategies import Recorded, belongs, decode, encode, typed
 from lowrank.linalg.rows import Rows
 from lowrank.models.projections import Projection, Role
+from lowrank.models.tokens import TokenRows
 
 FORMAT, VERSION = "lowrank-plan", 1
 
@@ -28,6 +29,7 @@ def plan_to_json(plan: Any) -> dict[str, Any]:
         "dora": plan.dora,
         "notes": list(plan.notes),
         "left_out": plan.left_out,
+        **({"rows": [asdict(rows) for rows in plan.rows]} if plan.rows else {}),
         "projections": [
             {
                 **asdict(p),
@@ -74,6 +76,7 @@ def plan_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
             "notes": [typed(note, str) for note in data.get("notes", ())],
             "left_out": {name: typed(why, str) for name, why in data.get("left_out", {}).items()},
             "reference_rank": _whole(data.get("reference_rank")),
+            "rows": [_token_rows(row) for row in data.get("rows", ())],
             "dora": _flag(data.get("dora", False)),
         }
     except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
@@ -90,6 +93,11 @@ def _projection(row: Mapping[str, Any]) -> Projection:
         out_features=typed(row["out_features"], int),
         block=typed(row["block"], str),
     )
+
+
+def _token_rows(row: Mapping[str, Any]) -> TokenRows:
+    ids = tuple(typed(i, int) for i in row["ids"])
+    return TokenRows(typed(row["module"], str), ids, typed(row["width"], int))
 
 
 def _rows(said: Any) -> Rows:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowrank.layers.functional import Block
 from lowrank.layers.magnitude import Magnitude
+from lowrank.layers.offsets import TokenOffsets
 from lowrank.linalg.rows import Rows, add_, height, pieces
 
 
@@ -111,6 +112,8 @@ class Adapter(nn.Module):
     def block(self) -> Block:
         """What the fused product takes."""
         held, anchor = self._parameters, self._buffers  # a module's __getattr__ takes ten times as long
+        if "A" not in held:  # a replica of nn.DataParallel has plain attributes
+            return Block(self.rows, self.A, self.B, self.scaling, self.A0, self.B0)
         return Block(self.rows, held["A"], held["B"], self.scaling, anchor["A0"], anchor["B0"])  # type: ignore[arg-type]
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -142,11 +145,17 @@ class Adapter(nn.Module):
 
 
 class RowBlocks(nn.ModuleList):
-    """All that one name does to one weight: `Adapter`s on rows that do not overlap, and their dropout."""
+    """All that one name does to one weight: `Adapter`s on rows that do not overlap, and their dropout.
 
-    def __init__(self, adapters: Iterable[Adapter], dropout: float = 0.0) -> None:
+    Of an embedding, or a head tied to one, also the rows that train apart.
+    """
+
+    def __init__(
+        self, adapters: Iterable[Adapter], dropout: float = 0.0, tokens: TokenOffsets | None = None
+    ) -> None:
         super().__init__(adapters)
         self.dropout = dropout
+        self.tokens = tokens
         self.rescales = any(adapter.magnitude is not None for adapter in self.held())  # the whole output
         self.called = self.read = False  # while acting, ever; not by compiled code: see `seen_by_compiler`
 
@@ -159,7 +168,8 @@ class RowBlocks(nn.ModuleList):
         self.__dict__[what] = True  # __setattr__ of a module takes ten times as long
 
     def held(self) -> list[Adapter]:
-        return cast("list[Adapter]", list(self._modules.values()))
+        held = cast("list[Adapter]", list(self._modules.values()))
+        return held if self.tokens is None else held[:-1]
 
     def blocks(self, weight: Tensor | None = None) -> list[Block]:
         """What the fused product takes, with ΔW multiplied by ``weight``."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.acting import Acting
-from lowrank.layers.adapter import Adapter, RowBlocks
+from lowrank.layers.adapter import Adapter, RowBlocks, full_delta
 from lowrank.layers.bases import plain_weight
 from lowrank.layers.block import Block
 from lowrank.layers.functional import add_lora, fused_lora
@@ -21,6 +21,7 @@ from lowrank.layers.grouped import ExampleAdapters, add_grouped
 from lowrank.layers.inference import Kept
 from lowrank.layers.layer import AdaptedLayer, note_compiler
 from lowrank.layers.magnitude import excess_of, multiplied_by, rescaled
+from lowrank.layers.offsets import TokenOffsets
 from lowrank.layers.reading import AS_STORED, TRANSPOSED, Layout
 
 
@@ -69,12 +70,12 @@ class LoRALinear(AdaptedLayer):
         """What the base makes of its arguments, of which the first is x, plus the updates."""
         if self.acting.rows is not None:
             return self._by_rows(self.acting.rows, *args, **kwargs)
-        products = self._products("called")
-        if not products:
+        products, tokens = self._products("called")
+        if not products and not tokens:
             return self.base(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         base = cast(nn.Module, self._modules["base"])  # a module's __getattr__ takes ten times as long
-        weight = plain_weight(base)
+        weight = plain_weight(base) if products else None
         if weight is None:
             y = base(*args, **kwargs)  # which may take x to another device
             if self.training and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
@@ -94,6 +95,8 @@ class LoRALinear(AdaptedLayer):
         for part, _ in self.acting.among(self._parts()):
             if part.rescales:
                 y = rescaled(y, self.bias, self._excess(part, weight, y.dtype))
+        for offsets, factor in tokens:
+            y = offsets.multiplied(y, x, factor)
         return y
 
     def _excess(self, part: RowBlocks, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -111,34 +114,48 @@ class LoRALinear(AdaptedLayer):
             parts[name].note("called")
         return add_grouped(y, x, self, parts, rows, training=self.training)
 
-    def _products(self, use: str) -> list[tuple[list[Block], float]]:
-        """The blocks that act, those with one dropout together; it is noted that they are ``use``d."""
+    def _products(
+        self, use: str
+    ) -> tuple[list[tuple[list[Block], float]], list[tuple[TokenOffsets, Tensor | None]]]:
+        """The blocks that act, those with one dropout together; it is noted that they are ``use``d.
+
+        And the rows that train apart, each with its weight; None is 1.
+        """
         products: list[tuple[list[Block], float]] = []
+        tokens: list[tuple[TokenOffsets, Tensor | None]] = []
         compiling = torch.compiler.is_compiling()
         if compiling:
             note_compiler()
         for part, weight in self.acting.among(self._parts()):
             if not compiling:
                 part.note(use)
+            if part.tokens is not None:
+                tokens.append((part.tokens, weight))
+                if len(part) == 1:  # nothing else
+                    continue
             dropout = part.dropout if self.training else 0.0
             if products and products[-1][1] == dropout:
                 products[-1][0].extend(part.blocks(weight))
             else:
                 products.append((part.blocks(weight), dropout))
-        return products
+        return products, tokens
 
     def delta_weight(self, name: str | None = None) -> Tensor:
         """See `AdaptedLayer.delta_weight`; magnitudes count in it.
 
         Raises ValueError where there are some and the base's weight cannot be read.
         """
-        part, delta = self.part(name), super().delta_weight(name)
+        part = self.part(name)
         if not part.rescales:
-            return delta
+            return super().delta_weight(name)
         weight = plain_weight(self.base)
         if weight is None:
             raise ValueError(f"the weight of a {type(self.base).__name__} cannot be read here")
-        return delta + self.excess(part)[:, None] * (weight.detach().to(delta.dtype) + delta)
+        delta = full_delta(part.blocks(), self.out_features)
+        delta = delta + self.excess(part)[:, None] * (weight.detach().to(delta.dtype) + delta)
+        if part.tokens is not None:  # the magnitudes do not act on these
+            delta.index_add_(0, part.tokens.index, part.tokens.offsets.detach().to(delta.dtype))
+        return delta
 
     @torch.no_grad()
     def excess(self, part: RowBlocks) -> Tensor:

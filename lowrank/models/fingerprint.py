@@ -6,7 +6,7 @@ It knows no adapter; `checkpoint` and `measure` say what is compared with what.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +75,10 @@ def of_projections(model: nn.Module, projections: Iterable[Projection]) -> dict[
     return found
 
 
-def of_tensor(module: nn.Module, name: str) -> Sample | None:
+def of_tensor(module: nn.Module, name: str, without: Sequence[int] = ()) -> Sample | None:
     """A sample of a parameter or persistent buffer of ``module``; None where there is nothing to compare.
 
+    What would be of the rows ``without`` is left out.
     Whole numbers that stand for no weight (positions, counters, packed words) are not compared.
     """
     stored: Tensor | None = module._parameters.get(name)
@@ -95,6 +96,8 @@ def of_tensor(module: nn.Module, name: str) -> Sample | None:
     count, last = OF_TENSOR
     row = tensor.numel() // tensor.shape[0] if tensor.dim() else 1
     places = torch.cat([spread(tensor.numel(), count), tensor.numel() - row + spread(row, last)])
+    if without:
+        places = places[~torch.isin(places // row, torch.tensor(without))]
     return Sample(dtype, tuple(tensor.shape), _values(tensor, places))
 
 

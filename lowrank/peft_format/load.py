@@ -5,7 +5,6 @@ What it does not understand it refuses by name, before the model is touched. It 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,16 +19,17 @@ from lowrank.layers.bases import master_dtype
 from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, Role, further, scan
 from lowrank.models.storage import weight_shape
+from lowrank.models.tokens import check_rows
+from lowrank.notices import logger
 from lowrank.peft_format.factors import BASE, factor_key, factor_problem, factor_shapes
 from lowrank.peft_format.folder import Contents, Tensors, ancestors, base_paths, places
 from lowrank.peft_format.names import present_name
 from lowrank.peft_format.pairs import reduced
+from lowrank.peft_format.tokens import KEY, read_rows, rows_in
 from lowrank.plan import Plan
 from lowrank.wrapping.checks import check_beside, check_layers
 from lowrank.wrapping.install import bare, device_beside
 from lowrank.wrapping.magnitudes import magnitude_of
-
-LOG = logging.getLogger("lowrank")
 
 
 def import_peft(
@@ -55,22 +55,23 @@ def import_peft(
         ValueError: the name is taken.
     """
     with bare(check_beside(model, name)) as fittings:
-        plan, adapters, states = _read(fittings.root, path, train)
+        plan, adapters, states, offsets = _read(fittings.root, path, train)
         if plan.train:
-            LOG.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
-        fittings.install(name, plan, adapters)
+            logger.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
+        fittings.install(name, plan, adapters, offsets)
         fittings.load_copies(name, states)
     return model
 
 
 def _read(
     model: nn.Module, path: str | Path, train: bool
-) -> tuple[Plan, dict[Projection, Adapter], dict[str, dict[str, Tensor]]]:
-    """What the folder holds for the base ``model``: the plan, the adapters, and states of trained modules."""
+) -> tuple[Plan, dict[Projection, Adapter], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """What the folder holds for the base ``model``: plan, adapters, states of trained modules, offsets."""
     contents = Contents.read(Path(path), present_name(model))
     known = _whole_weights(model)
     trained, saved, problems = _trained(model, contents) if train else ([], [], [])
-    problems = _mismatches(model, contents, known) + problems
+    rows, strange = rows_in(model, contents.config, contents.others, contents.layers.keys())
+    problems = _mismatches(model, contents, known) + problems + strange
     if problems:
         raise AdapterError(f"{contents.folder} was made for another base:\n  " + "\n  ".join(problems))
     projections = [p for path, p in known.items() if path in contents.layers]
@@ -89,6 +90,7 @@ def _read(
     trained += [path for path in saved if not _equal(model.get_submodule(path), tensors, path)]
     try:
         check_layers(model, projections, trained, contents.config.dropout, dora=contents.config.dora)
+        check_rows(rows, projections, trained)
     except ValueError as error:
         raise AdapterError(f"{contents.folder} cannot be put on this model: {error}") from error
 
@@ -102,9 +104,11 @@ def _read(
         adapters[p] = Adapter.from_state(state, pair.scaling, rows=p.rows).to(device_beside(model, p))
         if contents.config.dora:
             adapters[p].magnitude = magnitude_of(model, p, adapters[p], tensors.magnitude(p.module))
-    plan = Plan(allocations, dropout=contents.config.dropout, train=trained, dora=contents.config.dora)
+    config = contents.config
+    plan = Plan(allocations, dropout=config.dropout, train=trained, dora=config.dora, rows=rows)
+    offsets = read_rows(model, config, rows, tensors.read)
     states = {name: tensors.state(name, model.get_submodule(name).state_dict()) for name in trained}
-    return plan, adapters, states
+    return plan, adapters, states, offsets
 
 
 def _whole_weights(model: nn.Module) -> dict[str, Projection]:
@@ -180,7 +184,7 @@ def _trained(model: nn.Module, contents: Contents) -> tuple[list[str], list[str]
     A problem is a line for whatever of them does not fit.
     """
     problems = []
-    left = {name: entry for name, entry in contents.others.items() if not name.endswith(BASE)}
+    left = {name: entry for name, entry in contents.others.items() if not name.endswith((BASE, KEY))}
     paths, hung = base_paths(model), places(model)
     named = [path for path in paths if contents.config.trains(path)]
     saved = [path for path in _embeddings(model) if path not in named and f"{path}.weight" in left]

@@ -47,7 +47,8 @@ def agreed(model: nn.Module, make: Callable[[], Made]) -> Made:
 def _decisions(plan: Plan) -> dict[str, object]:
     """What the processes must agree on, by what it is about."""
     decided: dict[str, object] = {p.name: (plan[p].rank, plan[p].scaling) for p in plan}
-    return {**decided, "modules trained in full": plan.train, "dropout": plan.dropout, "dora": plan.dora}
+    decided |= {"modules trained in full": plan.train, "rows trained": plan.rows}
+    return {**decided, "dropout": plan.dropout, "dora": plan.dora}
 
 
 def _check_same(everyone: list[Mapping[str, object]]) -> None:

@@ -20,6 +20,7 @@ from lowrank.init.base import frozen_factors, largest_rank, needs_of
 from lowrank.models.projections import Projection
 from lowrank.models.storage import is_linear, weight_shape
 from lowrank.models.targets import select, trained_modules
+from lowrank.models.tokens import check_rows, find_rows, row_problems
 from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.wrapping.checks import check_layers, check_unwrapped, projection_problems
@@ -31,12 +32,13 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
     check_unwrapped(model)
     if not isinstance(policy, Policy):
         raise ValueError(f"expected a Policy, such as lowrank.presets.lora(), not {policy!r}")
-    train = trained_modules(model, policy.train)
+    train, rows = trained_modules(model, policy.train), find_rows(model, policy.rows)
     projections, notes, left_out = select(
         model, policy.target, policy.exclude, policy.train, policy.fused, policy.roles
     )
     projections, outside = in_layers(projections, policy)
     check_layers(model, projections, train, policy.dropout, dora=policy.dora)
+    check_rows(rows, projections, train)
     cost = _costs(policy.init, projections)
     magnitudes = sum(p.out_features for p in projections) if policy.dora else 0
     rank, budget = _resolved(model, policy, cost, magnitudes)
@@ -72,6 +74,7 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
         left_out=left_out,
         reference_rank=rank,
         dora=policy.dora,
+        rows=rows,
     )
     return plan, statistics
 
@@ -179,7 +182,7 @@ def named_errors(name: str) -> Iterator[None]:
 def fitted_plan(model: nn.Module, plan: Plan) -> Plan:
     """A copy of ``plan``, once all its projections were found in ``model``."""
     check_unwrapped(model)
-    problems = projection_problems(model, plan.adapted)
+    problems = projection_problems(model, plan.adapted) + row_problems(model, plan.rows)
     if problems:
         raise ValueError("the plan was made for another model:\n  " + "\n  ".join(problems))
     init = plan.init or Kaiming()
@@ -197,6 +200,7 @@ def fitted_plan(model: nn.Module, plan: Plan) -> Plan:
         init=plan.init,
         dropout=plan.dropout,
         train=trained_modules(model, plan.train),
+        rows=plan.rows,
         seed=plan.seed,
         notes=plan.notes,
         left_out=plan.left_out,

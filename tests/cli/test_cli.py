@@ -155,6 +155,44 @@ def test_diff_tells_equal_from_different(
     assert differing == {"model.layers.0.mlp.up_proj.weight": pytest.approx(1.0, rel=1e-4)}
 
 
+def test_magnitudes_are_shown_compared_and_not_lost(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = adapted(base, tmp_path / "one", lowrank.presets.dora(rank=4))
+    lowrank.export_peft(model, tmp_path / "peft")
+    assert call("verify", tmp_path / "one", "--base", base) == 0
+    for folder in ("one", "peft"):
+        capsys.readouterr()
+        assert call("inspect", tmp_path / folder, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["dora"] is True
+        assert call("merge", base, tmp_path / folder, "--out", tmp_path / "merged") == 2
+        assert "q_proj.weight: it has magnitudes (DoRA)" in capsys.readouterr().err
+        assert not (tmp_path / "merged").exists()
+    assert call("diff", tmp_path / "one", tmp_path / "one") == 0
+    with torch.no_grad():
+        (adapter,) = lowrank.adapted_layers(model)["model.layers.0.mlp.up_proj"].adapters["default"]
+        adapter.magnitude.offset[0] += 1
+    lowrank.save_adapter(model, tmp_path / "two")
+    for other in ("one", "peft"):
+        capsys.readouterr()
+        assert call("diff", tmp_path / "two", tmp_path / other, "--json") == 1
+        found = json.loads(capsys.readouterr().out)
+        assert (
+            "model.layers.0.mlp.up_proj.weight: the magnitudes (DoRA) are not the same" in found["problems"]
+        )
+
+
+@pytest.mark.parametrize("format", ["lowrank", "peft"])
+def test_merge_into_an_embedding(base: Path, tmp_path: Path, format: str) -> None:
+    model = adapted(base, tmp_path / "lowrank", lowrank.presets.lora(rank=4, target=("embedding", "query")))
+    lowrank.export_peft(model, tmp_path / "peft")
+    assert call("merge", base, tmp_path / format, "--out", tmp_path / "merged", "--quiet") == 0
+    got, plain = load(tmp_path / "merged").state_dict(), load(base).state_dict()
+    for name, tensor in lowrank.merge(model).state_dict().items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-2, atol=1e-6)  # one step of bf16
+    assert not torch.equal(got["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+
+
 def test_convert_and_combine(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapted(base, tmp_path / "a", lowrank.presets.lora(rank=4))
     adapted(base, tmp_path / "b", lowrank.presets.lora(rank=2), size=0.3)
