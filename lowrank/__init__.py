@@ -11,7 +11,7 @@ from lowrank.combining import combine_adapters
 from lowrank.comparing import compare_plans
 from lowrank.init import Factors
 from lowrank.layers import LoRALinear, lora_linear
-from lowrank.learning_rates import lora_plus
+from lowrank.learning_rates import lora_plus, plan_learning_rate
 from lowrank.memory import memory_report
 from lowrank.merging import merge, remove_adapter, unwrap
 from lowrank.models.projections import Projection, Role, find_projections
@@ -66,6 +66,7 @@ __all__ = [
     "measure",
     "memory_report",
     "merge",
+    "plan_learning_rate",
     "plan_model",
     "plan_of",
     "presets",

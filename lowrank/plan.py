@@ -6,8 +6,9 @@ It is data. It can be printed, saved, compared, and carried to another tool; it 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lowrank.allocate.base import Allocation
 from lowrank.files import write
 from lowrank.formats.patterns import peft_patterns
 from lowrank.formats.plans import plan_arguments, plan_to_json
+from lowrank.formats.table import table
 from lowrank.models.projections import Projection
 from lowrank.models.tokens import TokenRows
 from lowrank.plots import by_layer
@@ -39,6 +41,7 @@ class Plan(Mapping[Projection, Allocation]):
         dora: the magnitude of each output row is trained too (2402.09353).
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
+        learning_rate: a peak rate to train with; None where it was not measured, by `plan_learning_rate`.
         rows: of embeddings, that alone train.
 
     Raises:
@@ -61,6 +64,7 @@ class Plan(Mapping[Projection, Allocation]):
         left_out: Mapping[str, str] | None = None,
         reference_rank: int | None = None,
         dora: bool = False,
+        learning_rate: float | None = None,
         rows: Sequence[TokenRows] = (),
     ) -> None:
         for projection, allocation in allocations.items():
@@ -73,6 +77,8 @@ class Plan(Mapping[Projection, Allocation]):
             raise ValueError(f"dropout must be at least 0 and below 1: {dropout}")
         if reference_rank is not None and reference_rank < 1:
             raise ValueError(f"reference_rank must be at least 1: {reference_rank}")
+        if learning_rate is not None and not 0 < learning_rate < inf:
+            raise ValueError(f"learning_rate must be positive: {learning_rate}")
         if not any(allocation.rank for allocation in allocations.values()):
             raise ValueError("the plan gives no projection any rank")
         self._allocations = dict(allocations)
@@ -87,6 +93,7 @@ class Plan(Mapping[Projection, Allocation]):
         self.left_out = dict(left_out or {})
         self.reference_rank = reference_rank
         self.dora = dora
+        self.learning_rate = learning_rate
         self.rows = tuple(rows)
 
     def __getitem__(self, projection: Projection) -> Allocation:
@@ -155,20 +162,14 @@ class Plan(Mapping[Projection, Allocation]):
             if self.energies:
                 line.append(f"{self.energies[p]:.4f}" if p in self.energies else "–")
             lines.append(line)
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        rows = []
-        for line in lines:
-            cells = [
-                c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            ]
-            rows.append("  ".join(cells))
-        rows.insert(1, "  ".join("-" * w for w in widths))
-        rows.append(self._total())
+        rows = [*table(lines, left=2), self._total()]
         if self.dora:
             rows.append("DoRA: a magnitude for each output row is among the parameters")
         rows += [f"rows trained: {each}, {each.parameters:,} parameters" for each in self.rows]
         if self.train:
             rows.append(f"trained in full: {', '.join(self.train)}")
+        if self.learning_rate is not None:
+            rows.append(f"learning rate {self.learning_rate:.2e}, measured")
         rows += [f"note: {note}" for note in self.notes]
         return "\n".join(row.rstrip() for row in rows)
 

@@ -23,14 +23,14 @@ LAYERS = [
     {"init", "allocate"},
     {"formats"},  # data classes as JSON
     {"plan", "layers"},
-    {"policy", "adapters", "comparing", "learning_rates"},
+    {"policy", "adapters", "comparing"},
     {"choosing"},
     {"wrapping"},  # what wrapping, loading and importing share
     {"merging", "combining"},
     {"wrap"},
     {"presets", "checkpoint", "swapping", "peft_format"},
     {"train"},  # whatever requires grad; see ONLY for what it may import
-    {"memory"},
+    {"memory", "learning_rates"},
     {"integrations"},  # one file for each library that drives training, imported by the user
     {"__init__"},  # the public names
     {"cli", "__main__", "demo"},  # the command

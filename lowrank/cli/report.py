@@ -21,7 +21,8 @@ from lowrank.train import History
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse } td, th { padding: .15em .8em .15em 0; text-align: left }
-pre { overflow-x: auto; background: #f6f6f6; padding: 1em; font-size: 12px } svg { max-width: 100%; height: auto }
+pre { overflow-x: auto; background: #f6f6f6; padding: 1em; font-size: 12px }
+svg { max-width: 100%; height: auto }
 """
 
 

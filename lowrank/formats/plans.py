@@ -22,6 +22,7 @@ def plan_to_json(plan: Any) -> dict[str, Any]:
         "version": VERSION,
         "budget": plan.budget,
         "reference_rank": plan.reference_rank,
+        "learning_rate": plan.learning_rate,
         "init": encode(plan.init),
         "dropout": plan.dropout,
         "train": list(plan.train),
@@ -76,6 +77,7 @@ def plan_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
             "notes": [typed(note, str) for note in data.get("notes", ())],
             "left_out": {name: typed(why, str) for name, why in data.get("left_out", {}).items()},
             "reference_rank": _whole(data.get("reference_rank")),
+            "learning_rate": None if (rate := data.get("learning_rate")) is None else _number(rate),
             "rows": [_token_rows(row) for row in data.get("rows", ())],
             "dora": _flag(data.get("dora", False)),
         }

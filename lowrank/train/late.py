@@ -69,9 +69,9 @@ class Late:
         self.gradients.clipped(norm)
         arrived = None
         if numbers.is_cuda:
-            arrived = torch.cuda.Event()
+            stream, arrived = torch.cuda.current_stream(numbers.device), torch.cuda.Event()
             numbers = numbers.to("cpu", non_blocking=True)
-            arrived.record()
+            arrived.record(stream)
         return Unread((self._failed | ~finite).float(), tally, numbers, arrived, step)
 
     def _summed(self, batches: Sequence[Any], place: int) -> tuple[Tally, Tensor]:

@@ -186,7 +186,7 @@ def fit(
             if number or run.over:
                 for record in run.records(every=True):
                     complete(record)
-            if folder is not None and (run.over or number or asked.saves_after(run.step)):
+            if folder is not None and (run.over or number or asked.saves_after(run.taken)):
                 _save(folder, run, parallel)
             if number and not run.over:
                 raise Stopped(number, _stopped(run.step, run.schedule.steps, folder))

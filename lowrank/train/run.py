@@ -105,10 +105,9 @@ class Run:
         for target, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             target["lr"] = peak * self.schedule(self.taken)
         lr, step = self.optimizer.param_groups[0]["lr"], self.taken + 1
-        if self.late and self.checked:
-            outcome: Unread | Outcome = self._late(group, step, place)
-        else:
-            outcome = self.gradients(group, step, place)
+        outcome: Unread | Outcome = (self._late if self.late else self.gradients)(group, step, place)
+        if not self.checked:  # of the first step all must be known
+            outcome = outcome.read()
         if isinstance(outcome, Unread):
             with skipping(self.optimizer, outcome.skip):
                 self.optimizer.step()

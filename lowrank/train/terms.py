@@ -44,7 +44,7 @@ class TermCounter(TorchFunctionMode):
 
 def _stacked(terms: list[Tensor]) -> Tensor:
     """In fp64 where the device has it: a float32 counts to 16 million."""
-    dtype = torch.float32 if terms[0].device.type == "mps" else torch.float64
+    dtype = torch.float64 if terms[0].device.type in ("cpu", "cuda") else torch.float32
     return torch.stack([each.to(terms[0].device, dtype) for each in terms])
 
 

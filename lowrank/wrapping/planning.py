@@ -205,5 +205,6 @@ def fitted_plan(model: nn.Module, plan: Plan) -> Plan:
         notes=plan.notes,
         left_out=plan.left_out,
         reference_rank=plan.reference_rank,
+        learning_rate=plan.learning_rate,
         dora=plan.dora,
     )

@@ -40,23 +40,21 @@ def test_what_the_file_cannot_hold_is_refused(options: Any, message: str, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_diffusers_reads_it(tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("unet", "unet"), ("sd3", "transformer"), ("flux", "transformer")]
+)
+def test_diffusers_reads_it(name: str, prefix: str, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks.censuses.denoisers import denoiser
 
-    def unet() -> Any:
-        torch.manual_seed(0)
-        blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-        sizes = {"block_out_channels": (32,), "cross_attention_dim": 16, "norm_num_groups": 8}
-        return diffusers.UNet2DConditionModel(sample_size=8, layers_per_block=1, **blocks, **sizes).eval()
-
-    inputs = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 16)
-    targets = ("to_q", "to_k", "to_v", "to_out.0")
-    model = perturb(lowrank.wrap_model(unet(), presets.pissa(rank=2, target=targets), progress=False))
-    file = lowrank.export_diffusers(model, tmp_path / "lora.safetensors", prefix="unet")
-    other = unet()
+    (made, inputs), (other, _) = denoiser(name), denoiser(name)
+    roles = ("query", "key", "value", "output")
+    model = perturb(lowrank.wrap_model(made, presets.pissa(rank=2, target=roles), progress=False))
+    file = lowrank.export_diffusers(model, tmp_path / "lora.safetensors", prefix=prefix)
+    assert ("add_q_proj" in "".join(load_file(file))) == (name != "unet")
     with torch.no_grad():
-        base = other(*inputs).sample
-        other.load_lora_adapter(load_file(file), prefix="unet")
-        got, wanted = other(*inputs).sample, model(*inputs).sample
+        base = other(**inputs).sample
+        other.load_lora_adapter(load_file(file), prefix=prefix)
+        got, wanted = other(**inputs).sample, model(**inputs).sample
     assert (wanted - base).abs().max() > 1e-3
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
