@@ -78,7 +78,7 @@ def test_wrap_train_save_and_reload(family: str, preset: Any, tmp_path: Path) ->
         loss = model(**batch).loss
         loss.backward()
         losses.append(loss.item())
-        for p, adapter in adapters.items():
+        for p, adapter in lowrank.adapters.adapters_of(model).items():
             if any(factor.grad is not None and factor.grad.any() for factor in adapter.parameters()):
                 reached.add(p)
         optimizer.step()

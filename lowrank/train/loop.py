@@ -169,6 +169,7 @@ def fit(
             shown(record)
             for callback in callbacks:
                 callback.after_step(run, record)
+            run.start_clock()
 
         run.clear()
         run.start_clock()
@@ -188,11 +189,11 @@ def fit(
                     complete(record)
             if folder is not None and (run.over or number or asked.saves_after(run.taken)):
                 _save(folder, run, parallel)
+                run.start_clock()
             if number and not run.over:
                 raise Stopped(number, _stopped(run.step, run.schedule.steps, folder))
             if run.over:
                 break
-            run.start_clock()
         if not run.checked:
             raise ValueError("no batch has a label that the loss counts: are they all -100?")
         for callback in callbacks:
