@@ -7,6 +7,7 @@ narrows, and of the two others the gate is the one that the output does not depe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def role_by_structure(model: nn.Module, path: str) -> Role:
 
 def _roles(block: nn.Module) -> Mapping[str, Role]:
     """Roles of the layers of ``block``, if these are all that it holds and it is a feed-forward block."""
-    shapes = {name: declared_shape(child) for name, child in block.named_children() if is_linear(child)}
+    linear = (named for named in block.named_children() if is_linear(named[1]))
+    shapes = {name: declared_shape(child) for name, child in islice(linear, 4)}  # of many, 4 say enough
     if len(shapes) not in (2, 3) or sum(map(is_linear, block.modules())) != len(shapes):
         return {}
     *first, last = shapes
