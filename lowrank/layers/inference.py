@@ -180,12 +180,8 @@ class Kept(Transient):
 
 
 def _factors(blocks: Sequence[Block]) -> list[Tensor]:
-    return [
-        factor
-        for _, *factors in blocks
-        for factor in (factors[0], factors[1], *factors[3:])
-        if factor is not None
-    ]
+    factors = (factor for _, A, B, _, A0, B0 in blocks for factor in (A, B, A0, B0))
+    return [factor for factor in factors if factor is not None]
 
 
 def _unchanged(seen: list[_Seen], factors: list[Tensor]) -> bool:
