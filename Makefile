@@ -23,7 +23,7 @@ PROJECT := pyproject.toml constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-levels check lint format types benchmarks census study study-data gpu clean distclean
+.PHONY: help demo test test-levels test-lowest check lint format types docs benchmarks census study study-data gpu clean distclean
 .NOTPARALLEL:
 
 help: ## this list
@@ -51,7 +51,23 @@ test-level-%: $(READY)-test
 	$(if $(LEVEL_$*),,$(error there is no level $*: LEVEL is one of $(LEVELS)))
 	$(LEVEL_$*) TORCHINDUCTOR_CACHE_DIR=$(abspath .cache)/inductor-$* $(PY) -m pytest -n $(JOBS) $(ARGS)
 
-check: test lint types ## everything that must pass before a commit
+# The oldest versions that pyproject.toml allows, in an environment of their own. Tests that need further libraries
+# are left out: the newest of those need newer versions.
+LOWEST := $(VENV)-lowest
+LOWEST_PINS := torch==2.8.0 einops==0.8.0 safetensors==0.5.0 tqdm==4.66.0
+LOWEST_TESTS := tests/linalg tests/init tests/allocate tests/layers tests/calibration tests/train tests/test_wrap.py \
+	tests/test_plan.py tests/test_policy.py tests/test_notices.py --ignore tests/init/test_data_driven.py
+
+test-lowest: $(LOWEST)/.ready ## most tests with the lowest supported versions of torch, einops, safetensors and tqdm
+	$(LOWEST)/bin/python -m pytest -n $(JOBS) $(LOWEST_TESTS) $(ARGS)
+
+$(LOWEST)/.ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet $(LOWEST_PINS) 'transformers>=5.0' hypothesis pytest pytest-timeout pytest-xdist
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+check: test lint types docs ## everything that must pass before a commit
 
 lint: $(READY)-dev ## ruff's rules and format, nothing written
 	$(PY) -m ruff check .
@@ -61,8 +77,12 @@ format: $(READY)-dev ## write the format, and the fixes that are safe
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-types: $(READY)-dev ## mypy over the package
+types: $(READY)-dev ## mypy over the package and the examples
 	$(PY) -m mypy
+
+docs: $(READY)-docs ## the documentation as a site, in out/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "open out/site/index.html"
 
 benchmarks: $(READY)-benchmarks ## the CPU benchmarks, quick, one after another
 	set -e; for script in benchmarks/bench_*.py; do $(PY) $$script --quick $(ARGS); done
@@ -127,6 +147,10 @@ $(READY)-test: $(READY)-torch $(PROJECT) $(REVIEWS_READY)
 
 $(READY)-dev: $(READY)-torch $(PROJECT)
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(READY)-docs: $(READY)-torch $(PROJECT)
+	$(PIP) install -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(READY)-benchmarks: $(READY)-torch $(PROJECT) $(REVIEWS_READY)

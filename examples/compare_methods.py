@@ -26,7 +26,7 @@ from lowrank import Policy, presets
 try:
     from examples.reviews import batched, load_reviews
 except ModuleNotFoundError:  # run as a script, not as a module
-    from reviews import batched, load_reviews
+    from reviews import batched, load_reviews  # type: ignore[import-not-found, no-redef]
 
 HEAD = ("pooler", "classifier")
 RANK = 8

@@ -37,7 +37,8 @@ def definitions(folder: Path) -> tuple[list[Pair], list[Pair]]:
     file = folder / "wordnet" / "data.noun"
     if not file.exists():
         raise SystemExit(f"{file} is missing: run `make study-data`, which fetches it, or pass --tiny")
-    train, test = [], []
+    train: list[Pair] = []
+    test: list[Pair] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith(" "):
             word = line.split(" ")[4].replace("_", " ")
@@ -146,7 +147,8 @@ def main() -> None:
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     first = rank == 0
 
-    model, tokenizer = tiny() if options.tiny else smollm2()
+    made: tuple[Any, Any] = tiny() if options.tiny else smollm2()
+    model, tokenizer = made
     if torch.cuda.is_available():
         model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     model.config.use_cache = False
@@ -155,7 +157,7 @@ def main() -> None:
 
     def batches(pairs: list[Pair], shuffle: bool) -> DataLoader:
         dataset = Conversations(pairs, tokenizer, length=128)
-        sampler = DistributedSampler(dataset, shuffle=shuffle) if world > 1 and shuffle else None
+        sampler: Any = DistributedSampler(dataset, shuffle=shuffle) if world > 1 and shuffle else None
         return DataLoader(
             dataset,
             options.batch,

@@ -31,7 +31,8 @@ def load_reviews(folder: Path) -> tuple[list[Review], list[Review]]:
     file = folder / FILE
     if not file.exists():
         raise SystemExit(f"{file} is missing: run `make demo`, which fetches it")
-    train, test = [], []
+    train: list[Review] = []
+    test: list[Review] = []
     with bz2.open(file, "rt", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
             if row["category"] in LABELS:

@@ -8,13 +8,15 @@ from lowrank.calibration.statistics import Statistics
 from lowrank.checkpoint import AdapterError, load_adapter, save_adapter
 from lowrank.choosing import adapters_for_rows, disable_adapters, set_adapters, use_adapters
 from lowrank.combining import combine_adapters
+from lowrank.comparing import compare_plans
 from lowrank.init import Factors
 from lowrank.layers import LoRALinear, lora_linear
-from lowrank.learning_rates import lora_plus
+from lowrank.learning_rates import lora_plus, plan_learning_rate
 from lowrank.memory import memory_report
 from lowrank.merging import merge, remove_adapter, unwrap
 from lowrank.models.projections import Projection, Role, find_projections
-from lowrank.peft_format import PeftExport, export_peft, import_peft
+from lowrank.notices import LowrankWarning, UnsavedParametersWarning, UnusedLayerWarning
+from lowrank.peft_format import PeftExport, export_diffusers, export_peft, import_peft
 from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.swapping import swap_adapter
@@ -31,6 +33,7 @@ __all__ = [
     "Factors",
     "FrozenHeadWarning",
     "LoRALinear",
+    "LowrankWarning",
     "MemoryReport",
     "PeftExport",
     "Plan",
@@ -39,6 +42,8 @@ __all__ = [
     "Role",
     "SavePretrainedWarning",
     "Statistics",
+    "UnsavedParametersWarning",
+    "UnusedLayerWarning",
     "adapted_layers",
     "adapter_names",
     "adapter_parameters",
@@ -47,7 +52,9 @@ __all__ = [
     "allocate",
     "calibrate",
     "combine_adapters",
+    "compare_plans",
     "disable_adapters",
+    "export_diffusers",
     "export_peft",
     "find_projections",
     "import_peft",
@@ -59,6 +66,7 @@ __all__ = [
     "measure",
     "memory_report",
     "merge",
+    "plan_learning_rate",
     "plan_model",
     "plan_of",
     "presets",

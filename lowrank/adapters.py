@@ -16,6 +16,7 @@ from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.expert_stack import ExpertStack, trained_within
 from lowrank.layers.layer import AdaptedLayer
+from lowrank.layers.offsets import TokenOffsets
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import hung_at, hung_by_name, original, without_copies
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
@@ -92,18 +93,22 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn
     """
     if name is not None:
         one_name(model, name)
+    seen: set[nn.Parameter] = set()  # rows that a head shares with its embedding hang in both
     for module in model.modules():
         if isinstance(module, (TrainedModule, WeightAdapters)):  # the latter by the module that holds it
             continue
         for owner, held in hung_by_name(module).items():
             if name in (None, owner):
-                yield from trained_within(held)
+                for parameter in trained_within(held):
+                    if parameter not in seen:
+                        seen.add(parameter)
+                        yield parameter
 
 
 def added_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Every parameter that wrapping put beside the base's, frozen or not."""
     for module in model.modules():
-        if isinstance(module, (Adapter, ExpertStack, TrainedModule)):
+        if isinstance(module, (Adapter, ExpertStack, TokenOffsets, TrainedModule)):
             yield from (module.copies if isinstance(module, TrainedModule) else module).parameters()
 
 

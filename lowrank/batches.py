@@ -75,7 +75,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
     Mappings (a tokenizer's BatchEncoding too), lists, tuples and named tuples are walked and keep their type.
     Anything else moves by its own ``.to``; what has none, dataclasses included, is passed on as it is.
+
+    A copy to CUDA is not waited for: tensors in pinned memory must not be overwritten right after.
     """
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=device.type == "cuda")
     if isinstance(batch, Mapping):
         moved = {key: to_device(value, device) for key, value in batch.items()}
         if not isinstance(batch, MutableMapping):

@@ -7,7 +7,6 @@ rename, so that a crash leaves the old adapter or the new one; it carries the te
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +45,8 @@ from lowrank.formats.tensors import digest, packed
 from lowrank.layers.adapter import Adapter
 from lowrank.models.fingerprint import Sample, of_projection
 from lowrank.models.projections import Projection
+from lowrank.models.tokens import check_rows
+from lowrank.notices import UnusedLayerWarning, logger
 from lowrank.plan import Plan
 from lowrank.processes import Processes, in_parts, whole
 from lowrank.wrapping.checks import check_beside, check_layers
@@ -60,10 +61,11 @@ from lowrank.wrapping.claims import (
     weight_problems,
 )
 from lowrank.wrapping.install import bare, device_beside
+from lowrank.wrapping.magnitudes import magnitude_of
+from lowrank.wrapping.rows import read_offsets, start_tensors
 from lowrank.wrapping.unused import describe_unused, unused_layers, warn_of_unsaved
 
 OVERRIDE = 'if that is meant: load_adapter(..., base="other")'
-LOG = logging.getLogger("lowrank")
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> None:
@@ -105,8 +107,9 @@ def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], dict[s
     plan = plan_of(root, name)
     adapters = adapters_of(root, name)
     if unused := unused_layers(root, name):
-        warnings.warn(describe_unused(unused), stacklevel=3)
+        warnings.warn(describe_unused(unused), UnusedLayerWarning, stacklevel=3)
     tensors = {key: whole(tensor) for key, tensor in adapter_tensors(root, name).items()}
+    tensors |= start_tensors(root, name)
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"refusing to save: {key} contains NaN or Inf")
@@ -172,18 +175,18 @@ def load_adapter(
     if base not in ("same", "other"):
         raise ValueError(f'expected base="same" or base="other", got {base!r}')
     with bare(check_beside(model, name)) as fittings:
-        plan, adapters, states = _loaded(fittings.root, Path(path), base, train)
+        plan, adapters, states, offsets = _loaded(fittings.root, Path(path), base, train)
         if plan.train:
-            LOG.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
-        fittings.install(name, plan, adapters)
+            logger.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
+        fittings.install(name, plan, adapters, offsets)
         fittings.load_copies(name, states)
     return model
 
 
 def _loaded(
     model: nn.Module, folder: Path, base: str, train: bool
-) -> tuple[Plan, dict[Projection, Adapter], dict[str, dict[str, Tensor]]]:
-    """What the folder holds for the base ``model``: the plan, the adapters, and states of trained modules."""
+) -> tuple[Plan, dict[Projection, Adapter], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """What the folder holds for the base ``model``: plan, adapters, states of trained modules, offsets."""
     try:
         config = read_config(folder)
         plan = Plan.from_json(config["plan"])
@@ -200,9 +203,10 @@ def _loaded(
                 folder,
                 "was made for a base that differs in what is neither adapted nor trained: load the base as "
                 f"it was, heads and embeddings included, or train these modules and save again ({OVERRIDE})",
-                rest_problems(model, config.get("rest", {})),
+                rest_problems(model, plan, config.get("rest", {})),
             )
-        check_layers(model, plan.adapted, plan.train, plan.dropout)
+        check_layers(model, plan.adapted, plan.train, plan.dropout, dora=plan.dora)
+        check_rows(plan.rows, plan.adapted, plan.train)
         frozen = {p: frozen_names(config["frozen"][p.name]) for p in plan.adapted}
         file = tensors_file(folder, config)
         header = read_header(file)
@@ -222,7 +226,7 @@ def _loaded(
         path: {key: tensors[f"{TRAINED}{path}.{key}"] for key in model.get_submodule(path).state_dict()}
         for path in plan.train
     }
-    return plan, adapters, states
+    return plan, adapters, states, read_offsets(model, plan, tensors)
 
 
 def _adapter(
@@ -234,7 +238,11 @@ def _adapter(
         if f"{p.name}.{factor}" in tensors
     }
     adapter = Adapter.from_state(state, plan[p].scaling, rows=p.rows, frozen=frozen)
-    return adapter.to(device_beside(model, p))
+    adapter = adapter.to(device_beside(model, p))
+    if plan.dora:
+        start, offset = (tensors[f"{p.name}.magnitude.{key}"] for key in ("start", "offset"))
+        adapter.magnitude = magnitude_of(model, p, adapter, start, offset)
+    return adapter
 
 
 def sample_to_json(sample: Sample) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.linear import LoRALinear
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import base_modules, hung_at, hung_by_name, without_copies
+from lowrank.plan import Plan
 
 Chosen = str | Iterable[str] | Mapping[str, float]
 
@@ -37,7 +38,8 @@ def set_adapters(model: nn.Module, names: Chosen) -> nn.Module:
     Raises:
         ValueError: an unknown name, a weight that is not finite, or adapters that cannot act together: a
             module trained in full by one is trained or adapted by another. A weight other than 1 of an
-            adapter that trains modules in full.
+            adapter that trains modules in full. Of one with magnitudes (DoRA), which scale the whole output
+            of a layer, a weight other than 1, or another adapter on one of its layers.
     """
     adaptation(model).acting.choose(*_checked(model, names))
     return model
@@ -79,12 +81,18 @@ def adapters_for_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator
         names: the adapter of each example, in order; None for the base alone.
 
     Raises:
-        ValueError: an unknown name, or an adapter that trains modules in full or is adapted on the weight,
-            which examples cannot have apart (all such modules are listed).
+        ValueError: an unknown name, one with magnitudes (DoRA), or one that trains modules in full or is
+            adapted on the weight, which examples cannot have apart (all such modules are listed).
     """
     if isinstance(names, str) or not names:
         raise ValueError(f"expected a list with the adapter of each example, got {names!r}")
     used = {one_name(model, name) for name in names if name is not None}
+    plans = adaptation(model).plans
+    if dora := sorted(name for name in used if plans[name].dora):
+        raise ValueError(
+            f"{', '.join(dora)}: magnitudes (DoRA) scale the whole output, so such an adapter cannot act on "
+            "some examples of a batch: run its examples apart, with use_adapters"
+        )
     problems, paths = [], {}
     for path, hung in base_modules(wrapped_root(model)).items():
         layer = without_copies(hung)
@@ -144,11 +152,32 @@ def read_weights(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, 
     return list(dict.fromkeys(given)), weights
 
 
+def _check_magnitudes(plans: Mapping[str, Plan], name: str, weights: Mapping[str, float]) -> None:
+    """Raises ValueError where ``name`` has magnitudes and is mixed with anything on a layer of its own."""
+    if not plans[name].dora:
+        return
+    if weights[name] != 1:
+        raise ValueError(
+            f"the adapter {name!r} has magnitudes (DoRA), which have no share: expected weight 1, got "
+            f"{weights[name]:.4g}"
+        )
+    own = {p.module for p in plans[name].adapted}
+    for other in weights:
+        shared = [p.module for p in plans[other].adapted if p.module in own]
+        if other != name and shared:
+            raise ValueError(
+                f"{shared[0]} is adapted by {other!r} and by {name!r}, which has magnitudes (DoRA) and "
+                "scales the whole output of a layer: only one of them can act; "
+                "merge(model, one) makes it part of the base"
+            )
+
+
 def check_together(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Raises ValueError where these adapters cannot act together with these weights."""
     plans = adaptation(model).plans
     root = wrapped_root(model)
     for name, weight in weights.items():
+        _check_magnitudes(plans, name, weights)
         if plans[name].train and weight != 1:
             raise ValueError(
                 f"the adapter {name!r} trains {', '.join(plans[name].train)} in full, which has no share: "

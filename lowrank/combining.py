@@ -23,6 +23,7 @@ from lowrank.models.storage import weight_shape
 from lowrank.plan import Plan
 from lowrank.wrapping.checks import check_beside
 from lowrank.wrapping.install import bare, device_beside
+from lowrank.wrapping.rows import combined_rows
 
 Term = tuple[Projection, Adapter, float]  # of the sum: the adapter of a projection, and its weight
 
@@ -60,7 +61,7 @@ def combine_adapters(
 
     Raises:
         ValueError: the model is not wrapped, a name is unknown or taken, a weight or rank is out of range, or
-            one of the adapters trains modules in full, which cannot be added up.
+            one of the adapters has magnitudes or trains modules in full, which cannot be added up.
     """
     root = wrapped_root(model)
     check_beside(model, name)
@@ -71,6 +72,11 @@ def combine_adapters(
         raise ValueError(f"expected a rank of at least 1, got {rank!r}")
     plans = {each: plan_of(root, each) for each in names}
     for each, plan in plans.items():
+        if plan.dora:
+            raise ValueError(
+                f"the adapter {each!r} has magnitudes (DoRA), which cannot be added up: "
+                f"merge(model, {each!r}) makes it part of the base"
+            )
         if plan.train:
             raise ValueError(
                 f"the adapter {each!r} trains {', '.join(plan.train)} in full, and modules trained in full "
@@ -84,6 +90,7 @@ def combine_adapters(
             expert = p.rows[0] // stack.out if stack else 0
             by_weight.setdefault((p.module, p.param, expert), []).append((p, adapter, share))
     dropouts = {plan.dropout for plan in plans.values()}
+    rows, offsets = combined_rows(root, shares)
     with bare(root) as fittings:
         made, allocations, errors = {}, {}, {}
         for terms in by_weight.values():
@@ -97,8 +104,9 @@ def combine_adapters(
             allocations,
             dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
             notes=_notes(shares, errors),
+            rows=rows,
         )
-        fittings.install(name, plan, made)
+        fittings.install(name, plan, made, offsets)
     return model
 
 

@@ -1,13 +1,47 @@
-"""Learning rates that differ between the two factors of an adapter. They are groups for any optimizer."""
+"""Learning rates for adapters: one that is measured and kept in the plan, and two that differ by factor."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from lowrank.adapters import adapter_parameters, one_name, plan_of
+from lowrank.batches import Loss
+from lowrank.choosing import use_adapters
 from lowrank.layers.adapter import Adapter
+from lowrank.train.rate import measured_rate, turning_step
+
+
+def plan_learning_rate(
+    model: nn.Module, batches: Iterable[Any], loss: Loss | None = None, name: str | None = None
+) -> float:
+    """A peak learning rate for the adapter ``name``, measured on the first batches. The adapter's plan keeps
+    it as ``plan.learning_rate``.
+
+    It is what ``fit(lr="auto")`` takes for these parameters, which do not include modules trained in full.
+    The adapter acts alone meanwhile; nothing is trained, and every value, gradient and random number is
+    afterwards what it was. Measure before training: a trained adapter gives another rate.
+
+    Args:
+        batches: a DataLoader or a list; each is read twice, eight at most.
+        loss: ``loss(model, batch) -> scalar``; by default the ``.loss`` of the model's output.
+        name: may be left out where there is one adapter.
+
+    Raises:
+        ValueError: no adapter of that name, one that is frozen, or nothing can be measured: see
+            `lowrank.train.rate.turning_step`.
+    """
+    name = one_name(model, name)
+    moved = [p for p in adapter_parameters(model, name) if p.requires_grad]
+    if not moved:
+        raise ValueError(f"the adapter {name!r} is frozen: set requires_grad of what it trains first")
+    with use_adapters(model, name):
+        rate = measured_rate(turning_step(model, batches, loss, parameters=moved))
+    plan_of(model, name).learning_rate = rate
+    return rate
 
 
 def lora_plus(model: nn.Module, lr: float, *, ratio: float = 16.0) -> list[dict[str, Any]]:

@@ -20,11 +20,13 @@ from lowrank.init import Kaiming
 from lowrank.init.base import frozen_factors, starts_anchored
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
+from lowrank.layers.magnitude import Magnitude
 from lowrank.plan import Plan
 from lowrank.train.memory import Optimizers, StandIn, optimizer_factory
 from lowrank.train.memory_table import MemoryReport
 from lowrank.wrapping.install import bare
 from lowrank.wrapping.planning import fitted_plan
+from lowrank.wrapping.rows import weight_of
 
 PRECISIONS: dict[Any, tuple[torch.dtype | None, torch.dtype | None]] = {  # dtype of the base, autocast
     **{dtype: (dtype, None) for dtype in (torch.float32, torch.bfloat16, torch.float16)},
@@ -167,12 +169,20 @@ def _install(model: nn.Module, plan: Plan) -> None:
             state |= {"A0": torch.empty_like(state["A"]), "B0": torch.empty_like(state["B"])}
         frozen = frozen_factors(init, p.role)
         adapters[p] = Adapter.from_state(state, plan[p].scaling, rows=p.rows, frozen=frozen)
+        if plan.dora:
+            adapters[p].magnitude = Magnitude(torch.empty(p.out_features, **where))
     with bare(model) as fittings:
-        fittings.install("default", plan, adapters)
+        offsets = {
+            rows.module: torch.empty(
+                len(rows.ids), rows.width, dtype=master_dtype(weight_of(model, rows).dtype), device="meta"
+            )
+            for rows in plan.rows
+        }
+        fittings.install("default", plan, adapters, offsets)
 
 
 def _beside(model: nn.Module) -> Iterable[Tensor]:
-    """All that wrapping put beside the base: factors, their anchors, modules trained in full."""
+    """All that wrapping put beside the base: factors, their anchors, magnitudes, modules trained in full."""
     anchors = (module.buffers() for module in model.modules() if isinstance(module, Adapter))
     return chain(added_parameters(model), chain.from_iterable(anchors))
 

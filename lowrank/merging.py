@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -16,23 +16,25 @@ from lowrank.adapters import (
     added_parameters,
     holder,
     one_name,
+    plan_of,
     wrapped_root,
 )
 from lowrank.choosing import check_together
-from lowrank.layers.adapter import Adapter, full_delta, updates, weighted
-from lowrank.layers.bases import multiplies
+from lowrank.layers.adapter import full_delta, updates, weighted
 from lowrank.layers.functional import Block
 from lowrank.layers.layer import AdaptedLayer
+from lowrank.layers.linear import LoRALinear
 from lowrank.layers.tree import hung_at, original, without_copies
 from lowrank.linalg.rows import shifted
 from lowrank.models.experts import Stack, stack_of
-from lowrank.models.kinds import kind_of
-from lowrank.models.projections import Projection, on_weight
+from lowrank.models.projections import Projection
 from lowrank.models.storage import as_rows, one_expert, quantized
 from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.install import bare
+from lowrank.wrapping.magnitudes import renew_squares
+from lowrank.wrapping.mergeable import check_effects, check_mergeable, holders, stored_weight
 from lowrank.wrapping.pretrained import forget_quantization, forget_ties
-from lowrank.wrapping.unused import replaced_layers, unused_layers
+from lowrank.wrapping.rows import check_rows_mergeable, merge_rows
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -97,44 +99,66 @@ def merge(
     chosen = [one_name(root, name) for name in dict.fromkeys(chosen)]
     check_together(root, {name: float(acting.weights.get(name, 1.0)) for name in chosen})
     adapters = {name: adapters_of(root, name) for name in chosen}
-    _check_mergeable(root, [p for held in adapters.values() for p in held], dequantize, untie)
+    check_mergeable(root, [p for held in adapters.values() for p in held], dequantize, untie)
     by_weight: dict[tuple[str, str], list[tuple[Projection, Block]]] = {}
     for name, held in adapters.items():
-        _check_effects(root, name, held)
+        check_effects(root, name, held)
         for p, adapter in held.items():
             block = weighted(adapter.block, acting.weights.get(name))
             by_weight.setdefault((p.module, p.param), []).append((p, block))
+    check_rows_mergeable(root, chosen)
     usual = _usual_dtype(root)
+    excess = {
+        p.module: _excess(root, p, name)
+        for name, held in adapters.items()
+        for p in held
+        if plan_of(root, name).dora
+    }
     if untie and any([_untie(root, held[0][0]) for held in by_weight.values()]):
         forget_ties(root)
-    unpacked = [_merge_weight(root, held, usual) for held in by_weight.values()]
+    unpacked = [
+        _merge_weight(root, held, usual, excess.get(module)) for (module, _), held in by_weight.items()
+    ]
+    merge_rows(root, {name: acting.weights.get(name) for name in chosen})
     with bare(root) as fittings:
         for trained in fittings.trained.values():
             for name in set(chosen) & set(trained.copies):
                 original(trained.base).load_state_dict(trained.copies[name].state_dict())
         fittings.drop(chosen)
+        renew_squares(fittings, {module for module, _ in by_weight})
     if any(unpacked):
         forget_quantization(root)
     return model
 
 
 @torch.no_grad()
-def _merge_weight(root: nn.Module, held: Sequence[tuple[Projection, Block]], usual: torch.dtype) -> bool:
-    """Adds all updates of one weight to it, some rows at a time in fp32; says whether it was quantized."""
+def _merge_weight(
+    root: nn.Module,
+    held: Sequence[tuple[Projection, Block]],
+    usual: torch.dtype,
+    excess: Tensor | None,
+) -> bool:
+    """Adds all updates of one weight to it, some rows at a time in fp32; says whether it was quantized.
+
+    With magnitudes, ``excess`` (out,) is by how much each row is scaled then, less 1.
+    """
     p = held[0][0]
-    stored = _stored(root, p)
+    stored = stored_weight(root, p)
     dtype, unpacked = stored.dtype, quantized(stored)
     if unpacked:
         dtype = _floating_dtype(stored, usual)
         _unpack(root, p)
-    weight = _stored(root, p)
+    weight = stored_weight(root, p)
     stack = stack_of(holder(root, p), p.param)
     if stack is not None:
         _merge_experts(weight, stack, [block for _, block in held])
         return False
     rows = as_rows(holder(root, p), p.param)
     for start, stop, update in updates([block for _, block in held]):
-        rows[start:stop].copy_(update.add_(rows[start:stop]))
+        update.add_(rows[start:stop])
+        rows[start:stop].copy_(
+            update if excess is None else update.addcmul_(update, excess[start:stop, None])
+        )
     if unpacked:
         weight.data = weight.data.to(dtype)
         _match_bias(holder(root, p), dtype)
@@ -153,82 +177,14 @@ def _merge_experts(weight: Tensor, stack: Stack, blocks: Sequence[Block]) -> Non
         matrix.copy_(full_delta(own_blocks, stack.out).add_(matrix))
 
 
-def _check_effects(root: nn.Module, name: str, adapters: Mapping[Projection, Adapter]) -> None:
-    """Raises ValueError where merging would spoil a weight, or give effect to an adapter that has none."""
-    layers = replaced_layers(root, name)
-    unused = set(unused_layers(root, name))
-    # A module that used one of its layers has run. Containers do not run: of their children any may be next.
-    ran = {path.rpartition(".")[0] for path in layers.keys() - unused}
-    containers = (nn.ModuleList, nn.ModuleDict)
-    for p, adapter in adapters.items():
-        if not all(factor.isfinite().all() for factor in adapter.parameters()):
-            raise ValueError(
-                f"the adapter of {p.name} holds NaN or Inf, and merging would write them into the weight"
-            )
-        parent = p.module.rpartition(".")[0]
-        passed_by = p.module in unused and parent in ran
-        if (
-            passed_by
-            and not isinstance(original(hung_at(root, parent)), containers)
-            and adapter.product().any()
-        ):
-            raise ValueError(
-                f"{p.name} was not used when the model ran, so its adapter has had no effect, and merging it "
-                "would change the output: if another kind of batch uses this layer, call the model on one "
-                "first; else unwrap(model), and adapt without it (exclude=)"
-            )
-
-
-def _holders(root: nn.Module) -> dict[int, set[nn.Module]]:
-    """The modules that hold each parameter, by its id."""
-    holders: dict[int, set[nn.Module]] = {}
-    for module in root.modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(id(parameter), set()).add(module)
-    return holders
-
-
 def _untie(root: nn.Module, p: Projection) -> bool:
     """Gives the module of ``p`` a weight of its own where it shared one; says whether it did."""
-    weight = _stored(root, p)
-    if len(_holders(root)[id(weight)]) == 1:
+    weight = stored_weight(root, p)
+    if len(holders(root)[id(weight)]) == 1:
         return False
     own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     holder(root, p).register_parameter(p.param, own)
     return True
-
-
-def _check_mergeable(
-    root: nn.Module, projections: Iterable[Projection], dequantize: bool, untie: bool
-) -> None:
-    holders = _holders(root)
-    for p in projections:
-        weight, base = _stored(root, p), holder(root, p)
-        if len(holders[id(weight)]) > 1 and not untie:
-            raise ValueError(
-                f"{p.name} is tied to another module's weight, which merging would change too: "
-                "merge(model, untie=True) gives it a weight of its own"
-            )
-        if weight.is_meta:
-            raise ValueError(
-                f"{p.name} is on the meta device: there is nothing yet that ΔW could be added to"
-            )
-        if quantized(weight) and not dequantize:
-            stored = f"{type(weight).__name__} of {weight.dtype}"
-            raise ValueError(
-                f"{p.name} is stored as {stored}; adding ΔW would mean to quantize again: keep the adapter "
-                "beside it, or merge(model, dequantize=True) to have these layers in floating point"
-            )
-        try:
-            known = on_weight(root, p) or kind_of(base) is not None
-            product = known or multiplies(base, as_rows(base, p.param))
-        except ValueError as error:
-            raise ValueError(f"{p.name}: {error}") from error
-        if not product:
-            raise ValueError(
-                f"{p.name}: the forward of {type(base).__name__} is more than a product with its weight, so "
-                "adding ΔW to that is not the same as adding it to the output: keep the adapter beside it"
-            )
 
 
 def _usual_dtype(root: nn.Module) -> torch.dtype:
@@ -265,5 +221,7 @@ def _unpack(root: nn.Module, p: Projection) -> None:
     layer.base.register_parameter(p.param, weight)
 
 
-def _stored(root: nn.Module, p: Projection) -> nn.Parameter:
-    return holder(root, p)._parameters[p.param]  # type: ignore[return-value]
+def _excess(root: nn.Module, p: Projection, name: str) -> Tensor:
+    layer = without_copies(hung_at(root, p.module))
+    assert isinstance(layer, LoRALinear)
+    return layer.excess(layer.part(name))

@@ -6,18 +6,20 @@ It is data. It can be printed, saved, compared, and carried to another tool; it 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 from lowrank.allocate.base import Allocation
 from lowrank.files import write
+from lowrank.formats.patterns import peft_patterns
 from lowrank.formats.plans import plan_arguments, plan_to_json
+from lowrank.formats.table import table
 from lowrank.models.projections import Projection
-from lowrank.plots import heat_map
+from lowrank.models.tokens import TokenRows
+from lowrank.plots import by_layer
 
 
 class Plan(Mapping[Projection, Allocation]):
@@ -36,8 +38,11 @@ class Plan(Mapping[Projection, Allocation]):
         notes: what a reader should know and the rows do not show: what was left out or limited, and why.
         left_out: what "all-linear" does not adapt, modules and weights by name, each with why; the notes
             say the same in short.
+        dora: the magnitude of each output row is trained too (2402.09353).
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
+        learning_rate: a peak rate to train with; None where it was not measured, by `plan_learning_rate`.
+        rows: of embeddings, that alone train.
 
     Raises:
         ValueError: a rank below 0 or above ``min(in, out)``, no rank anywhere, or a scaling or dropout out of
@@ -58,6 +63,9 @@ class Plan(Mapping[Projection, Allocation]):
         notes: Sequence[str] = (),
         left_out: Mapping[str, str] | None = None,
         reference_rank: int | None = None,
+        dora: bool = False,
+        learning_rate: float | None = None,
+        rows: Sequence[TokenRows] = (),
     ) -> None:
         for projection, allocation in allocations.items():
             most = min(projection.shape)
@@ -69,6 +77,8 @@ class Plan(Mapping[Projection, Allocation]):
             raise ValueError(f"dropout must be at least 0 and below 1: {dropout}")
         if reference_rank is not None and reference_rank < 1:
             raise ValueError(f"reference_rank must be at least 1: {reference_rank}")
+        if learning_rate is not None and not 0 < learning_rate < inf:
+            raise ValueError(f"learning_rate must be positive: {learning_rate}")
         if not any(allocation.rank for allocation in allocations.values()):
             raise ValueError("the plan gives no projection any rank")
         self._allocations = dict(allocations)
@@ -82,6 +92,9 @@ class Plan(Mapping[Projection, Allocation]):
         self.notes = tuple(notes)
         self.left_out = dict(left_out or {})
         self.reference_rank = reference_rank
+        self.dora = dora
+        self.learning_rate = learning_rate
+        self.rows = tuple(rows)
 
     def __getitem__(self, projection: Projection) -> Allocation:
         return self._allocations[projection]
@@ -98,7 +111,16 @@ class Plan(Mapping[Projection, Allocation]):
     __hash__ = None  # type: ignore[assignment]
 
     def _state(self) -> tuple[Any, ...]:
-        settings = (self.budget, self.reference_rank, self.init, self.dropout, self.train, self.seed)
+        settings = (
+            self.budget,
+            self.reference_rank,
+            self.init,
+            self.dropout,
+            self.train,
+            self.seed,
+            self.dora,
+            self.rows,
+        )
         return self._allocations, self.costs, settings
 
     @property
@@ -109,10 +131,15 @@ class Plan(Mapping[Projection, Allocation]):
     @property
     def trainable_parameters(self) -> int:
         """Trainable adapter parameters: frozen factors and modules trained in full do not count."""
-        return sum(self._parameters(p) for p in self)
+        return self._spent + sum(rows.parameters for rows in self.rows)
+
+    @property
+    def _spent(self) -> int:
+        return sum(map(self._parameters, self))
 
     def _parameters(self, projection: Projection) -> int:
-        return self[projection].rank * self.costs[projection]
+        rank = self[projection].rank
+        return rank * self.costs[projection] + (projection.out_features if self.dora and rank else 0)
 
     def __repr__(self) -> str:
         adapted = f"{len(self.adapted)} of {len(self)} projections"
@@ -120,7 +147,7 @@ class Plan(Mapping[Projection, Allocation]):
 
     def __str__(self) -> str:
         """A table: projection, role, shape, rank, scaling, parameters, share of the budget, energy."""
-        whole = self.budget or self.trainable_parameters
+        whole = self.budget or self._spent
         header = ["projection", "role", "out × in", "rank", "scaling", "parameters", "share"]
         if self.energies:
             header.append("energy")
@@ -135,24 +162,21 @@ class Plan(Mapping[Projection, Allocation]):
             if self.energies:
                 line.append(f"{self.energies[p]:.4f}" if p in self.energies else "–")
             lines.append(line)
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        rows = []
-        for line in lines:
-            cells = [
-                c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            ]
-            rows.append("  ".join(cells))
-        rows.insert(1, "  ".join("-" * w for w in widths))
-        rows.append(self._total())
+        rows = [*table(lines, left=2), self._total()]
+        if self.dora:
+            rows.append("DoRA: a magnitude for each output row is among the parameters")
+        rows += [f"rows trained: {each}, {each.parameters:,} parameters" for each in self.rows]
         if self.train:
             rows.append(f"trained in full: {', '.join(self.train)}")
+        if self.learning_rate is not None:
+            rows.append(f"learning rate {self.learning_rate:.2e}, measured")
         rows += [f"note: {note}" for note in self.notes]
         return "\n".join(row.rstrip() for row in rows)
 
     def _total(self) -> str:
-        total = f"{self.trainable_parameters:,} trainable adapter parameters"
+        total = f"{self._spent:,} trainable adapter parameters"
         if self.budget is not None:
-            left = self.budget - self.trainable_parameters
+            left = self.budget - self._spent
             total += f" of a budget of {self.budget:,}" + (f" ({left:,} left)" if left else "")
         return total + ("" if self.reference_rank is None else f", reference rank {self.reference_rank}")
 
@@ -163,14 +187,7 @@ class Plan(Mapping[Projection, Allocation]):
         Needs matplotlib. It is written to ``path``, whose ending says the format, where there is one, and
         the figure is returned.
         """
-        ranks: dict[tuple[str, str], int] = {}
-        for p, allocation in self.items():
-            cell = (p.role.value, _layer(p.module))
-            ranks[cell] = ranks.get(cell, 0) + allocation.rank
-        roles = list(dict.fromkeys(role for role, _ in ranks))
-        layers = sorted({layer for _, layer in ranks}, key=lambda layer: (layer == "–", len(layer), layer))
-        cells = [[ranks.get((role, layer)) for layer in layers] for role in roles]
-        return heat_map(cells, roles, layers, path, title=self._total(), xlabel="layer")
+        return by_layer(ranks_by_layer(self), path, title=self._total())
 
     # -- JSON ---------------------------------------------------------------------------------------
 
@@ -215,27 +232,19 @@ class Plan(Mapping[Projection, Allocation]):
             rank, scaling = self[p].rank, self[p].scaling
             ranks[p.module] = ranks.get(p.module, 0) + rank
             alphas[p.module] = alphas.get(p.module, 0.0) + rank * scaling
-        return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas)}
+        more: dict[str, Any] = {"use_dora": True} if self.dora else {}
+        if self.rows:
+            more["trainable_token_indices"] = {rows.module: list(rows.ids) for rows in self.rows}
+        return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas), **more}
+
+
+def ranks_by_layer(plan: Plan) -> dict[tuple[str, str], int]:
+    """(role, layer) → the sum of the ranks there."""
+    ranks: Counter[tuple[str, str]] = Counter()
+    for p, allocation in plan.items():
+        ranks[p.role.value, _layer(p.module)] += allocation.rank
+    return dict(ranks)
 
 
 def _layer(module: str) -> str:
     return next((part for part in module.split(".") if part.isdigit()), "–")
-
-
-def peft_patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """``r``, ``lora_alpha`` and the two patterns, for ranks and alphas by full module path.
-
-    Both dictionaries hold the same keys, one per module that differs from the commonest pair. A path
-    that another one ends with is anchored, since PEFT matches suffixes.
-    """
-    pairs = {path: (ranks[path], alphas[path]) for path in ranks}
-    (rank, alpha), _ = Counter(pairs.values()).most_common(1)[0]
-    suffixes = {path.split(".", i)[-1] for path in ranks for i in range(1, path.count(".") + 1)}
-    rest = {path: pair for path, pair in pairs.items() if pair != (rank, alpha)}
-    keys = {path: ("^" if path in suffixes else "") + re.escape(path) for path in rest}
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {keys[path]: pair[0] for path, pair in rest.items()},
-        "alpha_pattern": {keys[path]: pair[1] for path, pair in rest.items()},
-    }

@@ -67,9 +67,11 @@ def heat_map(
     *,
     title: str = "",
     xlabel: str = "",
+    signed: bool = False,
 ) -> Any:
     """Numbers as lightness, each written in its cell where there is room; None is left empty.
 
+    With ``signed`` they are differences: two hues on both sides of white, and a sign in each cell.
     Returns the figure, and writes it to ``path`` where there is one.
     """
     pyplot, style = _pyplot()
@@ -78,7 +80,10 @@ def heat_map(
         figure, axis = pyplot.subplots(figsize=(min(width, 24), 1.4 + 0.4 * len(rows)), layout="constrained")
         values = [[float("nan") if cell is None else float(cell) for cell in row] for row in cells]
         most = max((cell for row in cells for cell in row if cell is not None), default=0)
-        image = axis.imshow(values, aspect="auto", cmap="cividis_r", vmin=0, vmax=max(most, 1))
+        if signed:
+            most = max((abs(cell) for row in cells for cell in row if cell is not None), default=0)
+        colors, low = ("PuOr", -max(most, 1)) if signed else ("cividis_r", 0)
+        image = axis.imshow(values, aspect="auto", cmap=colors, vmin=low, vmax=max(most, 1))
         axis.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel=xlabel)
         axis.set_xticklabels(columns)
         axis.set_yticklabels(rows)
@@ -87,10 +92,25 @@ def heat_map(
             for y, row in enumerate(cells):
                 for x, cell in enumerate(row):
                     if cell is not None:
-                        color = "white" if cell > most / 2 else "black"
-                        axis.text(x, y, str(cell), ha="center", va="center", color=color, fontsize=8)
-        figure.colorbar(image, ax=axis, label="rank")
+                        color = "white" if abs(cell) > most / 2 else "black"
+                        text = f"{cell:+d}" if signed and cell else str(cell)
+                        axis.text(x, y, text, ha="center", va="center", color=color, fontsize=8)
+        figure.colorbar(image, ax=axis, label="difference of ranks" if signed else "rank")
         return _written(pyplot, figure, path)
+
+
+def by_layer(
+    cells: Mapping[tuple[str, str], int],
+    path: str | PathLike[str] | None = None,
+    *,
+    title: str = "",
+    signed: bool = False,
+) -> Any:
+    """`heat_map` of numbers by (role, layer): layers in their order, the one called "–" last."""
+    roles = list(dict.fromkeys(role for role, _ in cells))
+    layers = sorted({layer for _, layer in cells}, key=lambda layer: (layer == "–", len(layer), layer))
+    rows = [[cells.get((role, layer)) for layer in layers] for role in roles]
+    return heat_map(rows, roles, layers, path, title=title, xlabel="layer", signed=signed)
 
 
 def _pyplot() -> tuple[Any, Any]:

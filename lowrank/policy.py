@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite, sqrt
@@ -40,11 +41,20 @@ class Policy:
         init: how the factors start.
         allocate: how the budget is spent.
         dropout: on the adapters' inputs, in training.
+        layers: numbers of the repeated blocks to adapt: ``range(8, 24)``, ``(0, 5)``, ``7``, or ``"8:24"``,
+            of which either end may be missing. The number of a block is the first one in a projection's path.
+        ranks, alphas: by name, pattern or role, for projections with a rank or alpha of their own:
+            ``{"q_proj": 32}``. Of several that match, the longest counts. Their scaling is that of their own
+            alpha and rank. Ranks and a budget exclude each other.
+        dora: train the magnitude of each output row apart from its direction (DoRA, 2402.09353). Such an
+            adapter acts alone, with weight 1. Its magnitudes, ``out`` for each projection, count in a budget.
         train: modules trained in full and saved with the adapter, such as a new classifier head.
         fused: rows by role of a fused weight that its shape alone cannot tell, by name:
             ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
             rows of one group, and how many there are: ``{"wqkv": {"groups": 8, "query": 512, "key": 128,
             "value": 128}}``.
+        rows: of embeddings, which alone train, as those of new tokens: ``{"embed_tokens": [32000, 32001]}``.
+            A head that is tied to the embedding follows. They are trainable parameters beside the budget.
         roles: of weights that names tell nothing of, or tell wrongly, by dotted-suffix pattern:
             ``{"mixer.theta": "query"}``. The longest pattern counts. `ByRole` and targets by role follow it.
         seed: of every random draw in wrapping.
@@ -65,12 +75,18 @@ class Policy:
     train: Sequence[str] = ()
     fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
     seed: int = 0
+    dora: bool = False
+    layers: str | int | Sequence[int] | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("target", "exclude", "train"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_overrides()
         if not _whole(self.rank) or self.rank < 1:
             raise ValueError(f"rank must be a whole number, at least 1: {self.rank!r}")
         if not _number(self.alpha) or not isfinite(self.alpha) or self.alpha <= 0:
@@ -82,6 +98,8 @@ class Policy:
             raise ValueError(f"scaling must be {choices} or a positive number: {self.scaling!r}")
         if not _number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1: {self.dropout!r}")
+        if not isinstance(self.dora, bool):
+            raise ValueError(f"dora must be True or False: {self.dora!r}")
         if not _whole(self.seed):
             raise ValueError(f"seed must be a whole number: {self.seed!r}")
         counted = _whole(self.budget) and self.budget >= 1  # type: ignore[operator]
@@ -103,6 +121,12 @@ class Policy:
                 f'roles says the role of each name, such as {{"mixer.theta": "query"}}, one of '
                 f"{', '.join(Role)}: {self.roles!r}"
             )
+        if not isinstance(self.rows, Mapping) or not all(map(_are_ids, self.rows, self.rows.values())):
+            raise ValueError(
+                'rows says which rows of which embedding train, each once, such as {"embed_tokens": [7, 8]}: '
+                f"{self.rows!r:.200}"
+            )
+        object.__setattr__(self, "rows", {name: tuple(ids) for name, ids in self.rows.items()})
         for name in ("init", "allocate"):
             choice = getattr(self, name)
             if not callable(choice) or isinstance(choice, type) or not hasattr(choice, "needs"):
@@ -113,6 +137,31 @@ class Policy:
                 f'{self.allocate!r} spends n·rank ranks, whatever they cost: with unit="ranks" give rank=, '
                 "and leave budget=None"
             )
+
+    def _check_overrides(self) -> None:
+        """Brings ``layers`` into one form, and raises ValueError where it, ranks or alphas are wrong."""
+        layers: Any = (self.layers,) if _whole(self.layers) else self.layers
+        if isinstance(layers, str):
+            right = re.fullmatch(r"\d*:\d*", layers) is not None and layers != ":"
+        else:
+            right = layers is None or (
+                isinstance(layers, Sequence) and bool(layers) and all(_whole(n) and n >= 0 for n in layers)
+            )
+            object.__setattr__(self, "layers", tuple(layers) if right and layers is not None else layers)
+        if not right:
+            raise ValueError(f'layers takes numbers, range(8, 24) or "8:24", got {self.layers!r}')
+        for name, fits in (("ranks", _whole), ("alphas", _number)):
+            said = getattr(self, name)
+            if not isinstance(said, Mapping) or not all(
+                isinstance(key, str) and key and fits(n) and 0 < n < float("inf") for key, n in said.items()
+            ):
+                raise ValueError(
+                    f'{name} says a positive number by name, such as {{"q_proj": 32}}, got {said!r}'
+                )
+        if self.ranks and self.budget is not None:
+            raise ValueError("ranks says ranks whatever they cost: leave budget=None, or ranks out")
+        if self.alphas and self.scaling not in SCALINGS:
+            raise ValueError(f"alphas has no effect with scaling={self.scaling!r}: leave one of them out")
 
     def reference_scaling(self, rank: int) -> float:
         """The scaling that ``scaling`` and ``alpha`` say for the reference rank."""
@@ -180,3 +229,9 @@ def _is_rows(said: object) -> bool:
     return isinstance(said, Mapping) and all(
         role in {*Role, GROUPS} and _whole(n) for role, n in said.items()
     )
+
+
+def _are_ids(name: object, ids: object) -> bool:
+    if not (isinstance(name, str) and name and isinstance(ids, Sequence) and ids):
+        return False
+    return all(_whole(i) and i >= 0 for i in ids) and len(set(ids)) == len(ids)

@@ -9,6 +9,7 @@ from lowrank.init import (
     ActivationPrincipal,
     ByRole,
     CovarianceOriented,
+    FrozenA,
     GradientAligned,
     Kaiming,
     Minor,
@@ -23,6 +24,24 @@ from lowrank.policy import Policy
 def lora(**overrides: Any) -> Policy:
     """LoRA (2106.09685): A Kaiming-uniform, B zero; rsLoRA (2312.03732) with ``scaling="alpha/sqrt(r)"``."""
     return _policy({"init": Kaiming()}, overrides)
+
+
+def rslora(**overrides: Any) -> Policy:
+    """rsLoRA (2312.03732): LoRA with the scaling ``alpha / √r``, so that high ranks learn as fast."""
+    return _policy({"scaling": "alpha/sqrt(r)"}, overrides)
+
+
+def lora_fa(**overrides: Any) -> Policy:
+    """LoRA-FA (2308.03303): A random and frozen, B trained; backward keeps x·Aᵀ and not x."""
+    return _policy({"init": FrozenA()}, overrides)
+
+
+def dora(**overrides: Any) -> Policy:
+    """DoRA (2402.09353): LoRA that trains the magnitude of each output row apart from its direction.
+
+    ``dora=True`` does the same to any other preset.
+    """
+    return _policy({"dora": True}, overrides)
 
 
 def pissa(**overrides: Any) -> Policy:

@@ -19,6 +19,8 @@ from lowrank.wrapping.claims import (
     rest_problems,
     weight_problems,
 )
+from lowrank.wrapping.rows import PREFIX as ROWS
+from lowrank.wrapping.rows import read_offsets, wanted_tensors
 
 
 def restore_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> nn.Module:
@@ -67,12 +69,13 @@ def _exchange_values(model: nn.Module, path: str | Path, name: str, *, whole_bas
             weight_problems(root, plan, config["fingerprint"]),
         )
         if whole_base:
-            rest = rest_problems(root, config.get("rest", {}))
+            rest = rest_problems(root, plan, config.get("rest", {}))
             refuse(folder, "was made for a base that differs in what is not adapted", rest)
         saved_plan = Plan.from_json(config["plan"])
         file = tensors_file(folder, config)
         there = {key: entry.shape for key, entry in read_header(file).items()}
         wanted = {key: tuple(tensor.shape) for key, tensor in here.items()}
+        wanted |= {key: shape for key, (shape, _) in wanted_tensors(plan).items()}
         keys = sorted(key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key))
         problems = [f"{key}: {there.get(key, 'missing')}, expected {wanted.get(key, 'none')}" for key in keys]
         for p, adapter in adapters_of(root, name).items():
@@ -82,7 +85,7 @@ def _exchange_values(model: nn.Module, path: str | Path, name: str, *, whole_bas
         refuse(folder, "does not hold the tensors of this model's adapters", problems)
         saved = read_tensors(file, config["sha256"])
         for key, tensor in saved.items():
-            if tensor.dtype != here[key].dtype:
+            if key in here and tensor.dtype != here[key].dtype:
                 raise AdapterError(f"{file}, {key}: {tensor.dtype}, expected {here[key].dtype}")
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise AdapterError(f"{file}, {key}: holds NaN or Inf")
@@ -90,6 +93,8 @@ def _exchange_values(model: nn.Module, path: str | Path, name: str, *, whole_bas
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise AdapterError(f"{folder} does not hold a whole adapter: {error}") from error
+    for path, offsets in read_offsets(root, plan, saved).items():
+        saved[f"{ROWS}{path}.offsets"] = offsets
     for key, tensor in here.items():
         fill(tensor, saved[key])
     return saved_plan

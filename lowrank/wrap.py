@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lowrank.batches import Loss, Mask
 from lowrank.calibration.source import Source
@@ -21,12 +20,16 @@ from lowrank.init.base import frozen_factors, needs_of
 from lowrank.layers.adapter import Adapter
 from lowrank.models.projections import Projection
 from lowrank.models.targets import select
+from lowrank.models.tokens import check_rows
 from lowrank.plan import Plan
 from lowrank.policy import Policy
+from lowrank.progress import bar
 from lowrank.wrapping.agreement import agreed
 from lowrank.wrapping.checks import check_beside, check_layers, check_unwrapped
 from lowrank.wrapping.install import bare, make_adapter
+from lowrank.wrapping.magnitudes import magnitude_of
 from lowrank.wrapping.new_heads import warn_of_new_heads
+from lowrank.wrapping.overrides import in_layers
 from lowrank.wrapping.planning import fitted_plan, make_plan, named_errors
 
 # -- planning -----------------------------------------------------------------------------------------
@@ -74,6 +77,7 @@ def measure(
     projections = select(
         model, policy.target, policy.exclude, policy.train, policy.fused, policy.roles
     ).projections
+    projections, _ = in_layers(projections, policy)
     needs = {p: policy.allocate.needs | needs_of(policy.init, p.role) for p in projections}
     return Source(batches, loss, mask, progress=progress).measure(model, needs)
 
@@ -160,7 +164,8 @@ def _made(root: nn.Module, policy: Policy | Plan, source: Source) -> tuple[Plan,
     """The plan for the base ``root``, and all its adapters."""
     if isinstance(policy, Plan):
         plan, init = fitted_plan(root, policy), policy.init or Kaiming()
-        check_layers(root, plan.adapted, plan.train, plan.dropout)
+        check_layers(root, plan.adapted, plan.train, plan.dropout, dora=plan.dora)
+        check_rows(plan.rows, plan.adapted, plan.train)
     else:
         plan, source.statistics = make_plan(root, policy, source, start=True)
         init = policy.init
@@ -170,14 +175,14 @@ def _made(root: nn.Module, policy: Policy | Plan, source: Source) -> tuple[Plan,
 def _adapters(root: nn.Module, plan: Plan, init: Initializer, source: Source) -> dict[Projection, Adapter]:
     """All adapters of ``plan``, as ``init`` starts them; the plan notes the energies of the starts."""
     adapters: dict[Projection, Adapter] = {}
-    bar = tqdm(total=len(plan.adapted), desc="initializing", disable=not source.shows, delay=2, leave=False)
-    with bar:
+    shown = bar(None, "initializing", total=len(plan.adapted), shown=source.shows, delay=2, leave=False)
+    with shown:
         needs = {p: needs_of(init, p.role) for p in plan.adapted}
         for part, measured in source.parts(root, needs):
             for p in part:
-                bar.set_postfix_str(p.name, refresh=False)
+                shown.set_postfix_str(p.name, refresh=False)
                 adapters[p], energy = _start(root, p, plan, init, measured.get(p))
-                bar.update()
+                shown.update()
                 if energy is not None:
                     plan.energies[p] = energy
     return {p: adapters[p] for p in plan.adapted}
@@ -195,7 +200,10 @@ def _start(
             with torch.no_grad():
                 factors = init(weight, rank, scaling, role=p.role, statistics=measured, generator=generator)
             _check_factors(p, factors, rank, frozen_factors(init, p.role))
-            return make_adapter(model, p, factors.A, factors.B, scaling, factors.frozen), factors.energy
+            adapter = make_adapter(model, p, factors.A, factors.B, scaling, factors.frozen)
+            if plan.dora:
+                adapter.magnitude = magnitude_of(model, p, adapter)
+            return adapter, factors.energy
         except (ValueError, RuntimeError) as error:
             if not unreadable:
                 raise

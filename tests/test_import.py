@@ -92,8 +92,8 @@ def test_the_wheel_holds_the_package(tmp_path: Path) -> None:
         head = archive.read(metadata).decode().split("\n\n")[0].splitlines()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lowrank").rglob("*.py")}
     assert sources | {"lowrank/py.typed"} <= names
-    assert {name.split("/")[0] for name in names} == {"lowrank", metadata.split("/")[0]}
-    assert {f"Name: {project['name']}", f"Version: {project['version']}"} <= set(head)
+    assert {name.split("/")[0] for name in names} == {"lowrank", "lowrank_cli.py", metadata.split("/")[0]}
+    assert {f"Name: {project['name']}", f"Version: {lowrank.__version__}"} <= set(head)
     required = {
         line.removeprefix("Requires-Dist: ") for line in head if "Requires-Dist" in line and ";" not in line
     }

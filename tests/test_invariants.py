@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,17 +27,33 @@ PRESETS: dict[str, Callable[..., lowrank.Policy]] = {
     "eva": presets.eva,
     "corda": presets.corda,
     "lora_ga": presets.lora_ga,
+    "lora_fa": presets.lora_fa,
+    "rslora": presets.rslora,
+    "dora": presets.dora,
+    "pissa_dora": partial(presets.pissa, dora=True),
 }
 LAYOUTS = ["minilm", "llama", "gpt2", "t5", "vit", "torch_encoder", "neox", "bloom", "codegen", "falcon40b"]
 HEADS = {"minilm": "classifier", "vit": "classifier", "torch_encoder": "head"}
+ON_WEIGHTS = {"torch_encoder"}  # all of it is, where DoRA is refused
 # Layers that are adapted only where they are asked for: layout, then what is asked for.
 BESIDES = {
     "llama+embedding": ("llama", ("q_proj", "embedding")),
     "vit+conv": ("vit", ("query", "conv")),
 }
-WITHOUT_BATCHES = ["lora", "pissa", "milora", "olora"]
-ROWS = [(preset, layout) for preset in PRESETS for layout in LAYOUTS]
-ROWS += [(preset, layout) for preset in WITHOUT_BATCHES for layout in BESIDES]
+# Rows of an embedding that train besides: layout, then the embedding and the tokens.
+TOKENS = {
+    "llama+rows": ("llama", {"embed_tokens": (5, 20, 41)}),
+    "tied+rows": ("tied_llama", {"embed_tokens": (5, 20, 41)}),
+}
+WITHOUT_BATCHES = ["lora", "pissa", "milora", "olora", "lora_fa", "rslora"]
+PAIRS = [
+    (preset, layout)
+    for preset in PRESETS
+    for layout in LAYOUTS
+    if not ("dora" in preset and layout in ON_WEIGHTS)
+]
+ROWS = PAIRS + [(preset, layout) for preset in WITHOUT_BATCHES for layout in (*BESIDES, *TOKENS)]
+ROWS += [("dora", layout) for layout in TOKENS]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -45,22 +62,30 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def policy_for(preset: str, layout: str) -> lowrank.Policy:
+    if layout in TOKENS:
+        return PRESETS[preset](rank=4, rows=TOKENS[layout][1])
     if layout in BESIDES:
         return PRESETS[preset](rank=4, target=BESIDES[layout][1])
     return PRESETS[preset](rank=4, train=(HEADS[layout],) if layout in HEADS else ())
 
 
 def build(layout: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return zoo.build(BESIDES.get(layout, (layout,))[0], dtype)
+    return zoo.build((BESIDES | TOKENS).get(layout, (layout,))[0], dtype)
 
 
 def batch_of(layout: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
-    return zoo.batch(BESIDES.get(layout, (layout,))[0], dtype, seed)
+    return zoo.batch((BESIDES | TOKENS).get(layout, (layout,))[0], dtype, seed)
 
 
 def wrap(model: nn.Module, preset: str, layout: str, dtype: torch.dtype) -> nn.Module:
     batches = [batch_of(layout, dtype, seed) for seed in (1, 2)]
     return lowrank.wrap_model(model, policy_for(preset, layout), batches=batches, progress=False)
+
+
+@pytest.mark.parametrize("layout", sorted(ON_WEIGHTS))
+def test_dora_refuses_weights_that_no_call_multiplies_by(layout: str) -> None:
+    with pytest.raises(ValueError, match="dora=True cannot act on .* adapted on the weight"):
+        wrap(zoo.build(layout), "dora", layout, torch.float32)
 
 
 def train_a_little(model: nn.Module, batch: dict[str, Tensor]) -> None:
@@ -154,8 +179,7 @@ def test_a_second_adapter_beside_a_trained_one(
     assert dict(model.named_modules()) == modules, "other module objects are back"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("preset", "layout"), PAIRS)
 def test_a_wrapped_base_is_frozen_and_adapters_train(preset: str, layout: str) -> None:
     model, batch = build(layout), batch_of(layout)
     wrap(model, preset, layout, torch.float32)

@@ -17,37 +17,44 @@ PACKAGE = Path(__file__).parents[1] / "lowrank"
 # Lowest first. A file imports from lower layers only; a package's own files may import one another,
 # but for the siblings below.
 LAYERS = [
-    {"batches", "files", "linalg", "plots", "processes"},
+    {"batches", "files", "linalg", "notices", "plots", "processes", "progress"},
     {"models"},  # what is known of other people's models
     {"calibration"},
     {"init", "allocate"},
     {"formats"},  # data classes as JSON
     {"plan", "layers"},
-    {"policy", "adapters", "learning_rates"},
+    {"policy", "adapters", "comparing"},
     {"choosing"},
     {"wrapping"},  # what wrapping, loading and importing share
     {"merging", "combining"},
     {"wrap"},
     {"presets", "checkpoint", "swapping", "peft_format"},
     {"train"},  # whatever requires grad; see ONLY for what it may import
-    {"memory"},
+    {"memory", "learning_rates"},
     {"integrations"},  # one file for each library that drives training, imported by the user
     {"__init__"},  # the public names
-    {"demo"},
+    {"cli", "__main__", "demo"},  # the command
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # Narrower than their place in the table: the only other parts that these may name.
 ONLY = {
     "layers": {"linalg"},  # plain tensors, no model
-    "train": {"batches", "files", "plots", "processes"},  # knows requires_grad, never LoRA
+    "train": {
+        "batches",
+        "files",
+        "notices",
+        "plots",
+        "processes",
+        "progress",
+    },  # knows requires_grad, never LoRA
 }
 
 # Each file there is one idea, and may import of its own package only these.
 SHARED = {"init": {"base"}, "allocate": {"base", "apportion", "budget"}}
 
 # At the top: what they import is their own affair, and nothing below imports them.
-FREE = {"__init__", "demo"}
+FREE = {"__init__", "__main__", "cli", "demo"}
 
 REQUIRED = {"torch", "einops", "safetensors", "tqdm"}
 
@@ -118,7 +125,7 @@ def test_nothing_else_is_required(module: str) -> None:
     path = modules()[module]
     top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     found = imports("\n".join(map(ast.unparse, top)), module, path.name == "__init__.py")
-    allowed = {"lowrank"} | REQUIRED | OPTIONAL.get(module, set()) | sys.stdlib_module_names
+    allowed = {"lowrank", "lowrank_cli"} | REQUIRED | OPTIONAL.get(module, set()) | sys.stdlib_module_names
     assert {name.split(".")[0] for _, name in found} <= allowed
 
 

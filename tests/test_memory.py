@@ -136,7 +136,13 @@ def test_parts_are_what_they_say() -> None:
 
 def test_a_plan_and_the_wrapped_model_give_the_same_report() -> None:
     batch, base = zoo.batch("llama"), zoo.build("llama")
-    for policy in (presets.lora(rank=4), presets.pissa(rank=4), presets.lora(rank=4, train=("lm_head",))):
+    policies = (
+        presets.lora(rank=4),
+        presets.pissa(rank=4),
+        presets.dora(rank=4),
+        presets.lora(rank=4, train=("lm_head",)),
+    )
+    for policy in policies:
         before = {name: (t.clone(), t.requires_grad) for name, t in base.named_parameters()}
         planned = lowrank.memory_report(base, lowrank.plan_model(base, policy), batch=batch)
         assert all(t.equal(base.get_parameter(n)) for n, (t, _) in before.items())
@@ -235,12 +241,12 @@ def test_storages_are_counted_once_and_until_they_are_freed() -> None:
     assert storages.at_peak({"first": storages.numbers([b])}) == {"first": 32, "temporary": 1024}
 
 
-def test_fit_prints_the_report_before_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_shows_the_report_before_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
     model, batch = wrapped("llama"), zoo.batch("llama")
     expected = str(step_memory(model, batch)).splitlines()
     torch.manual_seed(3)
     lowrank.train.fit(model, [batch], steps=2, report=True, progress=False)
-    printed = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().err.splitlines()
     assert printed[: len(expected) - 1] == expected[:-1]  # the last line says what is free just then
     other = wrapped("llama")
     lowrank.train.fit(other, [batch], steps=2, progress=False)

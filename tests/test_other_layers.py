@@ -204,6 +204,32 @@ def test_what_cannot_be_adapted_is_refused_by_name(layer: nn.Module, target: str
         lowrank.wrap_model(model, Policy(target=target, rank=2), progress=False)
 
 
+@pytest.mark.parametrize("name", ["llama", "convolutional"])
+def test_dora_is_refused_by_name(name: str) -> None:
+    make, target = MODELS[name]
+    model, _ = make()
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"dora=True cannot act on (\S*embed_tokens|volume), of role"):
+        lowrank.wrap_model(model, presets.dora(target=target, rank=2), progress=False)
+    plan = lowrank.plan_model(model, presets.lora(target=target, rank=2))
+    plan.dora = True
+    with pytest.raises(ValueError, match=r"dora=True cannot act on (\S*embed_tokens|volume), of role"):
+        lowrank.wrap_model(model, plan, progress=False)
+    assert dict(model.named_modules()) == modules
+
+
+def test_lora_fa_freezes_the_random_factor() -> None:
+    """B of an embedding: with A frozen at zero it would learn nothing."""
+    model, batch = llama()
+    lowrank.wrap_model(model, presets.lora_fa(rank=2, target=("q_proj", "embedding")), progress=False)
+    layers: Any = lowrank.adapted_layers(model)
+    for path, layer in layers.items():
+        (adapter,) = layer.part().held()
+        assert adapter.frozen == ({"B"} if path.endswith("embed_tokens") else {"A"})
+    model(**batch).loss.backward()
+    assert all(parameter.grad.any() for parameter in lowrank.adapter_parameters(model))
+
+
 def test_statistics_of_an_embedding_are_refused_by_name() -> None:
     model, batch = llama()
     with pytest.raises(ValueError, match="model.embed_tokens: covariance and sensitivity cannot be measured"):

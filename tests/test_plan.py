@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import lowrank
 from lowrank import Allocation, Plan, presets
+from lowrank.formats.patterns import peft_patterns
 from lowrank.models.projections import Projection, Role
-from lowrank.plan import peft_patterns
 from tests import zoo
 
 

@@ -79,3 +79,16 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"pip install 'lowrank-torch\[plots\]'"):
         history(3).plot()
+
+
+def test_two_plans_are_compared_cell_by_cell(tmp_path: Path) -> None:
+    model = zoo.build("llama")
+    a = lowrank.plan_model(model, presets.lora(rank=4, target=("query", "value")))
+    b = lowrank.plan_model(model, presets.lora(rank=2, target=("query", "down")))
+    axis = lowrank.compare_plans(a, b).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["query", "value", "down"]
+    assert axis.images[0].get_array().tolist() == [[-2, -2], [-4, -4], [2, 2]]
+    assert [text.get_text() for text in axis.texts] == ["-2", "-2", "-4", "-4", "+2", "+2"]
+    assert f"{a.trainable_parameters:,} → {b.trainable_parameters:,}" in axis.get_title(loc="left")
+    lowrank.compare_plans(a, b, tmp_path / "plans.png")
+    assert (tmp_path / "plans.png").read_bytes().startswith(b"\x89PNG")

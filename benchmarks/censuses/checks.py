@@ -23,7 +23,8 @@ BLOCK = re.compile(r"(^|\.)(\w*attn|\w*attention|mlp|ffn?|feed_?forward)\.", re.
 WITHOUT_ROLE = re.compile(
     r"(rel|pos|bias|gate|gating|router|wg|weight|scale|lora|decay|time|conv|sampling|offset|indexer|index|"
     r"x_proj|dt_proj|in_proj|kv_a|kv_b|kv_proj|latent|adaln|modulation|ada|cpb|norm|talking|head|relative|"
-    r"hash|cond|embed|[fgb]_proj|[abg]_?proj|[fg]_[ab]|in_proj_[ab]|score|r_net|coef)",
+    r"hash|cond|embed|[fgb]_proj|[abg]_?proj|[fg]_[ab]|in_proj_[ab]|score|r_net|coef|"
+    r"r_proj|sink|expert_proj)",
     re.IGNORECASE,
 )
 ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(wg|shared_expert_gate|indexer)(\.|$)")

@@ -1,9 +1,10 @@
-"""The models that a census counts: transformers' types, and timm's where it is installed."""
+"""The models that a census counts: transformers' types, timm's where it is installed, and diffusers'."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from benchmarks.censuses.inputs import inputs
 from benchmarks.censuses.shrink import configs
 
 LARGEST = 40_000_000  # parameters; a model that cannot be shrunk below is not run
+GAIN = 1.7  # of convolutions: SiLU halves what is small
+SEARCH = 15  # seconds of a core for what builds and runs
 HEADED = (
     "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CTC",
 )  # fmt: skip
@@ -38,6 +41,10 @@ def names() -> list[str]:
         import timm
 
         found += [f"timm:{name}" for name in _families(timm.list_models())]
+    if importlib.util.find_spec("diffusers"):
+        from benchmarks.censuses.denoisers import DENOISERS
+
+        found += [f"diffusers:{name}" for name in DENOISERS]
     return found
 
 
@@ -48,15 +55,40 @@ def make(name: str) -> Made:
         NotBuilt, NotRun: with what the last attempt said.
     """
     library, _, kind = name.partition(":")
-    return {"transformers": _transformers, "timm": _timm}[library](kind)
+    return {"transformers": _transformers, "timm": _timm, "diffusers": _diffusers}[library](kind)
+
+
+def _diffusers(kind: str) -> Made:
+    from benchmarks.censuses.denoisers import denoiser
+
+    try:
+        model, batch = denoiser(kind)
+    except Exception as error:
+        raise NotBuilt(f"{type(error).__name__}: {error}") from error
+    try:
+        with torch.no_grad():
+            model(**batch)
+    except Exception as error:
+        raise NotRun(f"{type(error).__name__}: {error}") from error
+    return model, batch
 
 
 def _transformers(kind: str) -> Made:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    built, last = False, "no configuration"
+    built, last, tried, since = False, "no configuration", set(), time.process_time()
     for config in configs(CONFIG_MAPPING[kind]):
+        try:
+            said = str(config)
+        except Exception as error:  # it does not hold together
+            last = f"{type(error).__name__}: {error}" if not built else last
+            continue
+        if said in tried:
+            continue
+        tried.add(said)
         for model_class in _classes(type(config)):
+            if time.process_time() - since > SEARCH:
+                raise (NotRun if built else NotBuilt)(f"no luck in {SEARCH} seconds: {last}")
             try:
                 with torch.device("meta"):
                     size = sum(p.numel() for p in model_class(config).parameters())
@@ -81,9 +113,17 @@ def _transformers(kind: str) -> Made:
 
 
 def _settle(model: nn.Module) -> None:
-    """Numbers for what a checkpoint would fill: weights that start as zeros hide what depends on them."""
+    """Numbers for what a checkpoint would fill.
+
+    Weights that start as zeros hide what depends on them, and a signal vanishes in many small convolutions.
+    """
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.conv._ConvNd):
+                weight = module.weight
+                weight.copy_(torch.randn(weight.shape, generator=draw))
+                weight.mul_(GAIN / max(1, weight[0].numel()) ** 0.5)
         for parameter in model.parameters():
             if parameter.is_floating_point() and parameter.dim() > 1 and not parameter.any():
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))

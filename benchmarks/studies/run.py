@@ -26,7 +26,7 @@ def train(cell: Cell, device: str = "cpu") -> Result:
     head = HEADS[task.model]
     started = perf_counter()
     model = build(task, len(data.labels), cell.seed).to(device)
-    budget = _budget(task, data, cell) if cell.match == "parameters" and method.has_rank else None
+    budget = budget_of(task, data, cell) if cell.match == "parameters" and method.has_rank else None
     prepared = prepare(
         model, method, rank=cell.rank, budget=budget, lr=cell.lr, seed=cell.seed, head=head,
         calibration=data.calibration(CALIBRATION),
@@ -66,7 +66,7 @@ def train(cell: Cell, device: str = "cpu") -> Result:
     return Result(cell, final, details)
 
 
-def _budget(task: Task, data: Data, cell: Cell) -> int:
+def budget_of(task: Task, data: Data, cell: Cell) -> int:
     """What LoRA spends at this rank."""
     model = build(task, len(data.labels), 0)
     policy = lowrank.presets.lora(rank=cell.rank, train=HEADS[task.model])

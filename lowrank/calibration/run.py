@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lowrank.batches import Loss, Mask, in_float16, model_device, output_loss, scalar_loss, to_device
 from lowrank.calibration.examples import Example, divide, has_no_label
@@ -25,7 +24,9 @@ from lowrank.calibration.undisturbed import undisturbed
 from lowrank.models.fingerprint import of_projections
 from lowrank.models.projections import Projection
 from lowrank.models.storage import kept_unpacked
+from lowrank.notices import logger
 from lowrank.processes import Processes
+from lowrank.progress import bar
 
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_SCALE = 2.0**15  # of the loss in float16, where small gradients are zero; the smallest is its inverse
@@ -75,7 +76,7 @@ def calibrate(
             or what comes after an example's last label.
         steps: use so many batches at most.
         device: where the statistics are kept; by default where each projection's input is.
-        progress: say what it will take, and show a bar after two seconds.
+        progress: show a bar after two seconds. What it will take is logged as INFO.
 
     Raises:
         ValueError: no batch, one that cannot be divided into examples, a loss that is not a finite scalar, no
@@ -97,9 +98,9 @@ def calibrate(
     meter = Meter(model, wanted, None if device is None else torch.device(device))
     processes = Processes(home)
     progress = progress and processes.first
-    if progress:
-        size = predicted_bytes(projections, needs)
-        tqdm.write(f"calibrating {len(wanted)} projections: {size / 2**20:.0f} MiB of statistics")
+    if processes.first:
+        size = predicted_bytes(projections, needs) / 2**20
+        logger.info("calibrating %d projections: %.0f MiB of statistics", len(wanted), size)
     with undisturbed(model), kept_unpacked(model), watched(model, meter):
         run = _Run(model, meter, loss, mask, home)
         _each(_read(batches, steps, progress), run.measure, processes)
@@ -108,7 +109,7 @@ def calibrate(
 
 
 def _read(batches: Iterable[Any], steps: int | None, progress: bool) -> Iterator[Any]:
-    yield from tqdm(islice(batches, steps), "calibrating", disable=not progress, delay=2, leave=False)
+    yield from bar(islice(batches, steps), "calibrating", shown=progress, delay=2, leave=False)
 
 
 def _each(remaining: Iterator[Any], measure: Callable[[int, Any], None], processes: Processes) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lowrank.batches import Loss, Mask
 from lowrank.calibration import calibrate, predicted_bytes
@@ -19,6 +18,7 @@ from lowrank.calibration.statistics import KINDS, OF_WEIGHTS, ProjectionStatisti
 from lowrank.models.fingerprint import of_projections
 from lowrank.models.projections import Projection, Role
 from lowrank.processes import Processes
+from lowrank.progress import bar
 
 MATRICES = frozenset({"covariance", "moment", "gradient"})  # what takes memory
 
@@ -114,8 +114,8 @@ class Source:
         return chunks
 
     def _of_weights(self, model: nn.Module, projections: Sequence[Projection]) -> Statistics:
-        bar = tqdm(projections, "singular values", disable=not self.shows, delay=2, leave=False)
-        spectra = {p: ProjectionStatistics(spectrum=_singular_values(model, p)) for p in bar}
+        shown = bar(projections, "singular values", shown=self.shows, delay=2, leave=False)
+        spectra = {p: ProjectionStatistics(spectrum=_singular_values(model, p)) for p in shown}
         return Statistics(spectra, of_projections(model, projections))
 
 

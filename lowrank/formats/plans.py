@@ -10,6 +10,7 @@ from lowrank.allocate.base import Allocation
 from lowrank.formats.strategies import Recorded, belongs, decode, encode, typed
 from lowrank.linalg.rows import Rows
 from lowrank.models.projections import Projection, Role
+from lowrank.models.tokens import TokenRows
 
 FORMAT, VERSION = "lowrank-plan", 1
 
@@ -21,12 +22,15 @@ def plan_to_json(plan: Any) -> dict[str, Any]:
         "version": VERSION,
         "budget": plan.budget,
         "reference_rank": plan.reference_rank,
+        "learning_rate": plan.learning_rate,
         "init": encode(plan.init),
         "dropout": plan.dropout,
         "train": list(plan.train),
         "seed": plan.seed,
+        "dora": plan.dora,
         "notes": list(plan.notes),
         "left_out": plan.left_out,
+        **({"rows": [asdict(rows) for rows in plan.rows]} if plan.rows else {}),
         "projections": [
             {
                 **asdict(p),
@@ -73,6 +77,9 @@ def plan_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
             "notes": [typed(note, str) for note in data.get("notes", ())],
             "left_out": {name: typed(why, str) for name, why in data.get("left_out", {}).items()},
             "reference_rank": _whole(data.get("reference_rank")),
+            "learning_rate": None if (rate := data.get("learning_rate")) is None else _number(rate),
+            "rows": [_token_rows(row) for row in data.get("rows", ())],
+            "dora": _flag(data.get("dora", False)),
         }
     except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"this is not a plan: {type(error).__name__}: {error}") from error
@@ -90,6 +97,11 @@ def _projection(row: Mapping[str, Any]) -> Projection:
     )
 
 
+def _token_rows(row: Mapping[str, Any]) -> TokenRows:
+    ids = tuple(typed(i, int) for i in row["ids"])
+    return TokenRows(typed(row["module"], str), ids, typed(row["width"], int))
+
+
 def _rows(said: Any) -> Rows:
     rows = tuple(typed(number, int) for number in said)
     if len(rows) not in (2, 4):
@@ -99,6 +111,12 @@ def _rows(said: Any) -> Rows:
 
 def _number(value: Any) -> float:
     return float(typed(value, (int, float)))
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
 
 
 def _whole(value: Any) -> int | None:

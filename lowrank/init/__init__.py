@@ -5,7 +5,7 @@ from lowrank.init.base import Factors, Initializer, frozen_factors
 from lowrank.init.by_role import ByRole
 from lowrank.init.covariance import CovarianceOriented
 from lowrank.init.gradient import GradientAligned
-from lowrank.init.kaiming import Gaussian, Kaiming
+from lowrank.init.kaiming import FrozenA, Gaussian, Kaiming
 from lowrank.init.orthogonal import Orthogonal
 from lowrank.init.principal import Minor, Principal
 from lowrank.init.task_aligned import TaskAligned
@@ -15,6 +15,7 @@ __all__ = [
     "ByRole",
     "CovarianceOriented",
     "Factors",
+    "FrozenA",
     "Gaussian",
     "GradientAligned",
     "Initializer",

@@ -6,7 +6,7 @@ does not meet keeps its vector. Only the weight's shape and device are looked at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import torch
@@ -31,6 +31,21 @@ class Kaiming(Start):
         bound = 1 / sqrt(given.weight.shape[1])
         A = torch.empty(given.rank, given.weight.shape[1], dtype=torch.float32, device=given.generator.device)
         return _with_zero(given.weight, A.uniform_(-bound, bound, generator=given.generator))
+
+
+@dataclass(frozen=True)
+class FrozenA(Kaiming):
+    """A random as in `Kaiming`, and frozen: only B is trained (LoRA-FA, 2308.03303). B zero.
+
+    Of an embedding, where B is the random one, B is frozen.
+    """
+
+    def frozen(self, role: Role) -> frozenset[str]:
+        return frozenset({"B" if role == Role.EMBEDDING else "A"})
+
+    def factors(self, given: Given) -> Factors:
+        """As `Kaiming` makes them."""
+        return replace(super().factors(given), frozen=self.frozen(given.role))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.functional import Block
+from lowrank.layers.magnitude import Magnitude
+from lowrank.layers.offsets import TokenOffsets
 from lowrank.linalg.rows import Rows, add_, height, pieces
 
 
@@ -39,6 +41,7 @@ class Adapter(nn.Module):
 
     A0: Tensor | None
     B0: Tensor | None
+    magnitude: Magnitude | None  # DoRA: the rows' magnitudes are trained apart
 
     def __init__(
         self,
@@ -95,6 +98,7 @@ class Adapter(nn.Module):
         self.B = nn.Parameter(B, requires_grad="B" not in frozen)
         self.register_buffer("A0", A0)
         self.register_buffer("B0", B0)
+        self.register_module("magnitude", None)
 
     @property
     def anchored(self) -> bool:
@@ -108,6 +112,8 @@ class Adapter(nn.Module):
     def block(self) -> Block:
         """What the fused product takes."""
         held, anchor = self._parameters, self._buffers  # a module's __getattr__ takes ten times as long
+        if "A" not in held:  # a replica of nn.DataParallel has plain attributes
+            return Block(self.rows, self.A, self.B, self.scaling, self.A0, self.B0)
         return Block(self.rows, held["A"], held["B"], self.scaling, anchor["A0"], anchor["B0"])  # type: ignore[arg-type]
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -117,23 +123,40 @@ class Adapter(nn.Module):
         return self.A0 + self.A, self.B0 + self.B
 
     def product(self) -> Tensor:
-        """``ΔW`` (rows, in) in fp32 (fp64 for fp64 parameters), differentiable; zero offsets give zero."""
+        """``ΔW`` (rows, in) in fp32 (fp64 for fp64 parameters), differentiable; zero offsets give zero.
+
+        Magnitudes do not count in it.
+        """
         return product(self.block)
+
+    def moved(self) -> bool:
+        """Does it change anything yet?"""
+        return bool(self.product().any()) or (
+            self.magnitude is not None and bool(self.magnitude.offset.any())
+        )
 
     def extra_repr(self) -> str:
         out, rank = self.B.shape
         notes = [f"({out}, {self.A.shape[1]}), rank={rank}, scaling={self.scaling:.4g}"]
         notes += ["anchored"] if self.anchored else []
+        notes += ["with magnitudes"] if self.magnitude is not None else []
         notes += [f"{name} frozen" for name in sorted(self.frozen)]
         return ", ".join(notes)
 
 
 class RowBlocks(nn.ModuleList):
-    """All that one name does to one weight: `Adapter`s on rows that do not overlap, and their dropout."""
+    """All that one name does to one weight: `Adapter`s on rows that do not overlap, and their dropout.
 
-    def __init__(self, adapters: Iterable[Adapter], dropout: float = 0.0) -> None:
+    Of an embedding, or a head tied to one, also the rows that train apart.
+    """
+
+    def __init__(
+        self, adapters: Iterable[Adapter], dropout: float = 0.0, tokens: TokenOffsets | None = None
+    ) -> None:
         super().__init__(adapters)
         self.dropout = dropout
+        self.tokens = tokens
+        self.rescales = any(adapter.magnitude is not None for adapter in self.held())  # the whole output
         self.called = self.read = False  # while acting, ever; not by compiled code: see `seen_by_compiler`
 
     @property
@@ -145,7 +168,8 @@ class RowBlocks(nn.ModuleList):
         self.__dict__[what] = True  # __setattr__ of a module takes ten times as long
 
     def held(self) -> list[Adapter]:
-        return cast("list[Adapter]", list(self._modules.values()))
+        held = cast("list[Adapter]", list(self._modules.values()))
+        return held if self.tokens is None else held[:-1]
 
     def blocks(self, weight: Tensor | None = None) -> list[Block]:
         """What the fused product takes, with ΔW multiplied by ``weight``."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lowrank.layers.layer import StandIn
+from lowrank.layers.offsets import TokenOffsets
 from lowrank.layers.reading import TRANSPOSED, Layout
 
 
@@ -18,7 +19,8 @@ class LoRAEmbedding(StandIn):
     A is ``(rank, vocabulary)`` and B is ``(dim, rank)``: the weight as the matrix that maps a one-hot vector
     to an embedding. A token that ``padding_idx`` names gets no gradient. A subclass with a forward of its
     own, such as one that multiplies by √dim, is called with Aᵀ in the place of its weight.
-    Dropout does not act.
+    Dropout does not act. Rows that train apart are looked up beside it; for a forward of its own that takes a
+    table (vocabulary, rows) in each call.
     """
 
     @property
@@ -36,7 +38,28 @@ class LoRAEmbedding(StandIn):
                 if B0 is not None:
                     update = update + F.linear(found, B0.to(y.dtype))
                 y = y + (scaling * update).to(y.dtype)
+            if part.tokens is not None:
+                y = self._moved(y, part.tokens, factor, args, kwargs)
         return y
+
+    def _moved(
+        self,
+        y: Tensor,
+        tokens: TokenOffsets,
+        factor: Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """``y`` plus the offsets of the rows that were looked up: added in fp32, and rounded once."""
+        base = cast(nn.Embedding, self.base)
+        if type(base) is nn.Embedding:
+            ids = args[0] if args else kwargs["input"]
+            update = tokens.found(ids, factor, by_frequency=base.scale_grad_by_freq)
+        else:
+            chosen = self._look_up(tokens.selection(base.num_embeddings, base.weight.dtype), args, kwargs)
+            offsets = tokens.scaled(factor)
+            update = chosen.to(offsets.dtype) @ offsets
+        return (y.to(update.dtype) + update).to(y.dtype)
 
     def _look_up(self, A: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the base makes of its arguments with Aᵀ as its weight: (..., rank)."""

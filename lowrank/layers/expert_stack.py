@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.functional import Block
+from lowrank.layers.offsets import TokenOffsets
 from lowrank.linalg.rows import Rows, shifted, spread
 
 
@@ -169,7 +170,7 @@ class ExpertStacks(nn.ModuleList):
 def trained_within(module: nn.Module) -> Iterator[nn.Parameter]:
     """What the adapters below ``module`` train."""
     for each in module.modules():
-        if isinstance(each, (Adapter, ExpertStack)):
+        if isinstance(each, (Adapter, ExpertStack, TokenOffsets)):
             yield from each.trained()
 
 

@@ -62,7 +62,8 @@ class ExpertWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             whole = self._low.whole()
             picked = whole if self._pick is None else whole[self._pick]
-            return picked.mT if self._flip != self._low.layout.transposed else picked
+            picked = picked.mT if self._flip != self._low.layout.transposed else picked
+            return picked.to(self.dtype)
 
     def plain(self) -> Tensor:
         """The base's numbers."""
@@ -102,6 +103,13 @@ def _mT(func: Any, w: ExpertWeight) -> Any:
 
 def _T(func: Any, w: ExpertWeight) -> Any:
     return w.flipped() if w.dim() == 2 else NotImplemented
+
+
+def _cast(func: Any, w: ExpertWeight, *args: Any, **kwargs: Any) -> Any:
+    """The same experts in another precision, as some multiply by them."""
+    plain = func(w.plain(), *args, **kwargs)
+    moved = plain.device != w.device or plain.shape != w.shape or not plain.is_floating_point()
+    return NotImplemented if moved else ExpertWeight.show(plain, w._low, w._flip, w._pick)
 
 
 def _linear(func: Any, x: Any, w: Any, bias: Any = None) -> Any:
@@ -151,6 +159,7 @@ _PRODUCTS: dict[str, Callable[..., Any]] = {
     "getitem": _get,
     "flip": _flip,
     "mT": _mT,
+    "cast": _cast,
     "T": _T,
     "linear": _linear,
     "matmul": _matmul,
@@ -164,6 +173,7 @@ _NAMES: dict[Any, str] = {
     **dict.fromkeys((Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes), "flip"),
     Tensor.mT.__get__: "mT",  # type: ignore[attr-defined]
     **dict.fromkeys((Tensor.T.__get__, Tensor.t, torch.t), "T"),  # type: ignore[attr-defined]
+    **dict.fromkeys((Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16), "cast"),
     F.linear: "linear",
     **dict.fromkeys(
         (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm), "matmul"

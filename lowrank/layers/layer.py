@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.acting import Acting
-from lowrank.layers.adapter import Adapter, RowBlocks, full_delta
+from lowrank.layers.adapter import Adapter, RowBlocks, full_delta, weighted
+from lowrank.layers.functional import Block
 from lowrank.layers.loading import move_below_base
-from lowrank.layers.reading import AS_STORED, Layout, read_weight, readable
+from lowrank.layers.offsets import TokenOffsets
+from lowrank.layers.reading import AS_STORED, TRANSPOSED, Layout, read_weight, readable
 
 
 class AdaptedLayer(nn.Module):
@@ -44,9 +46,15 @@ class AdaptedLayer(nn.Module):
         self.acting = Acting((name,)) if acting is None else acting
         self.train(base.training)
 
-    def put(self, name: str, adapters: Iterable[Adapter], dropout: float = 0.0) -> None:
-        """Hangs up the adapters of ``name``, on rows that do not overlap."""
-        self.adapters[name] = RowBlocks(adapters, dropout).train(self.training)
+    def put(
+        self,
+        name: str,
+        adapters: Iterable[Adapter],
+        dropout: float = 0.0,
+        tokens: TokenOffsets | None = None,
+    ) -> None:
+        """Hangs up the adapters of ``name``, on rows that do not overlap, and the rows that train apart."""
+        self.adapters[name] = RowBlocks(adapters, dropout, tokens).train(self.training)
 
     def _acting(self) -> list[tuple[RowBlocks, Tensor | None]]:
         """What acts in a call, each with its weight; it is noted that it is called."""
@@ -82,13 +90,18 @@ class AdaptedLayer(nn.Module):
             return weight
         if self.layout.rows(weight).shape != (self.out_features, self.in_features):
             return weight
-        blocks = [block for part, factor in acting for block in part.blocks(factor)]
+        blocks = [block for part, factor in acting for block in self._blocks(part, factor)]
 
         def used() -> None:
             if rows is not None:
                 raise ValueError(
                     f"{rows.path(self)}: its weight is read without a call, so adapters for single examples "
                     "cannot act on it: run the examples of one adapter at a time, with use_adapters"
+                )
+            if any(part.rescales for part, _ in acting):
+                raise ValueError(
+                    "the weight of a layer is read without a call, where the magnitudes of dora=True have no "
+                    f"effect: leave it out with exclude=, or adapt it without dora ({self.base})"
                 )
             if torch.compiler.is_compiling():
                 note_compiler()
@@ -97,6 +110,14 @@ class AdaptedLayer(nn.Module):
                     part.note("read")
 
         return read_weight(weight, blocks, layout=self.layout, used=used)
+
+    def _blocks(self, part: RowBlocks, factor: Tensor | None = None) -> list[Block]:
+        """All that ``part`` adds to the weight, as products; ΔW is multiplied by ``factor``."""
+        blocks = part.blocks(factor)
+        if part.tokens is not None:
+            shape = self.out_features, self.in_features
+            blocks.append(weighted(part.tokens.block(shape, transposed=self.layout is TRANSPOSED), factor))
+        return blocks
 
     def part(self, name: str | None = None) -> RowBlocks:
         """The adapters of ``name``, which may be left out where there is one; else raises ValueError."""
@@ -123,9 +144,9 @@ class AdaptedLayer(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """The factor of B·A of the only adapter; raises ValueError where its row blocks have several."""
+        """The factor of B·A of the only adapter; ValueError where its row blocks have none, or several."""
         scalings = sorted({adapter.scaling for adapter in self.part().held()})
-        if len(scalings) > 1:
+        if len(scalings) != 1:
             raise ValueError(f"the row blocks have scalings of their own: {scalings}; see .adapters")
         return scalings[0]
 
@@ -135,7 +156,7 @@ class AdaptedLayer(nn.Module):
         That of the adapter ``name``, which may be left out where there is one. Its weight in a mixture is
         not applied, and it need not act.
         """
-        return full_delta(self.part(name).blocks(), self.out_features)
+        return full_delta(self._blocks(self.part(name)), self.out_features)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         move_below_base(state_dict, prefix, ("base.", "adapters."))

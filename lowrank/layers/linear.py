@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.acting import Acting
-from lowrank.layers.adapter import Adapter
+from lowrank.layers.adapter import Adapter, RowBlocks, full_delta
 from lowrank.layers.bases import plain_weight
 from lowrank.layers.block import Block
 from lowrank.layers.functional import add_lora, fused_lora, to_autocast, transformed
 from lowrank.layers.grouped import ExampleAdapters, add_grouped
 from lowrank.layers.inference import Kept, infer
 from lowrank.layers.layer import AdaptedLayer, note_compiler
+from lowrank.layers.magnitude import excess_of, multiplied_by, rescaled
+from lowrank.layers.offsets import TokenOffsets
 from lowrank.layers.reading import AS_STORED, TRANSPOSED, Layout
 from lowrank.layers.ready import Ready
 
@@ -73,12 +75,12 @@ class LoRALinear(AdaptedLayer):
                 return y
         if self.acting.rows is not None:
             return self._by_rows(self.acting.rows, *args, **kwargs)
-        products = self._products("called")
-        if not products:
+        products, tokens = self._products("called")
+        if not products and not tokens:
             return self.base(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         base = cast(nn.Module, self._modules["base"])  # a module's __getattr__ takes ten times as long
-        weight = plain_weight(base)
+        weight = plain_weight(base) if products else None
         if weight is None:
             y = base(*args, **kwargs)  # which may take x to another device
             if self.training and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
@@ -95,8 +97,14 @@ class LoRALinear(AdaptedLayer):
             y = fused_lora(x, weight, base._parameters["bias"], blocks, dropout=dropout, kept=self.kept)
         for blocks, dropout in products:
             y = add_lora(y, x, blocks, dropout=dropout)
+        for part, _ in self.acting.among(self._parts()):
+            if part.rescales:
+                y = rescaled(y, self.bias, self._excess(part, weight, y.dtype))
+        for offsets, factor in tokens:
+            y = offsets.multiplied(y, x, factor)
         return y
 
+<<<<<<< HEAD
     def _without_graph(self, x: Tensor, *rest: Any) -> Tensor | None:
         """The output where a plain base is called in evaluation and no graph is built, else None."""
         acting, modules = self.acting, self._modules  # a module's __getattr__ takes ten times as long
@@ -109,6 +117,11 @@ class LoRALinear(AdaptedLayer):
             return None
         x, weight, bias = to_autocast(x, weight, base._parameters["bias"])
         return infer(x, weight, bias, blocks, self.kept)
+=======
+    def _excess(self, part: RowBlocks, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """By how much the magnitudes of ``part`` scale each column of the output, less 1, (out,)."""
+        return excess_of(part.held(), multiplied_by(self.base, weight, dtype), self.out_features)
+>>>>>>> main
 
     def _by_rows(self, rows: ExampleAdapters, *args: Any, **kwargs: Any) -> Tensor:
         y, parts = self.base(*args, **kwargs), self._parts()
@@ -121,18 +134,55 @@ class LoRALinear(AdaptedLayer):
             parts[name].note("called")
         return add_grouped(y, x, self, parts, rows, training=self.training)
 
-    def _products(self, use: str) -> list[tuple[list[Block], float]]:
-        """The blocks that act, those with one dropout together; it is noted that they are ``use``d."""
+    def _products(
+        self, use: str
+    ) -> tuple[list[tuple[list[Block], float]], list[tuple[TokenOffsets, Tensor | None]]]:
+        """The blocks that act, those with one dropout together; it is noted that they are ``use``d.
+
+        And the rows that train apart, each with its weight; None is 1.
+        """
         products: list[tuple[list[Block], float]] = []
+        tokens: list[tuple[TokenOffsets, Tensor | None]] = []
         compiling = torch.compiler.is_compiling()
         if compiling:
             note_compiler()
         for part, weight in self.acting.among(self._parts()):
             if not compiling:
                 part.note(use)
+            if part.tokens is not None:
+                tokens.append((part.tokens, weight))
+                if len(part) == 1:  # nothing else
+                    continue
             dropout = part.dropout if self.training else 0.0
             if products and products[-1][1] == dropout:
                 products[-1][0].extend(part.blocks(weight))
             else:
                 products.append((part.blocks(weight), dropout))
-        return products
+        return products, tokens
+
+    def delta_weight(self, name: str | None = None) -> Tensor:
+        """See `AdaptedLayer.delta_weight`; magnitudes count in it.
+
+        Raises ValueError where there are some and the base's weight cannot be read.
+        """
+        part = self.part(name)
+        if not part.rescales:
+            return super().delta_weight(name)
+        weight = plain_weight(self.base)
+        if weight is None:
+            raise ValueError(f"the weight of a {type(self.base).__name__} cannot be read here")
+        delta = full_delta(part.blocks(), self.out_features)
+        delta = delta + self.excess(part)[:, None] * (weight.detach().to(delta.dtype) + delta)
+        if part.tokens is not None:  # the magnitudes do not act on these
+            delta.index_add_(0, part.tokens.index, part.tokens.offsets.detach().to(delta.dtype))
+        return delta
+
+    @torch.no_grad()
+    def excess(self, part: RowBlocks) -> Tensor:
+        """By how much each row of W + ΔW is scaled, less 1, (out,), detached: zero without magnitudes."""
+        A = part.held()[0].A
+        if not part.rescales:
+            return A.new_zeros(self.out_features)
+        stored = cast(Tensor, self.base.weight)
+        dtype = stored.dtype if stored.is_floating_point() and stored.itemsize > 1 else A.dtype
+        return self._excess(part, plain_weight(self.base), dtype)

@@ -6,7 +6,7 @@ It knows no adapter; `checkpoint` and `measure` say what is compared with what.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ def of_projection(module: nn.Module, p: Projection) -> Sample:
     dtype, weight = _dtype(stored), _read_rows(module, p)
     if weight is None:
         return Sample(dtype, None, None)
-    return Sample(dtype, None, _values(weight, _spread(weight.numel(), OF_PROJECTION)))
+    return Sample(dtype, None, _values(weight, spread(weight.numel(), OF_PROJECTION)))
 
 
 def of_projections(model: nn.Module, projections: Iterable[Projection]) -> dict[Projection, Sample]:
@@ -75,9 +75,10 @@ def of_projections(model: nn.Module, projections: Iterable[Projection]) -> dict[
     return found
 
 
-def of_tensor(module: nn.Module, name: str) -> Sample | None:
+def of_tensor(module: nn.Module, name: str, without: Sequence[int] = ()) -> Sample | None:
     """A sample of a parameter or persistent buffer of ``module``; None where there is nothing to compare.
 
+    What would be of the rows ``without`` is left out.
     Whole numbers that stand for no weight (positions, counters, packed words) are not compared.
     """
     stored: Tensor | None = module._parameters.get(name)
@@ -92,9 +93,11 @@ def of_tensor(module: nn.Module, name: str) -> Sample | None:
     tensor = _read(module, name) if coded else None if stored.is_meta else whole(stored.detach())
     if tensor is None:
         return None if coded else Sample(dtype, tuple(stored.shape), None)
-    spread, last = OF_TENSOR
+    count, last = OF_TENSOR
     row = tensor.numel() // tensor.shape[0] if tensor.dim() else 1
-    places = torch.cat([_spread(tensor.numel(), spread), tensor.numel() - row + _spread(row, last)])
+    places = torch.cat([spread(tensor.numel(), count), tensor.numel() - row + spread(row, last)])
+    if without:
+        places = places[~torch.isin(places // row, torch.tensor(without))]
     return Sample(dtype, tuple(tensor.shape), _values(tensor, places))
 
 
@@ -158,7 +161,7 @@ def _read_rows(module: nn.Module, p: Projection) -> Tensor | None:
     return None if weight is None else view(weight, p.rows)
 
 
-def _spread(size: int, count: int) -> Tensor:
+def spread(size: int, count: int) -> Tensor:
     """At most ``count`` places from 0 to ``size`` − 1."""
     return torch.linspace(0, size - 1, min(count, size), dtype=torch.float64).long()
 

@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lowrank.linalg.rows import height, pieces
-from lowrank.models.families import Role, in_attention, role_of
+from lowrank.models.families import WRAPPERS, Role, in_attention, is_attention, is_named, role_of
+from lowrank.models.fused_beside import made_of
+from lowrank.models.guesses import likely_blocks
 from lowrank.models.layouts import (
     FUSED_NAMES,
     GATED_NAMES,
@@ -19,7 +21,6 @@ from lowrank.models.layouts import (
     in_order,
     interleaved,
     layout_of,
-    likely_blocks,
 )
 from lowrank.models.storage import declared_shape, is_linear
 from lowrank.models.structure import role_by_structure
@@ -59,8 +60,12 @@ def matches(path: str, pattern: str) -> bool:
 def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused) -> Blocks | Doubt:
     """Roles and rows of the blocks of one weight, or why they cannot be told."""
     parent_path, _, name = path.rpartition(".")
-    parent, leaf = model.get_submodule(parent_path), name.lower()
-    layout, told = layout_of(parent, leaf), _told(path, rows, fused)
+    if name in WRAPPERS and parent_path.rpartition(".")[2].lower() in FUSED_NAMES:  # qkv.linear
+        parent_path, _, leaf = parent_path.rpartition(".")
+        name = f"{leaf}.{name}"
+    parent, leaf = model.get_submodule(parent_path), name.lower().split(".")[0]
+    layout = layout_of(parent, leaf) or made_of(parent, leaf)
+    told = _told(path, rows, fused)
     try:
         known = layout(parent, rows) if layout else None
     except AttributeError:  # another version of the class
@@ -81,7 +86,7 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
     if known:
         return known
     if leaf == "in_proj" and not in_attention(parent_path):
-        return in_order([(Role.OTHER, rows)])  # a state-space block's
+        return in_order([(role_of(path), rows)])  # a state-space block's has none
     if leaf in FUSED_NAMES:
         holds = FUSED_NAMES[leaf]
         for likely in likely_blocks(parent, leaf, rows):
@@ -94,8 +99,19 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
         output = getattr(parent, "Wo", None)
         if getattr(output, "in_features", None) == rows // 2:
             return gate_up(parent, rows)
-    role = role_of(path)
-    return in_order([(role_by_structure(model, path) if role == Role.OTHER else role, rows)])
+    role = role_of(path, attends=_attends(model, parent_path))
+    if not is_named(path):  # what a block computes goes before the words of a name
+        shown = role_by_structure(model, path)
+        role = role if shown == Role.OTHER else shown
+    return in_order([(role, rows)])
+
+
+def _attends(model: nn.Module, path: str) -> bool:
+    """Is the module ``path``, or what holds it where it is a list such as ``to_out``, an attention?"""
+    module = model.get_submodule(path)
+    if isinstance(module, nn.Sequential | nn.ModuleList) and not is_attention(dict(module.named_children())):
+        module = model.get_submodule(path.rpartition(".")[0])
+    return is_attention(dict(module.named_children()))
 
 
 def _told(path: str, rows: int, fused: Fused) -> Blocks | None:

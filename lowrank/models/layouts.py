@@ -1,13 +1,12 @@
 """How fused weights are laid out: which of their rows are the query's, the key's, the value's.
 
-By the name of the weight and the class of the module that holds it. What no table knows is guessed from
-attributes, to be tried out by `trials`. It looks at names and attributes, and changes nothing.
+By the name of the weight and the class of the module that holds it. What no table knows is in
+`guesses`. It looks at names and attributes, and changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import product
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,16 +24,13 @@ QKV = (Role.QUERY, Role.KEY, Role.VALUE)
 FUSED_NAMES = {
     **dict.fromkeys(
         "c_attn qkv qkv_proj wqkv w_pack in_proj to_qkv query_key_value qkv_linear att_proj in_proj_qkv "
-        "in_proj_qkvz".split(),
+        "in_proj_qkvz queries_keys_values to_added_qkv".split(),
         QKV,
     ),
-    **dict.fromkeys("kv to_kv kv_proj linear_kv".split(), QKV[1:]),
+    **dict.fromkeys("kv to_kv kv_proj linear_kv keys_values".split(), QKV[1:]),
 }
 LATENT = frozenset("kv_a_proj_with_mqa kv_b_proj".split())  # DeepSeek: key and value from one latent
 GATED_NAMES = frozenset("gate_up_proj gate_up".split())
-# Attributes of an attention that nothing else is known of.
-KV_HEADS = "num_key_value_heads num_kv_heads n_kv_heads kv_heads n_kv_head".split()
-NUMBERS_OF_HEADS = "num_heads num_attention_heads n_heads n_head heads".split()
 
 
 # -- layouts ------------------------------------------------------------------------------------------
@@ -129,6 +125,10 @@ def _gated_delta_net_by_heads(parent: Any, rows: int) -> Blocks:
     return interleaved(parent.num_k_heads, sizes)
 
 
+def whole_up(parent: Any, rows: int) -> Blocks:
+    return in_order([(Role.UP, rows)])
+
+
 def gate_up(parent: Any, rows: int) -> Blocks:
     return in_order([(Role.GATE, rows // 2), (Role.UP, rows // 2)])
 
@@ -151,8 +151,9 @@ def _kv_heads(parent: Any) -> int:
 
 # -- the table ----------------------------------------------------------------------------------------
 
-# By name of the weight and class of the module that holds it, read in transformers 5.23. A class whose
-# name says too little has its folder before it. tests/models/test_divisions.py tries every row.
+# By name of the weight and class of the module that holds it, read in transformers 5.23 and diffusers 0.42.
+# A class whose name says too little has its folder or its file before it. tests/models/test_divisions.py and
+# test_diffusers.py try every row.
 _TABLE: dict[str, dict[Layout, str]] = {
     "qkv": {
         thirds: "Blip2Attention BlipAttention CohereCompassVisionAttention "
@@ -198,6 +199,10 @@ _TABLE: dict[str, dict[Layout, str]] = {
     },
     "kv_proj": {halves: "JetMoeAttention"},
     "gate_up_proj": {_up_gate: "Phi4MultimodalAudioMLP"},
+    "proj": {
+        _up_gate: "ClvpGatedLinearUnit activations.GEGLU activations.SwiGLU",
+        whole_up: "activations.GELU activations.ApproximateGELU activations.LinearActivation",
+    },
     "input_linear": {gate_up: "GraniteMoeSharedMLP GraniteMoeHybridMLP GraniteMoeSWAMLP"},
 }
 FUSED = {
@@ -210,37 +215,8 @@ def layout_of(parent: nn.Module, leaf: str) -> Layout | None:
     """How the weight ``leaf`` of ``parent`` is laid out, where its class is known."""
     known = FUSED.get(leaf, {})
     for kind in type(parent).__mro__:  # another library may have put a subclass in its place
-        folder = kind.__module__.split(".")[-2:-1]
-        for name in (kind.__name__, ".".join([*folder, kind.__name__])):
+        *_, folder, file = ["", "", *kind.__module__.split(".")]
+        for name in (kind.__name__, f"{folder}.{kind.__name__}", f"{file}.{kind.__name__}"):
             if name in known:
                 return known[name]
     return None
-
-
-# -- guesses ------------------------------------------------------------------------------------------
-
-
-def likely_blocks(parent: nn.Module, leaf: str, rows: int) -> list[Blocks]:
-    """What the weight ``leaf`` may hold, by its name and its parent's attributes: to be tried out."""
-    roles = FUSED_NAMES[leaf]
-    equal = [(role, rows // len(roles)) for role in roles] if rows % len(roles) == 0 else []
-    found = [in_order(equal)] if equal else []
-    kv_heads = _counts(parent, KV_HEADS)
-    if roles == QKV:
-        for head, heads in product(_counts(parent, ["head_dim"]), kv_heads):
-            kv = head * heads
-            if rows > 2 * kv:
-                found.append(in_order([(Role.QUERY, rows - 2 * kv), (Role.KEY, kv), (Role.VALUE, kv)]))
-    for heads in _counts(parent, NUMBERS_OF_HEADS):
-        if equal and equal[0][1] % heads == 0:
-            found.append(interleaved(heads, [(role, size // heads) for role, size in equal]))
-        for kv in kv_heads if roles == QKV else ():
-            if heads % kv == 0 and rows % (heads + 2 * kv) == 0:
-                found.append(by_kv_heads(kv, heads, rows // (heads + 2 * kv)))
-    return found
-
-
-def _counts(parent: nn.Module, names: Iterable[str]) -> list[int]:
-    """What ``parent`` says under these names, where it is a number above 0; each number once."""
-    said = [getattr(parent, name, None) for name in names]
-    return list(dict.fromkeys(number for number in said if isinstance(number, int) and number > 0))

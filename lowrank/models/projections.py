@@ -14,12 +14,9 @@ from torch import Tensor, nn
 
 from lowrank.linalg.rows import Rows, height, shifted
 from lowrank.models.experts import GATED, stacks_of
-from lowrank.models.families import (
-    INDEXERS,
-    ROUTERS,
-    Role,
-)
+from lowrank.models.families import INDEXERS, ROUTERS, Role
 from lowrank.models.fused import Doubt, Fused, blocks_of
+from lowrank.models.fused_beside import fused_beside
 from lowrank.models.kinds import kind_of
 from lowrank.models.roles import Roles, told_role
 from lowrank.models.storage import declared_shape, is_linear, rows_of, weight_shape
@@ -143,9 +140,15 @@ def _linear(model: nn.Module, path: str, module: nn.Module, fused: Fused) -> Ite
         doubt = Doubt(f"{path}: the forward of {type(module).__name__} {problem}", adaptable=False)
         yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), doubt
         return
+    parent, _, leaf = path.rpartition(".")
+    if instead := fused_beside(model.get_submodule(parent), leaf):
+        doubt = Doubt(f"{path}: {instead} is called instead", adaptable=False)
+        yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), doubt
+        return
     blocks = blocks_of(model, path, rows, columns, fused)
     if isinstance(blocks, Doubt):
-        yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), blocks
+        doubt = _routes(model, path) or blocks
+        yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), doubt
         return
     routes = _routes(model, path)
     for role, own in blocks:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.models.families import Role, in_attention
+from lowrank.models.families import Role, in_attention, is_feed_forward
 from lowrank.models.storage import declared_shape, is_linear
 from lowrank.models.trials import copied, is_plain, once, unnoticed
 
@@ -26,25 +26,35 @@ def role_by_structure(model: nn.Module, path: str) -> Role:
     parent_path, _, leaf = path.rpartition(".")
     if in_attention(parent_path):
         return Role.OTHER
-    return _roles(model.get_submodule(parent_path)).get(leaf, Role.OTHER)
+    said = is_feed_forward(parent_path.rpartition(".")[2])
+    return _roles(model.get_submodule(parent_path), said=said).get(leaf, Role.OTHER)
 
 
-def _roles(block: nn.Module) -> Mapping[str, Role]:
-    """Roles of the layers of ``block``, if these are all that it holds and it is a feed-forward block."""
+def _roles(block: nn.Module, *, said: bool) -> Mapping[str, Role]:
+    """Roles of the layers of ``block``, if these are all that it holds and it is a feed-forward block.
+
+    Args:
+        said: its name says that it is one: of two layers the first is the up, whatever their widths.
+    """
     linear = (named for named in block.named_children() if is_linear(named[1]))
     shapes = {name: declared_shape(child) for name, child in islice(linear, 4)}  # of many, 4 say enough
     if len(shapes) not in (2, 3) or sum(map(is_linear, block.modules())) != len(shapes):
         return {}
-    *first, last = shapes
+    if said and len(shapes) == 2:
+        return dict(zip(shapes, (Role.UP, Role.DOWN), strict=True))
+    narrow = [name for name, shape in shapes.items() if shape and shape[0] < shape[1]]
+    if len(narrow) != 1 or (len(shapes) == 2 and narrow != [*shapes][1:]):
+        return {}
+    last, first = narrow[0], [name for name in shapes if name not in narrow]
     narrows = shapes[last]
-    if narrows is None or narrows[0] >= narrows[1] or any(shapes[name] != narrows[::-1] for name in first):
+    if narrows is None or any(shapes[name] != narrows[::-1] for name in first):
         return {}
     if len(first) == 1:
         return {first[0]: Role.UP, last: Role.DOWN}
     gate = _gate(block, first, narrows[0])
-    return {last: Role.DOWN} | (
-        {name: Role.GATE if name == gate else Role.UP for name in first} if gate else {}
-    )
+    if gate is None:  # two branches of another kind
+        return {}
+    return {last: Role.DOWN} | {name: Role.GATE if name == gate else Role.UP for name in first}
 
 
 def _gate(block: nn.Module, names: list[str], columns: int) -> str | None:

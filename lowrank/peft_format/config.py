@@ -22,7 +22,8 @@ HARMLESS = frozenset(
 )
 READ = frozenset(
     "r lora_alpha rank_pattern alpha_pattern target_modules exclude_modules use_rslora lora_dropout "
-    "fan_in_fan_out modules_to_save init_lora_weights layers_to_transform layers_pattern bias".split()
+    "fan_in_fan_out modules_to_save init_lora_weights layers_to_transform layers_pattern bias "
+    "trainable_token_indices use_dora".split()
 )
 STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})  # these leave the base's weights alone
 
@@ -39,6 +40,9 @@ class PeftConfig:
         rslora: the scaling is alpha / √r instead of alpha / r.
         dropout: on the adapters' inputs, in training.
         trained: ends of the paths of modules trained in full.
+        tokens: ``trainable_token_indices``: ids of rows that train, by the end of an embedding's path, or of
+            the input embedding.
+        dora: each adapted module has a magnitude for each output row.
         by_layer: ``layers_to_transform`` narrows the targets.
     """
 
@@ -51,7 +55,9 @@ class PeftConfig:
     rslora: bool = False
     dropout: float = 0.0
     trained: frozenset[str] = frozenset()
+    tokens: Mapping[str, tuple[int, ...]] | tuple[int, ...] = field(default_factory=dict)
     by_layer: bool = False
+    dora: bool = False
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> PeftConfig:
@@ -79,6 +85,8 @@ class PeftConfig:
             rslora=_flag(data, "use_rslora"),
             dropout=_dropout(data.get("lora_dropout", 0.0)),
             trained=_listed(_names(data, "modules_to_save", None) or frozenset(), "modules_to_save"),
+            tokens=_tokens(data.get("trainable_token_indices") or {}),
+            dora=_flag(data, "use_dora"),
             by_layer=layers is not None and layers != [],
         )
 
@@ -159,6 +167,16 @@ def _listed(value: Any, name: str) -> frozenset[str]:
     if isinstance(value, str):
         raise AdapterError(f"{name} = {value!r} is not a list of names")
     return value
+
+
+def _tokens(value: Any) -> Any:
+    if isinstance(value, dict) and all(isinstance(key, str) and key for key in value):
+        return {key: _tokens(ids) for key, ids in value.items()}
+    if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+        raise AdapterError(f"trainable_token_indices = {shortened(value)} is not a list of token ids")
+    if len(set(value)) != len(value):
+        raise AdapterError(f"trainable_token_indices = {shortened(value)} has an id twice")
+    return tuple(value)
 
 
 def _rank(value: Any, name: str) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters import adapters_of, one_name, plan_of, wrapped_root
 from lowrank.files import write, write_pieces
+from lowrank.formats.patterns import peft_patterns
 from lowrank.formats.tensors import packed
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.layer import AdaptedLayer
@@ -30,6 +31,7 @@ from lowrank.peft_format.factors import factor_problem
 from lowrank.peft_format.factors import written as written_factors
 from lowrank.peft_format.folder import (
     CONFIG,
+    MAGNITUDE,
     PREFIX,
     TENSORS,
     ancestors,
@@ -39,19 +41,11 @@ from lowrank.peft_format.folder import (
 )
 from lowrank.peft_format.pairs import Pair, plain, recompressed, stacked, uniform
 from lowrank.peft_format.proof import adapted_paths, check_written
-from lowrank.plan import peft_patterns
+from lowrank.peft_format.tasks import task_of
+from lowrank.peft_format.tokens import check_rows_written, indices, peft_problems, written_rows
 from lowrank.wrapping.checks import check_whole
+from lowrank.wrapping.magnitudes import magnitudes_by_module
 from lowrank.wrapping.unused import layers_only_read
-
-# By the end of a model's class name: PEFT's task, and the heads that PEFT then trains in full unasked.
-TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "ForCausalLM": ("CAUSAL_LM", ()),
-    "LMHeadModel": ("CAUSAL_LM", ()),
-    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
-    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
-    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
-    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
-}
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,8 @@ def export_peft(
 
     Row blocks of a fused weight become one block-structured pair. An anchored adapter of rank r becomes
     plain LoRA of rank 2r, ``[b, B₀]·[A₀ + a; a]``: the same product as ``[B, −B₀]·[A; A₀]``, but nothing in
-    it cancels. Modules trained in full become PEFT's ``modules_to_save``. The written files are read again;
+    it cancels. Modules trained in full become PEFT's ``modules_to_save``, rows of embeddings its
+    ``trainable_token_indices``. The written files are read again;
     if they do not give every ΔW to 1e-5, the export fails and nothing is left behind.
 
     Args:
@@ -115,12 +110,19 @@ def export_peft(
     check_whole(model, "export_peft")
     name = one_name(root, name)
     adapters = adapters_of(root, name)
-    _check_exportable(root, adapters, name)
+    check_exportable(root, adapters, name)
     trained = _trained_states(root, name)
-    if serving and trained:
+    tokens = written_rows(root, name)
+    if serving and (trained or tokens):
         raise ValueError(
-            f"serving engines refuse or ignore modules trained in full ({', '.join(trained)}): "
+            f"serving engines refuse or ignore modules trained in full ({', '.join((*trained, *tokens))}): "
             "export without serving=True, or merge(model) and serve the whole model"
+        )
+    dora = plan_of(root, name).dora
+    if serving and dora:
+        raise ValueError(
+            "serving engines have no magnitudes (DoRA): export without serving=True, or merge(model) and "
+            "serve the whole model"
         )
     exact, written = {}, {}
     for p, adapter in adapters.items():
@@ -132,7 +134,7 @@ def export_peft(
     blocks: dict[str, list[tuple[Rows, Pair]]] = {}
     for p, pair in written.items():
         blocks.setdefault(p.module, []).append((p.rows, pair))
-    pairs = {module: stacked(each, _layer(root, module).out_features) for module, each in blocks.items()}
+    pairs = {module: stacked(each, layer_at(root, module).out_features) for module, each in blocks.items()}
     if serving:
         pairs = uniform(pairs)
     if dtype is not None:
@@ -141,9 +143,12 @@ def export_peft(
         }
 
     tensors = {f"{PREFIX}{module}.{key}": t for module, state in trained.items() for key, t in state.items()}
+    tensors |= {f"{PREFIX}{key}": rows if dtype is None else rows.to(dtype) for key, rows in tokens.items()}
     for module, pair in pairs.items():
-        factors = written_factors(_layer(root, module).base, pair)
+        factors = written_factors(layer_at(root, module).base, pair)
         tensors |= {f"{PREFIX}{module}.{key}": tensor for key, tensor in factors.items()}
+    magnitudes = magnitudes_by_module(root, adapters) if dora else {}
+    tensors |= {f"{PREFIX}{module}{MAGNITUDE}": values for module, values in magnitudes.items()}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"refusing to export: {key.removeprefix(PREFIX)} contains NaN or Inf")
@@ -152,11 +157,12 @@ def export_peft(
         write_pieces(folder / TENSORS, packed(tensors))
         write(folder / CONFIG, json.dumps(_config(root, name, pairs, list(trained)), indent=2).encode())
         lossy = dtype is not None or recompress
-        errors = check_written(folder, root, exact, pairs if lossy else None, trained)
+        errors = check_written(folder, root, exact, pairs if lossy else None, trained, magnitudes)
+        check_rows_written(folder, {key: tensors[f"{PREFIX}{key}"] for key in tokens})
     return PeftExport(Path(path), {module: pair.rank for module, pair in pairs.items()}, errors)
 
 
-def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], name: str) -> None:
+def check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], name: str) -> None:
     problems, counts = [], places(root)
     only_read = layers_only_read(root, name)
     for p in adapters:
@@ -170,12 +176,13 @@ def _check_exportable(root: nn.Module, adapters: Mapping[Projection, Adapter], n
             problems.append(f"{p.name}: {problem}")
         elif counts[hung] > 1:
             problems.append(f"{p.name}: it is used in several places, of which PEFT would adapt one")
+    problems += peft_problems(root, plan_of(root, name).rows, {p.module for p in adapters})
     if problems:
         advice = "adapt the model without them (exclude=), or merge(model) and save the whole of it"
         raise ValueError(f"PEFT has no place for these adapters; {advice}:\n  " + "\n  ".join(problems))
 
 
-def _layer(root: nn.Module, module: str) -> AdaptedLayer:
+def layer_at(root: nn.Module, module: str) -> AdaptedLayer:
     layer = without_copies(hung_at(root, module))
     assert isinstance(layer, AdaptedLayer)
     return layer
@@ -212,10 +219,10 @@ def _trained_states(root: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
 def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequence[str]) -> dict[str, Any]:
     ranks = {module: pair.rank for module, pair in pairs.items()}
     alphas = {module: pair.rank * pair.scaling for module, pair in pairs.items()}
-    linear = [base for module in pairs if kind_of(base := _layer(root, module).base) is None]
+    linear = [base for module in pairs if kind_of(base := layer_at(root, module).base) is None]
     config = {
         "peft_type": "LORA",
-        "task_type": _task(root, trained),
+        "task_type": task_of(root, trained),
         "base_model_name_or_path": getattr(root, "name_or_path", None) or None,
         "inference_mode": True,
         **peft_patterns(ranks, alphas),
@@ -225,18 +232,11 @@ def _config(root: nn.Module, name: str, pairs: Mapping[str, Pair], trained: Sequ
         "lora_dropout": plan_of(root, name).dropout,
         "bias": "none",
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": plan_of(root, name).dora,
         "init_lora_weights": True,
+        **indices(plan_of(root, name).rows),
     }
     if adapted_paths(root, PeftConfig.read(config)) != set(pairs):
         # A path that another one ends with: only an expression names exactly these.
         config["target_modules"] = "|".join(map(re.escape, sorted(pairs)))
     return config
-
-
-def _task(root: nn.Module, trained: Sequence[str]) -> str | None:
-    for ending, (task, heads) in TASKS.items():
-        if type(root).__name__.endswith(ending):
-            unasked = {path for path in base_paths(root) if heads and path.endswith(heads)}
-            return task if unasked <= set(trained) else None
-    return None

@@ -33,10 +33,10 @@ from lowrank.peft_format.pairs import Pair
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FILES = CONFIG, TENSORS
 PREFIX = "base_model.model."
+MAGNITUDE = ".lora_magnitude_vector"
 
 # What the keys of PEFT features contain that are not supported.
 FEATURES = {
-    "lora_magnitude_vector": "DoRA (use_dora)",
     "lora_A.bias": "lora_bias",
     "lora_B.bias": "lora_bias",
     "base_layer": "a saved base weight, or a tensor that no Linear holds (target_parameters, attention)",
@@ -49,6 +49,7 @@ class Contents:
 
     Args:
         layers: module path → "A" and "B" → what the header says of the factor.
+        magnitudes: module path → what the header says of its magnitudes (DoRA).
         others: the remaining tensors, by their names in the base model.
         keys: of every tensor, by such names, as the file has them.
     """
@@ -56,6 +57,7 @@ class Contents:
     folder: Path
     config: PeftConfig
     layers: Mapping[str, Mapping[str, Entry]]
+    magnitudes: Mapping[str, Entry]
     others: Mapping[str, Entry]
     keys: Mapping[str, str]
 
@@ -76,6 +78,7 @@ class Contents:
                 "load it with PEFT and save it again, as safetensors"
             )
         layers: dict[str, dict[str, Entry]] = {}
+        magnitudes: dict[str, Entry] = {}
         others: dict[str, Entry] = {}
         keys: dict[str, str] = {}
         for key, entry in read_header(folder / TENSORS).items():
@@ -84,13 +87,15 @@ class Contents:
                     raise AdapterError(f"{folder}, {key}: {feature} is not supported")
             if not key.startswith(PREFIX):
                 raise AdapterError(f"{folder}, {key!r}: PEFT's names start with {PREFIX}")
-            name = rename(key.removeprefix(PREFIX))
+            name = rename(key.removeprefix(PREFIX)).replace(f"{MAGNITUDE}.weight", MAGNITUDE)
             if name in keys:
                 raise AdapterError(f"{folder}: {keys[name]} and {key} are the same weight of this model")
             keys[name] = key
             factor = FACTOR.fullmatch(name)
             if factor:
                 layers.setdefault(factor[1], {})[factor[2] or factor[3]] = entry
+            elif name.endswith(MAGNITUDE):
+                magnitudes[name.removesuffix(MAGNITUDE)] = entry
             else:
                 others[name] = entry
         stray = [name for name in others if name.endswith(BASE) and name.removesuffix(BASE) not in layers]
@@ -99,7 +104,7 @@ class Contents:
             raise AdapterError(f"{folder}, {keys[stray[0]]}: {feature} is not supported")
         if not layers:
             raise AdapterError(f"{folder} holds no LoRA factors")
-        return cls(folder, config, layers, others, keys)
+        return cls(folder, config, layers, magnitudes, others, keys)
 
     def tensors(self) -> Tensors:
         """Reads everything; raises AdapterError where a number is not finite."""
@@ -120,6 +125,9 @@ class Tensors:
     def pair(self, path: str) -> Pair:
         A, B = read_factors(self.read, path)
         return Pair(A, B, self.config.scaling(path))
+
+    def magnitude(self, path: str) -> Tensor:
+        return self.read[f"{path}{MAGNITUDE}"]
 
     def state(self, path: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state of the module at ``path``, with the names of ``like``."""

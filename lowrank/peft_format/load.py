@@ -5,7 +5,6 @@ What it does not understand it refuses by name, before the model is touched. It 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,15 +19,17 @@ from lowrank.layers.bases import master_dtype
 from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, Role, further, scan
 from lowrank.models.storage import weight_shape
+from lowrank.models.tokens import check_rows
+from lowrank.notices import logger
 from lowrank.peft_format.factors import BASE, factor_key, factor_problem, factor_shapes
 from lowrank.peft_format.folder import Contents, Tensors, ancestors, base_paths, places
 from lowrank.peft_format.names import present_name
 from lowrank.peft_format.pairs import reduced
+from lowrank.peft_format.tokens import KEY, read_rows, rows_in
 from lowrank.plan import Plan
 from lowrank.wrapping.checks import check_beside, check_layers
 from lowrank.wrapping.install import bare, device_beside
-
-LOG = logging.getLogger("lowrank")
+from lowrank.wrapping.magnitudes import magnitude_of
 
 
 def import_peft(
@@ -54,22 +55,23 @@ def import_peft(
         ValueError: the name is taken.
     """
     with bare(check_beside(model, name)) as fittings:
-        plan, adapters, states = _read(fittings.root, path, train)
+        plan, adapters, states, offsets = _read(fittings.root, path, train)
         if plan.train:
-            LOG.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
-        fittings.install(name, plan, adapters)
+            logger.warning("%s replaces these modules in full: %s", path, ", ".join(plan.train))
+        fittings.install(name, plan, adapters, offsets)
         fittings.load_copies(name, states)
     return model
 
 
 def _read(
     model: nn.Module, path: str | Path, train: bool
-) -> tuple[Plan, dict[Projection, Adapter], dict[str, dict[str, Tensor]]]:
-    """What the folder holds for the base ``model``: the plan, the adapters, and states of trained modules."""
+) -> tuple[Plan, dict[Projection, Adapter], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """What the folder holds for the base ``model``: plan, adapters, states of trained modules, offsets."""
     contents = Contents.read(Path(path), present_name(model))
     known = _whole_weights(model)
     trained, saved, problems = _trained(model, contents) if train else ([], [], [])
-    problems = _mismatches(model, contents, known) + problems
+    rows, strange = rows_in(model, contents.config, contents.others, contents.layers.keys())
+    problems = _mismatches(model, contents, known) + problems + strange
     if problems:
         raise AdapterError(f"{contents.folder} was made for another base:\n  " + "\n  ".join(problems))
     projections = [p for path, p in known.items() if path in contents.layers]
@@ -87,7 +89,8 @@ def _read(
         )
     trained += [path for path in saved if not _equal(model.get_submodule(path), tensors, path)]
     try:
-        check_layers(model, projections, trained, contents.config.dropout)
+        check_layers(model, projections, trained, contents.config.dropout, dora=contents.config.dora)
+        check_rows(rows, projections, trained)
     except ValueError as error:
         raise AdapterError(f"{contents.folder} cannot be put on this model: {error}") from error
 
@@ -99,9 +102,13 @@ def _read(
         assert weight is not None
         state = {"A": pair.A.to(master_dtype(weight.dtype)), "B": pair.B.to(master_dtype(weight.dtype))}
         adapters[p] = Adapter.from_state(state, pair.scaling, rows=p.rows).to(device_beside(model, p))
-    plan = Plan(allocations, dropout=contents.config.dropout, train=trained)
+        if contents.config.dora:
+            adapters[p].magnitude = magnitude_of(model, p, adapters[p], tensors.magnitude(p.module))
+    config = contents.config
+    plan = Plan(allocations, dropout=config.dropout, train=trained, dora=config.dora, rows=rows)
+    offsets = read_rows(model, config, rows, tensors.read)
     states = {name: tensors.state(name, model.get_submodule(name).state_dict()) for name in trained}
-    return plan, adapters, states
+    return plan, adapters, states, offsets
 
 
 def _whole_weights(model: nn.Module) -> dict[str, Projection]:
@@ -139,6 +146,10 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
             )
         elif any(entry.dtype not in FLOATS for entry in entries.values()):
             problems.append(f"{path}: its factors are not floating point")
+        elif config.dora and kind_of(module):
+            problems.append(f"{path}: magnitudes (DoRA) of a {type(module).__name__} are not supported")
+        elif (found := _magnitudes(contents, path)) != ((out,) if config.dora else None):
+            problems.append(f"{path}: its magnitudes (DoRA) are {found}, and use_dora is {config.dora}")
         elif rank > 2 * (out + columns):
             problems.append(
                 f"{path}: rank {rank} is far more than a weight of shape {(out, columns)} can use"
@@ -149,6 +160,10 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
             problems.append(f"{path}: {why}")
         elif config.lists_targets and not config.adapts(path):
             problems.append(f"{path}: target_modules does not name it, so PEFT would not adapt it")
+    strange = contents.magnitudes.keys() - contents.layers.keys()
+    problems += [
+        f"{path}: the folder has magnitudes (DoRA) for it, but no factors" for path in sorted(strange)
+    ]
     if config.lists_targets:
         absent = [path for path in known if config.adapts(path) and path not in contents.layers]
         problems += [
@@ -157,13 +172,19 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
     return problems
 
 
+def _magnitudes(contents: Contents, path: str) -> tuple[int, ...] | None:
+    """The shape of the magnitudes in the folder; None where there are none."""
+    entry = contents.magnitudes.get(path)
+    return None if entry is None else entry.shape
+
+
 def _trained(model: nn.Module, contents: Contents) -> tuple[list[str], list[str], list[str]]:
     """Paths of the modules trained in full, of embeddings and heads that are there besides, and problems.
 
     A problem is a line for whatever of them does not fit.
     """
     problems = []
-    left = {name: entry for name, entry in contents.others.items() if not name.endswith(BASE)}
+    left = {name: entry for name, entry in contents.others.items() if not name.endswith((BASE, KEY))}
     paths, hung = base_paths(model), places(model)
     named = [path for path in paths if contents.config.trains(path)]
     saved = [path for path in _embeddings(model) if path not in named and f"{path}.weight" in left]

@@ -24,6 +24,7 @@ def check_written(
     exact: Mapping[Projection, Pair],
     lossy: Mapping[str, Pair] | None,
     trained: Mapping[str, Mapping[str, Tensor]],
+    magnitudes: Mapping[str, Tensor],
 ) -> dict[str, float]:
     """The relative error of each ΔW in the files of ``folder``, by projection.
 
@@ -49,6 +50,9 @@ def check_written(
             raise ValueError(
                 f"{p.name}: the written files give another ΔW ({error:.1e} off): nothing was exported"
             )
+    for path, values in magnitudes.items():
+        if not torch.equal(tensors.magnitude(path), values.cpu()):
+            raise ValueError(f"{path}: the written files give other magnitudes: nothing was exported")
     for path, state in trained.items():
         for name, tensor in tensors.state(path, state).items():
             if not torch.equal(tensor, state[name].cpu()):

@@ -5,6 +5,7 @@ from lowrank.train.checkpoints import CheckpointError, DamagedCheckpointWarning
 from lowrank.train.events import TensorBoard
 from lowrank.train.history import History, Record
 from lowrank.train.loop import fit
+from lowrank.train.run import SkippedStepWarning
 from lowrank.train.signals import Stopped
 from lowrank.train.step import NonFiniteGradient, NonFiniteLoss
 
@@ -18,6 +19,7 @@ __all__ = [
     "NonFiniteGradient",
     "NonFiniteLoss",
     "Record",
+    "SkippedStepWarning",
     "Stopped",
     "TensorBoard",
     "fit",

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from lowrank.files import AdapterError, make_folder, read_json, sync
+from lowrank.notices import LowrankWarning
 
 FORMAT = "lowrank training checkpoint, version 1"
 MANIFEST = "manifest.json"
@@ -34,7 +35,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, read, or continued from."""
 
 
-class DamagedCheckpointWarning(UserWarning):
+class DamagedCheckpointWarning(LowrankWarning):
     """A checkpoint is damaged, and the one before it is used."""
 
 

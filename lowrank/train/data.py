@@ -44,6 +44,33 @@ class Cursor:
     def batches(self) -> Iterable[Any]:
         return self.groups.batches
 
+    def first(self, count: int) -> list[Any]:
+        """The first ``count`` batches of the first epoch, as iterating will give them.
+
+        Everything that a batch may be drawn with is afterwards as it was.
+
+        Raises ValueError where the batches can be gone over only once.
+        """
+        if isinstance(self.batches, Iterator) and not self._stateful():
+            raise ValueError(
+                "batches is an iterator, whose first batches cannot be taken twice: no learning rate can be "
+                "measured; pass a DataLoader or a list, or give lr= a number"
+            )
+        numbers = self._generators()
+        place = self.batches.state_dict() if self._stateful() else None  # type: ignore[attr-defined]
+        self._tell_epoch(0)
+        try:
+            self._open()
+            found = self._take(count)
+        finally:
+            self._source = None
+            self._set_generators(numbers)
+            if place is not None:
+                self.batches.load_state_dict(place)  # type: ignore[attr-defined]
+        if not found:
+            raise ValueError(self.groups.ran_dry(0))
+        return found
+
     def __iter__(self) -> Iterator[tuple[int, int, list[Any]]]:
         """Takes no batch beyond the last step's. Raises ValueError where an iterator runs dry before."""
         while self.done < self.groups.steps:
@@ -65,11 +92,14 @@ class Cursor:
     def _begin(self) -> None:
         """The next epoch."""
         self.epoch, self.taken = self.epoch + 1, 0
-        for part in self._parts():
-            if callable(getattr(part, "set_epoch", None)):
-                part.set_epoch(self.epoch - 1)
+        self._tell_epoch(self.epoch - 1)
         self._began = self._generators()
         self._open()
+
+    def _tell_epoch(self, epoch: int) -> None:
+        for part in self._parts():
+            if callable(getattr(part, "set_epoch", None)):
+                part.set_epoch(epoch)
 
     def _open(self) -> None:
         with self._drawing(), self._telling(1):
@@ -114,9 +144,7 @@ class Cursor:
         self.done, self.epoch = state["done"], state["epoch"]
         if self.epoch == 0:
             return
-        for part in self._parts():
-            if callable(getattr(part, "set_epoch", None)):
-                part.set_epoch(self.epoch - 1)
+        self._tell_epoch(self.epoch - 1)
         self._began = state["began"]
         self._set_generators(state["began"])
         if self._stateful():

@@ -59,10 +59,15 @@ class Record:
 
 
 class History(Sequence[Record]):
-    """The records of a run, in order."""
+    """The records of a run, in order.
 
-    def __init__(self, records: Sequence[Record] = ()) -> None:
+    learning_rate: the peak rate of the groups without an ``lr`` of their own, given or measured; None where
+        it is not known, as in a history that was read from a file.
+    """
+
+    def __init__(self, records: Sequence[Record] = (), learning_rate: float | None = None) -> None:
         self.records = list(records)
+        self.learning_rate = learning_rate
 
     @property
     def losses(self) -> list[float]:
@@ -146,7 +151,9 @@ class History(Sequence[Record]):
     @overload
     def __getitem__(self, index: slice) -> History: ...
     def __getitem__(self, index: int | slice) -> Record | History:
-        return History(self.records[index]) if isinstance(index, slice) else self.records[index]
+        if isinstance(index, slice):
+            return History(self.records[index], self.learning_rate)
+        return self.records[index]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, History):

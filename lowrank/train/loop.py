@@ -5,34 +5,28 @@ What decides how a run goes on is in `run.Run`, which can be saved; what process
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from os import PathLike
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from lowrank.batches import Loss, model_device, output_loss
+from lowrank.batches import Loss, output_loss
+from lowrank.notices import logger, show
+from lowrank.train.begin import begun
 from lowrank.train.callbacks import Callback
 from lowrank.train.checkpoints import Checkpoints
-from lowrank.train.data import Cursor
-from lowrank.train.groups import Groups
-from lowrank.train.history import History
+from lowrank.train.history import History, Record
 from lowrank.train.memory import told
-from lowrank.train.optim import Schedule, make_optimizer
+from lowrank.train.options import Options
 from lowrank.train.parallel import SingleProcess, parallel_of
 from lowrank.train.reports import reporting
-from lowrank.train.run import Run, data_seed
-from lowrank.train.scope import count_steps, evaluating, forked_generators, mode, seed_after, steps_taken
+from lowrank.train.run import Run
+from lowrank.train.scope import evaluating
 from lowrank.train.signals import Stopped, noted
-from lowrank.train.speed import compiled, recomputing
-from lowrank.train.step import Gradients, needs_scaling
-from lowrank.train.together import TogetherGradients
 
 
 def fit(
@@ -42,7 +36,7 @@ def fit(
     *,
     epochs: int = 1,
     steps: int | None = None,
-    lr: float = 3e-4,
+    lr: float | str = 3e-4,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     schedule: str = "cosine",
@@ -67,6 +61,7 @@ def fit(
     compile: bool | Mapping[str, Any] = False,
     allow_unused: bool = False,
     report: bool = False,
+    check: str | None = None,
 ) -> History:
     """Train what requires grad in ``model``, in place. Returns what each step showed.
 
@@ -76,6 +71,8 @@ def fit(
     loss: ``loss(model, batch) -> scalar``, a mean over the batch; by default ``model(**batch).loss``.
     epochs, steps: how often to go over the batches; or how many optimizer steps to take, over as many epochs.
     lr, weight_decay, betas: AdamW's. ``parameters`` may be parameters, or groups with an lr of their own.
+        With lr="auto" the rate is measured on the first batches before the first step: see `rate`. Groups
+        with an lr of their own keep it, and stay where they are meanwhile. ``history.learning_rate`` has it.
     optimizer: ``optimizer(groups) -> torch.optim.Optimizer`` makes another one; each group has its ``lr`` and
         ``weight_decay``, which it may use or not. The schedule multiplies the rates that it starts with.
     schedule: "cosine", "linear" or "constant", after a ``warmup`` of so many steps (int) or that fraction
@@ -110,11 +107,17 @@ def fit(
     gradient_checkpointing: for models that have ``gradient_checkpointing_enable``, as transformers' do.
     compile: run forward through ``torch.compile``; a mapping has its options.
     allow_unused: let the first step's loss reach only some of the parameters (experts, say).
-    report: print what memory a step on the first batch will take, before it is run: see `step_memory`.
+    report: show what memory a step on the first batch will take, before it is run: see `step_memory`. It is
+        logged as INFO by the logger "lowrank", or written to stderr where logging does not show that.
+    check: "step" waits in each step for its loss and gradient, to see that they are finite. "late" does not:
+        the optimizer skips a step where they are not and all steps after it, and a step later that is read
+        and raised. Callbacks, bar and log are a step behind then, but for steps that evaluate or save. By
+        default it is "late" on CUDA, and "step" elsewhere and where "late" cannot be: in several processes,
+        with a scaled loss, or by an optimizer without torch's ``fused=True``.
 
     Raises ValueError for a bad option before anything is touched, after the first backward if a parameter
     got no gradient (an adapted layer is named by its path), and at the end if no batch had a label;
-    NonFiniteLoss and NonFiniteGradient before the optimizer is touched; CheckpointError where a checkpoint
+    NonFiniteLoss and NonFiniteGradient with nothing updated by them; CheckpointError where a checkpoint
     cannot be written, or is of a run with other options. Whatever is raised, an interrupt
     included, has the steps so far as its ``history``. Warns where a layer's first gradient is exactly zero,
     unless ``allow_unused``.
@@ -124,89 +127,69 @@ def fit(
     with ExitStack() as scope:
         scope.enter_context(_carried(history))
         scope.enter_context(parallel.guarded())
-        _check_counts(
+        asked = Options(
+            loss=loss or output_loss,
+            weight=weight,
+            parameters=parameters,
+            optimizer=optimizer,
+            evaluate=evaluate,
+            checkpoint=checkpoint,
             epochs=epochs,
             steps=steps,
+            lr=lr,
+            weight_decay=weight_decay,
+            betas=betas,
+            schedule=schedule,
+            warmup=warmup,
             accumulate=accumulate,
+            clip=clip,
+            autocast=autocast,
             evaluate_every=evaluate_every,
+            seed=seed,
             every=every,
             keep=keep,
+            resume=resume,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+            allow_unused=allow_unused,
+            check=check,
         )
-        if clip is not None and not clip > 0:
-            raise ValueError(f"clip is a positive norm, or None to leave the gradient as it is, not {clip}")
-        if autocast not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"autocast is torch.bfloat16, torch.float16 or None, not {autocast}")
-        if evaluate_every is not None and evaluate is None:
-            raise ValueError("evaluate_every says when to evaluate, but there is no evaluate")
-        if every is not None and checkpoint is None:
-            raise ValueError("every says when to save a checkpoint, but there is no checkpoint folder")
-        groups = parallel.planned(Groups.plan(batches, epochs, steps, accumulate))
-        factor = Schedule(schedule, groups.steps, warmup)
-        made = make_optimizer(model, parameters, optimizer, lr=lr, weight_decay=weight_decay, betas=betas)
-        scaler = torch.amp.GradScaler(model_device(model).type, enabled=needs_scaling(model, autocast))
-        parallel.check_scaling(scaler.is_enabled())
-        called = compiled(model, compile)
-        kind = Gradients if parallel.size == 1 else TogetherGradients
-        gradients = kind(called, made, loss or output_loss, weight, clip, autocast, scaler, parallel)
-        evaluate_every = evaluate_every or (groups.per_epoch if steps is None else None) or groups.steps
-        every = every or evaluate_every
-        options: dict[str, Any] = {
-            "epochs": epochs,
-            "steps": steps,
-            "accumulate": accumulate,
-            "clip": clip,
-            "seed": seed,
-        }
-        options |= {
-            "schedule": schedule,
-            "warmup": warmup,
-            "autocast": str(autocast),
-            "processes": parallel.size,
-        }
-        options |= {
-            "evaluate_every": evaluate_every if evaluate is not None else None,
-            "compile": bool(compile),
-        }
-        options |= {"gradient_checkpointing": gradient_checkpointing}
-        folder = None if checkpoint is None else Checkpoints(checkpoint, keep)
-
-        scope.enter_context(recomputing(model, gradient_checkpointing))
-        scope.enter_context(mode(model, training=True))
-        if seed is not None:
-            scope.enter_context(
-                forked_generators(parallel.seed(seed_after(seed, steps_taken(gradients.parameters))))
-            )
-        scope.callback(lambda: count_steps(gradients.parameters, len(history)))
-        cursor = Cursor(groups, data_seed())
-        run = Run(model, gradients, factor, cursor, options, callbacks, allow_unused, history)
-        scope.callback(run.clear)
-        _resumed(run, folder, resume, parallel)
-        writes = parallel.writes
-        shown = scope.enter_context(reporting(run, log if writes else None, progress and writes))
+        run, folder, asked = begun(model, batches, asked, callbacks, history, parallel, scope)
+        shown = scope.enter_context(
+            reporting(run, log if parallel.writes else None, progress and parallel.writes)
+        )
         signalled = scope.enter_context(noted(folder is not None))
+        scope.enter_context(run.reading(shown))
 
-        run.clear()
-        clock = perf_counter()
-        for epoch, place, group in () if run.over else cursor:
-            if report and parallel.writes:
-                tqdm.write(told(model, group[0], loss, autocast, made))
-                report, clock = False, perf_counter()
-            record = run.take(epoch, place, group, clock)
-            last = record.step == groups.steps
-            if evaluate is not None and (last or record.step % evaluate_every == 0):
+        def complete(record: Record) -> None:
+            if evaluate is not None and asked.evaluates_after(record.step):
                 record = replace(record, evaluation=_scores(evaluate, model))
             history.append(record)
             shown(record)
             for callback in callbacks:
                 callback.after_step(run, record)
-            asked = parallel.any(signalled.number != 0)
-            if folder is not None and (run.over or asked or record.step % every == 0):
+
+        run.clear()
+        run.start_clock()
+        for epoch, place, group in () if run.over else run.cursor:
+            if report and parallel.writes:
+                show(told(model, group[0], loss, autocast, run.optimizer))
+                report = False
+                run.start_clock()
+            run.take(epoch, place, group)
+            for record in run.records(every=asked.settles_after(run.taken)):
+                complete(record)
+            stopped = parallel.any(signalled.number != 0)
+            if stopped or run.over:
+                for record in run.records(every=True):
+                    complete(record)
+            if folder is not None and (run.over or stopped or asked.saves_after(run.taken)):
                 _save(folder, run, parallel)
-            if asked and not run.over:
-                raise Stopped(signalled.number, _stopped(record.step, groups.steps, folder))
+            if stopped and not run.over:
+                raise Stopped(signalled.number, _stopped(run.step, run.schedule.steps, folder))
             if run.over:
                 break
-            clock = perf_counter()
+            run.start_clock()
         if not run.checked:
             raise ValueError("no batch has a label that the loss counts: are they all -100?")
         for callback in callbacks:
@@ -217,20 +200,6 @@ def fit(
 def _save(folder: Checkpoints, run: Run, parallel: SingleProcess) -> None:
     state = parallel.state(run.state_dict())
     parallel.by_writer(lambda: folder.save(run.step, state))
-
-
-def _resumed(run: Run, folder: Checkpoints | None, resume: bool, parallel: SingleProcess) -> None:
-    """Continues from the newest checkpoint that is whole, if there is one."""
-    if folder is None:
-        return
-    parallel.wait()  # all have tried whether they can write there
-    if not resume:
-        parallel.by_writer(folder.clear)
-        return
-    step, state = next(folder.load(), (0, None))
-    parallel.check_same(step, f"the newest checkpoint in {folder.folder}, which all must read,")
-    if state is not None:
-        run.load_state_dict(parallel.own(state))
 
 
 def _scores(evaluate: Callable[[nn.Module], Mapping[str, float]], model: nn.Module) -> dict[str, float]:
@@ -253,17 +222,11 @@ def _carried(history: History) -> Iterator[None]:
         raise
 
 
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ValueError(f"{name} is a positive integer, not {count!r}")
-
-
 def _stopped(step: int, steps: int, folder: Checkpoints | None) -> str:
     assert folder is not None
     message = (
         f"training was stopped by a signal after step {step} of {steps}; it is saved in {folder.path(step)}, "
         "and the same call continues from there"
     )
-    tqdm.write(message, file=sys.stderr)
+    logger.warning(message)
     return message

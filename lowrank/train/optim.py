@@ -107,9 +107,7 @@ def adamw(
     float16.
     """
     _check_options(lr, weight_decay, betas)
-    groups = _groups(
-        [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
-    )
+    groups = parameter_groups(model, parameters)
     for group in groups:
         _check_options(
             group.get("lr", lr), group.get("weight_decay", weight_decay), group.get("betas", betas)
@@ -135,6 +133,16 @@ def adamw(
         raise ValueError("a parameter is named twice in parameters; leave one of the two out")
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in every)
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=betas, fused=fused)
+
+
+def parameter_groups(
+    model: nn.Module, parameters: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Groups as `adamw` takes them, which can be gone over again; those without a parameter are left out."""
+    given: list[Any] = (
+        [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
+    )
+    return _groups(given)
 
 
 def _groups(parameters: list[Any]) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from lowrank.progress import bar
 from lowrank.train.history import Record
 from lowrank.train.run import Run
 
@@ -27,7 +27,7 @@ class Reports:
             self._file = self._scope.enter_context(path.open("w", buffering=1, encoding="utf-8"))
             self._file.writelines(record.to_json() + "\n" for record in run.history)
         self.bar = self._scope.enter_context(
-            tqdm(total=run.schedule.steps, initial=run.step, unit="step", disable=not progress)
+            bar(total=run.schedule.steps, initial=run.step, unit="step", shown=progress)
         )
 
     def __call__(self, record: Record) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -12,15 +14,32 @@ import torch
 from torch import nn
 
 from lowrank.batches import count_tokens
+from lowrank.notices import LowrankWarning, UnusedLayerWarning
 from lowrank.train.callbacks import Callback
 from lowrank.train.checkpoints import CheckpointError
 from lowrank.train.data import Cursor
 from lowrank.train.generators import generators, set_generators
 from lowrank.train.history import History, Record
+from lowrank.train.late import Late, Unread, skipping
 from lowrank.train.optim import Schedule
 from lowrank.train.reach import unmoved, unused
 from lowrank.train.state import Trained, differences, load_optimizer
-from lowrank.train.step import NO_TERMS, Gradients
+from lowrank.train.step import NO_TERMS, Gradients, Outcome
+
+
+class SkippedStepWarning(LowrankWarning):
+    """A step updated nothing, since no label of its batches counts."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that was taken, without what is to be read of it."""
+
+    step: int
+    epoch: int
+    lr: float
+    tokens: int
+    outcome: Unread | Outcome
 
 
 @dataclass
@@ -28,6 +47,7 @@ class Run:
     """Takes a step when asked; ``state_dict`` and ``load_state_dict`` are for in between.
 
     options: what the run was asked to do; a state that was saved with others is refused.
+    late: let the optimizer skip a step that was not finite, and read a step later that it was: see `Late`.
     """
 
     model: nn.Module
@@ -38,6 +58,7 @@ class Run:
     callbacks: Sequence[Callback] = ()
     allow_unused: bool = False
     history: History = field(default_factory=History)
+    late: bool = False
     stop: str = ""  # why it is to end before its last step
     seconds: float = 0.0
     checked: bool = False  # does the loss reach what is to train?
@@ -46,6 +67,9 @@ class Run:
         self.optimizer = self.gradients.optimizer
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.trained = Trained(self.model, self.parameters)
+        self._late = Late(self.gradients)
+        self._unread: deque[_Step] = deque()
+        self._clock = perf_counter()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -53,8 +77,13 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The steps that were taken."""
+        """The steps whose records are there."""
         return len(self.history)
+
+    @property
+    def taken(self) -> int:
+        """The steps that were taken, those that are to be read yet included."""
+        return len(self.history) + len(self._unread)
 
     @property
     def over(self) -> bool:
@@ -65,38 +94,69 @@ class Run:
         self.optimizer.zero_grad()
         self.model.zero_grad()
 
-    def take(self, epoch: int, place: int, group: Sequence[Any], since: float) -> Record:
-        """One optimizer step over ``group``, which is in the epoch from ``place`` on.
+    def start_clock(self) -> None:
+        """What was between two steps, such as an evaluation, is no time of training."""
+        self._clock = perf_counter()
 
-        since: when it began, by `perf_counter`. Its record is the caller's to complete and append.
-        """
+    def take(self, epoch: int, place: int, group: Sequence[Any]) -> None:
+        """One optimizer step over ``group``, which is in the epoch from ``place`` on. See `records`."""
         for target, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            target["lr"] = peak * self.schedule(self.step)
-        outcome = self.gradients(group, self.step + 1, place)
-        if outcome.skipped == NO_TERMS:
-            warnings.warn(
-                "a step's batches have no label that the loss counts: it updates nothing "
-                '(its record says skipped="no labels")',
-                stacklevel=3,
-            )
-        elif not self.checked:
-            check_reached(self.model, self.parameters, self.allow_unused)
-            self.checked = True
-        if not outcome.skipped:
-            self.optimizer.step()
+            target["lr"] = peak * self.schedule(self.taken)
+        lr, step = self.optimizer.param_groups[0]["lr"], self.taken + 1
+        outcome: Unread | Outcome = (self._late if self.late else self.gradients)(group, step, place)
+        if not self.checked:  # of the first step all must be known
+            outcome = outcome.read()
+        if isinstance(outcome, Unread):
+            with skipping(self.optimizer, outcome.skip):
+                self.optimizer.step()
+        else:
+            if outcome.skipped != NO_TERMS and not self.checked:
+                check_reached(self.model, self.parameters, self.allow_unused)
+                self.checked = True
+            if not outcome.skipped:
+                self.optimizer.step()
         self.clear()
-        spent = perf_counter() - since
-        self.seconds += spent
-        return Record(
-            step=self.step + 1,
-            epoch=epoch,
-            loss=outcome.loss,
-            lr=self.optimizer.param_groups[0]["lr"],
-            grad_norm=outcome.norm,
-            tokens_per_second=self.gradients.parallel.sum(sum(map(count_tokens, group))) / spent,
-            seconds=self.seconds,
-            skipped=outcome.skipped,
-        )
+        self._unread.append(_Step(step, epoch, lr, sum(map(count_tokens, group)), outcome))
+
+    def records(self, every: bool) -> Iterator[Record]:
+        """Those of the steps that were taken since, each the caller's to complete and append to ``history``
+        before the next; of all but the last, where the run is late and ``every`` is false."""
+        while len(self._unread) > (self.late and not every):
+            taken = self._unread[0]
+            outcome = taken.outcome.read()
+            self._unread.popleft()
+            if outcome.skipped == NO_TERMS:
+                warnings.warn(
+                    "a step's batches have no label that the loss counts: it updates nothing "
+                    '(its record says skipped="no labels")',
+                    SkippedStepWarning,
+                    stacklevel=3,
+                )
+            now = perf_counter()
+            spent, self._clock = now - self._clock, now
+            self.seconds += spent
+            yield Record(
+                step=taken.step,
+                epoch=taken.epoch,
+                loss=outcome.loss,
+                lr=taken.lr,
+                grad_norm=outcome.norm,
+                tokens_per_second=self.gradients.parallel.sum(taken.tokens) / spent,
+                seconds=self.seconds,
+                skipped=outcome.skipped,
+            )
+
+    @contextmanager
+    def reading(self, shown: Callable[[Record], None]) -> Iterator[None]:
+        """Where something is raised inside, the steps that can still be read get into the history."""
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                for record in self.records(every=True):
+                    self.history.append(record)
+                    shown(record)
+            raise
 
     # -- saving and loading ---------------------------------------------------------------------------------
 
@@ -126,7 +186,12 @@ class Run:
             "generators": generators(),
             "history": [record.to_json() for record in self.history],
             "callbacks": [callback.state_dict() for callback in self.callbacks],
-            "run": {"seconds": self.seconds, "checked": self.checked, "stop": self.stop},
+            "run": {
+                "seconds": self.seconds,
+                "checked": self.checked,
+                "stop": self.stop,
+                "learning_rate": self.history.learning_rate,
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -163,6 +228,7 @@ def check_reached(model: nn.Module, parameters: Sequence[nn.Parameter], allow_un
         warnings.warn(
             f"the first gradient is exactly zero in {len(still)} layers: {', '.join(still)}; "
             "they are called, but the loss does not depend on what they give",
+            UnusedLayerWarning,
             stacklevel=4,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank.batches import Loss, count_terms, in_float16, model_device, scalar_loss, to_device
 from lowrank.train.parallel import SingleProcess
+from lowrank.train.placement import placed
 from lowrank.train.terms import TermCounter
 
 NO_TERMS, OVERFLOW = "no labels", "overflow"  # why a step leaves the parameters as they are
@@ -38,6 +39,40 @@ class Outcome:
     loss: float
     norm: float
     skipped: str = ""
+
+    def read(self) -> Outcome:
+        """As `late.Unread` has it."""
+        return self
+
+
+@dataclass
+class Tally:
+    """What a step's batches gave. ``unit`` is the count that the gradients are in terms of."""
+
+    places: list[int] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    counts: list[float] = field(default_factory=list)
+    unit: float = 1.0
+
+    @property
+    def last(self) -> float | None:
+        return self.counts[-1] if self.counts else None
+
+    def add(self, place: int, loss: Tensor, count: float) -> None:
+        self.places.append(place)
+        self.losses.append(loss)
+        self.counts.append(count)
+
+    def weighted(self, values: Sequence[float], step: int) -> float:
+        """The sum of the losses' ``values``, each times its count. Raises NonFiniteLoss where one is not
+        finite."""
+        for at, value in zip(self.places, values, strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteLoss(f"the loss is {value} at step {step}, in batch {at} of its epoch")
+        return sum(value * count for value, count in zip(values, self.counts, strict=True))
+
+    def mean(self, values: Sequence[float], step: int) -> float:
+        return self.weighted(values, step) / sum(self.counts)
 
 
 @dataclass(frozen=True)
@@ -67,34 +102,22 @@ class Gradients:
 
     def __call__(self, batches: Sequence[Any], step: int, place: int) -> Outcome:
         """``place`` is the first batch's in its epoch, for messages."""
-        places: list[int] = []
-        losses: list[Tensor] = []
-        counts: list[float] = []
-        for at, batch in enumerate(batches, start=place):
-            before = counts[-1] if counts else None
-            with self.parallel.accumulating(self.model, last=at == place + len(batches) - 1):
-                loss, count = self._backward(batch, watch=len(batches) > 1, before=before)
-            if loss is not None:
-                places.append(at)
-                losses.append(loss)
-                counts.append(count)
+        tally = self.summed(batches, place)
+        counts = tally.counts
         if not counts:
             return Outcome(math.nan, 0.0, NO_TERMS)
-        self._multiply(counts[-1] / sum(counts))
         scaled = self.scaler.is_enabled() and any(p.grad is not None for p in self.parameters)
         if scaled:
             self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([_full(p.grad) for p in self.parameters if p.grad is not None])
-        *values, size = torch.cat([torch.stack(losses), norm.to(losses[0].device).reshape(1)]).tolist()
+        norm = self.norm()
+        losses = torch.stack(tally.losses)
+        *values, size = torch.cat([losses, norm.to(losses.device).reshape(1)]).tolist()
 
-        for at, value in zip(places, values, strict=True):
-            if not math.isfinite(value):
-                if self._counted_nothing(batches):
-                    if scaled:
-                        self.scaler.update(self.scaler.get_scale())  # which is not to blame
-                    return Outcome(math.nan, 0.0, NO_TERMS)
-                raise NonFiniteLoss(f"the loss is {value} at step {step}, in batch {at} of its epoch")
-        mean = sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
+        if not all(map(math.isfinite, values)) and self._counted_nothing(batches):
+            if scaled:
+                self.scaler.update(self.scaler.get_scale())  # which is not to blame
+            return Outcome(math.nan, 0.0, NO_TERMS)
+        mean = tally.mean(values, step)
         if not math.isfinite(size):
             if scaled and self.scaler.get_scale() > 1:
                 self.scaler.update()
@@ -102,11 +125,31 @@ class Gradients:
             raise NonFiniteGradient(
                 f"the gradient's norm is {size} at step {step}, though the loss is {values}"
             )
-        if self.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+        self.clipped(norm)
         if scaled:
             self.scaler.update()
         return Outcome(mean, size)
+
+    def summed(self, batches: Sequence[Any], place: int) -> Tally:
+        """Leaves the gradient of the mean loss, not clipped, still scaled by ``scaler``."""
+        tally = Tally()
+        for at, batch in enumerate(batches, start=place):
+            last = at == place + len(batches) - 1
+            with self.parallel.accumulating(self.model, last=last), placed(self.model, batch, at):
+                loss, count = self._backward(batch, watch=len(batches) > 1, before=tally.last)
+            if loss is not None:
+                tally.add(at, loss, count)
+        if tally.counts:
+            self._multiply(tally.counts[-1] / sum(tally.counts))
+        return tally
+
+    def norm(self) -> Tensor:
+        """Of the gradient of all parameters, on the device."""
+        return nn.utils.get_total_norm([_full(p.grad) for p in self.parameters if p.grad is not None])
+
+    def clipped(self, norm: Tensor) -> None:
+        if self.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
 
     def _backward(self, batch: Any, *, watch: bool, before: float | None) -> tuple[Tensor | None, float]:
         """The batch's loss and what it counts; no loss where it counts nothing.
@@ -117,22 +160,25 @@ class Gradients:
         count: float | None = None if self.weight is None else _weighed(self.weight, batch)
         if count == 0:
             return None, 0.0
-        loss, seen = self._forward(batch, watch=watch and count is None)
+        loss, seen = self.forward(batch, watch=watch and count is None)
         if count is None:
-            count = 1.0 if not watch else float(count_terms(self.model, batch)) if seen is None else seen
+            count = 1.0 if not watch else float(count_terms(self.model, batch) if seen is None else seen)
         if count == 0:
             return None, 0.0
+        if before is not None:
+            self._multiply(before / count)
+        self.backward(loss)
+        return _full(loss.detach()), count
+
+    def backward(self, loss: Tensor) -> None:
         if not loss.requires_grad:
             raise ValueError(
                 "the loss depends on nothing that requires grad: does the model use what is to train?"
             )
-        if before is not None:
-            self._multiply(before / count)
         self.scaler.scale(loss).backward()
-        return _full(loss.detach()), count
 
-    def _forward(self, batch: Any, *, watch: bool) -> tuple[Tensor, float | None]:
-        """The loss, and the terms that were seen in it."""
+    def forward(self, batch: Any, *, watch: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss, and the number of terms that were seen in it, on the device."""
         device = model_device(self.model)
         counter = TermCounter()
         with (
@@ -147,8 +193,8 @@ class Gradients:
         """Has a single batch, which needed no count, no term at all? Asked where its loss is not finite."""
         if len(batches) > 1 or self.weight is not None:
             return False
-        seen = self._forward(batches[0], watch=True)[1]
-        return (count_terms(self.model, batches[0]) if seen is None else seen) == 0
+        seen = self.forward(batches[0], watch=True)[1]
+        return float(count_terms(self.model, batches[0]) if seen is None else seen) == 0
 
     def _multiply(self, factor: float) -> None:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]

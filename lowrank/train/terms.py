@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -31,14 +32,20 @@ class TermCounter(TorchFunctionMode):
             (self.means if mean else self.parts).append(terms)
         return func(*args, **kwargs)
 
-    def total(self) -> float | None:
-        """The terms of the loss; None where none was seen. Waits for the device.
+    def total(self) -> Tensor | None:
+        """The terms of the loss, on the device; None where none was seen.
 
         Of several means it is the largest: a language model's loss rather than an auxiliary one beside it.
         """
         if self.means:
-            return max(terms.item() for terms in self.means)
-        return sum(terms.item() for terms in self.parts) if self.parts else None
+            return _stacked(self.means).max()
+        return _stacked(self.parts).sum() if self.parts else None
+
+
+def _stacked(terms: list[Tensor]) -> Tensor:
+    """In fp64 where the device has it: a float32 counts to 16 million."""
+    dtype = torch.float64 if terms[0].device.type in ("cpu", "cuda") else torch.float32
+    return torch.stack([each.to(terms[0].device, dtype) for each in terms])
 
 
 def _terms(

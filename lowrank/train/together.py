@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -17,32 +16,18 @@ from torch import Tensor, nn
 
 from lowrank.batches import count_terms
 from lowrank.processes import is_sharded, part, shards, whole
-from lowrank.train.parallel import Together
+from lowrank.train.parallel import SingleProcess, Together
+from lowrank.train.placement import placed
 from lowrank.train.step import (
     NO_TERMS,
     OVERFLOW,
     Gradients,
     NonFiniteGradient,
-    NonFiniteLoss,
     Outcome,
+    Tally,
     _full,
     _weighed,
 )
-
-
-@dataclass
-class Tally:
-    """What this process's batches gave. ``unit`` is the count that its gradients are in terms of."""
-
-    places: list[int] = field(default_factory=list)
-    losses: list[Tensor] = field(default_factory=list)
-    counts: list[float] = field(default_factory=list)
-    unit: float = 1.0
-
-    def add(self, place: int, loss: Tensor, count: float) -> None:
-        self.places.append(place)
-        self.losses.append(loss)
-        self.counts.append(count)
 
 
 class TogetherGradients(Gradients):
@@ -53,7 +38,8 @@ class TogetherGradients(Gradients):
         tally, error, weighted = Tally(), None, 0.0
         try:
             tally = (self._sharded if together.sharded else self._copied)(batches, place)
-            weighted = _weighted(tally, step)
+            values = torch.stack(tally.losses).tolist() if tally.losses else []
+            weighted = tally.weighted(values, step)
         except Exception as raised:
             if together.told:
                 raise
@@ -82,11 +68,11 @@ class TogetherGradients(Gradients):
     def _copied(self, batches: Sequence[Any], place: int) -> Tally:
         tally = Tally()
         for at, batch in enumerate(batches, start=place):
-            before = tally.counts[-1] if tally.counts else None
-            loss, count = self._backward(batch, watch=True, before=before)
+            with placed(self.model, batch, at):
+                loss, count = self._backward(batch, watch=True, before=tally.last)
             if loss is not None:
                 tally.add(at, loss, count)
-        tally.unit = tally.counts[-1] if tally.counts else 1.0
+        tally.unit = tally.last or 1.0
         return tally
 
     def _sharded(self, batches: Sequence[Any], place: int) -> Tally:
@@ -108,8 +94,10 @@ class TogetherGradients(Gradients):
                 real = i < len(batches)
                 output: list[Any] = []
                 handle = self.model.register_forward_hook(lambda *call, kept=output: kept.append(call[-1]))
+                batch = batches[i] if real else held[0]
                 try:
-                    loss, count = self._counted(batches[i] if real else held[0])
+                    with placed(self.model, batch, place + i):
+                        loss, count = self._counted(batch)
                 finally:
                     handle.remove()
                 count = count if real else 0.0
@@ -129,9 +117,9 @@ class TogetherGradients(Gradients):
     def _counted(self, batch: Any) -> tuple[Tensor, float]:
         """The loss, and the terms that it is a mean over."""
         count = None if self.weight is None else _weighed(self.weight, batch)
-        loss, seen = self._forward(batch, watch=count is None)
+        loss, seen = self.forward(batch, watch=count is None)
         if count is None:
-            count = float(count_terms(self.model, batch)) if seen is None else seen
+            count = float(count_terms(self.model, batch) if seen is None else seen)
         if not loss.requires_grad:
             raise ValueError(
                 "the loss depends on nothing that requires grad: does the model use what is to train?"
@@ -182,13 +170,9 @@ class TogetherGradients(Gradients):
         torch._foreach_mul_([part(p.grad) for p in self.parameters if p.grad is not None], factor)
 
 
-def _weighted(tally: Tally, step: int) -> float:
-    """The sum of the losses, each times its count. Raises NonFiniteLoss where one is not finite."""
-    values = torch.stack(tally.losses).tolist() if tally.losses else []
-    for at, value in zip(tally.places, values, strict=True):
-        if not math.isfinite(value):
-            raise NonFiniteLoss(f"the loss is {value} at step {step}, in batch {at} of its epoch")
-    return sum(value * count for value, count in zip(values, tally.counts, strict=True))
+def gradients_of(parallel: SingleProcess) -> type[Gradients]:
+    """How the gradients are made, in one process or several."""
+    return Gradients if parallel.size == 1 else TogetherGradients
 
 
 def _nothing(output: list[Any], loss: Tensor) -> Tensor:

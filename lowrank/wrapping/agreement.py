@@ -7,6 +7,7 @@ otherwise, and a singular vector may come with the other sign.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 
 from torch import nn
 
@@ -38,14 +39,16 @@ def agreed(model: nn.Module, make: Callable[[], Made]) -> Made:
     assert made is not None
     plan, adapters = made
     _check_same(processes.gathered(_decisions(plan)))
-    processes.take_first(tensor for adapter in adapters.values() for tensor in adapter.state_dict().values())
+    for adapter in adapters.values():
+        processes.take_first(chain(adapter.parameters(), adapter.buffers()))
     return made
 
 
 def _decisions(plan: Plan) -> dict[str, object]:
     """What the processes must agree on, by what it is about."""
     decided: dict[str, object] = {p.name: (plan[p].rank, plan[p].scaling) for p in plan}
-    return {**decided, "modules trained in full": plan.train, "dropout": plan.dropout}
+    decided |= {"modules trained in full": plan.train, "rows trained": plan.rows}
+    return {**decided, "dropout": plan.dropout, "dora": plan.dora}
 
 
 def _check_same(everyone: list[Mapping[str, object]]) -> None:

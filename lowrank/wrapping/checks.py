@@ -14,6 +14,7 @@ from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
 from lowrank.linalg.rows import height, lie_within
 from lowrank.models.experts import stack_of
+from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import is_linear, packed, weight_shape
 from lowrank.processes import in_parts
@@ -124,7 +125,12 @@ def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> 
 
 
 def check_layers(
-    model: nn.Module, projections: Sequence[Projection], train: Sequence[str], dropout: float
+    model: nn.Module,
+    projections: Sequence[Projection],
+    train: Sequence[str],
+    dropout: float,
+    *,
+    dora: bool = False,
 ) -> None:
     """Raises ValueError where these projections and modules cannot be adapted and trained like that."""
     replaced = {p.module for p in projections if not on_weight(model, p)}
@@ -153,12 +159,21 @@ def check_layers(
                     f"{p.name} lies inside {above}, which would be adapted too: leave one of them out with "
                     "exclude=, or take out the other adapter that it belongs to"
                 )
-    if dropout:
-        held = [p.name for p in projections if on_weight(model, p)]
-        if held:
+        kind = kind_of(module) if dora else None
+        if kind is not None:
             raise ValueError(
-                f"dropout={dropout} cannot act on {held[0]} ({len(held)} in all), which is adapted on the "
-                "weight: use dropout=0, or leave these out with exclude="
+                f"dora=True cannot act on {p.name}, of role {kind.role.value}, only on linear layers: use "
+                "dora=False, or leave it out with exclude="
+            )
+    held = [p.name for p in projections if on_weight(model, p)]
+    for used, said, off in (
+        (bool(dropout), f"dropout={dropout}", "dropout=0"),
+        (dora, "dora=True", "dora=False"),
+    ):
+        if used and held:
+            raise ValueError(
+                f"{said} cannot act on {held[0]} ({len(held)} in all), which is adapted on the "
+                f"weight: use {off}, or leave these out with exclude="
             )
     for path in train:
         module = model.get_submodule(path)

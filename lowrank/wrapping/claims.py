@@ -18,8 +18,10 @@ from lowrank.linalg.rows import pieces
 from lowrank.models.fingerprint import Sample, difference, differences, of_projection, of_tensor
 from lowrank.models.projections import Projection, find_projections, further
 from lowrank.models.storage import weight_shape
+from lowrank.models.tokens import row_problems
 from lowrank.plan import Plan
 from lowrank.wrapping.checks import projection_problems
+from lowrank.wrapping.rows import left_aside, offset_tensors, wanted_tensors
 
 TRAINED = "train:"  # before the names of tensors of modules trained in full
 SHOWN = 50  # at most, of the tensors that are neither adapted nor trained
@@ -37,7 +39,7 @@ def adapter_tensors(root: nn.Module, name: str) -> dict[str, Tensor]:
         assert isinstance(trained, TrainedModule)
         for key, tensor in trained.copies[name].state_dict().items():
             tensors[f"{TRAINED}{path}.{key}"] = tensor
-    return tensors
+    return tensors | offset_tensors(root, name)
 
 
 def plan_differences(plan: Plan, saved: Any) -> list[str]:
@@ -48,8 +50,13 @@ def plan_differences(plan: Plan, saved: Any) -> list[str]:
         for p in {**dict(plan), **dict(other)}
         if plan.get(p) != other.get(p)
     ]
+    if plan.dora != other.dora:
+        problems.append(f"dora is {other.dora}, expected {plan.dora}")
     if set(plan.train) != set(other.train):
         problems.append(f"modules trained in full: {sorted(other.train)}, expected {sorted(plan.train)}")
+    if set(plan.rows) != set(other.rows):
+        said = ("; ".join(map(str, each.rows)) or "none" for each in (other, plan))
+        problems.append("rows trained: {}, expected {}".format(*said))
     return problems
 
 
@@ -66,6 +73,7 @@ def plan_problems(model: nn.Module, plan: Plan) -> list[str]:
     ]
     if not 0 <= plan.dropout < 1:
         problems.append(f"dropout {plan.dropout} is not between 0 and 1")
+    problems += row_problems(model, plan.rows)
     paths = {path for path, _ in model.named_modules() if path}
     for name in plan.train:
         inside = [
@@ -104,9 +112,12 @@ def tensor_problems(model: nn.Module, plan: Plan, header: Mapping[str, Entry]) -
         for anchor in ("", "0") if f"{p.name}.A0" in header else ("",):
             wanted[f"{p.name}.A{anchor}"] = (rank, p.in_features), True
             wanted[f"{p.name}.B{anchor}"] = (p.out_features, rank), True
+        for key in ("start", "offset") if plan.dora else ():
+            wanted[f"{p.name}.magnitude.{key}"] = (p.out_features,), True
     for name in plan.train:
         for key, tensor in model.get_submodule(name).state_dict().items():
             wanted[f"{TRAINED}{name}.{key}"] = tuple(tensor.shape), tensor.is_floating_point()
+    wanted |= wanted_tensors(plan)
     problems = []
     for name, (shape, floating) in wanted.items():
         entry = header.get(name)
@@ -139,6 +150,7 @@ def samples_of_the_rest(root: nn.Module, plan: Plan) -> dict[str, Sample]:
         rows[p.module, p.param] += p.out_features
     found: dict[str, Sample] = {}
     seen: set[int] = set()
+    aside = left_aside(root, plan)
     for path, hung in base_modules(root).items():
         if any(f"{path}.".startswith(f"{name}.") for name in plan.train):
             continue
@@ -149,14 +161,15 @@ def samples_of_the_rest(root: nn.Module, plan: Plan) -> dict[str, Sample]:
             seen.add(id(tensor))
             if (path, name) in rows and rows[path, name] == weight_shape(module, name)[0]:
                 continue  # wholly adapted, so it has a sample of its own
-            sample = of_tensor(module, name)
+            sample = of_tensor(module, name, aside.get(id(tensor), ()))
             if sample is not None:
                 found[f"{path}.{name}".lstrip(".")] = sample
     return found
 
 
-def rest_problems(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
+def rest_problems(model: nn.Module, plan: Plan, saved: Mapping[str, Any]) -> list[str]:
     """A line for each tensor that this model does not have as it was; of many, the first ones."""
+    aside = left_aside(model, plan)
     modules = base_modules(model)
     problems = []
     for name, said in saved.items():
@@ -165,7 +178,9 @@ def rest_problems(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
         module = None if hung is None else original(hung)
         if module is None or (module._parameters.get(leaf) is None and module._buffers.get(leaf) is None):
             problems.append(f"{name}: the model has no such weight")
-        elif (here := of_tensor(module, leaf)) and (text := difference(here, there)):
+            continue
+        without = aside.get(id(module._parameters.get(leaf)), ())
+        if (here := of_tensor(module, leaf, without)) and (text := difference(here, there)):
             problems.append(f"{name}: {text}")
     more = len(problems) - SHOWN
     return problems if more <= 0 else [*problems[:SHOWN], f"and {more} more"]

@@ -18,6 +18,7 @@ from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
 from lowrank.layers.expert_stack import Layout, trained_within
 from lowrank.layers.layer import AdaptedLayer
+from lowrank.layers.offsets import TokenOffsets
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import hung_by_name, hung_modules, original, without_copies
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters, adapt_weights, release_weights
@@ -26,6 +27,7 @@ from lowrank.models.experts import stacks_of
 from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import stored_transposed, weight_shape
+from lowrank.models.tokens import TokenRows, sharing
 from lowrank.plan import Plan
 from lowrank.wrapping.exchange import Exchange
 from lowrank.wrapping.pretrained import attach, detach
@@ -50,6 +52,10 @@ def device_beside(model: nn.Module, p: Projection) -> torch.device:
     module = model.get_submodule(p.module)
     weight = module._parameters[p.param]
     assert weight is not None
+    return _device(module, weight)
+
+
+def _device(module: nn.Module, weight: Tensor) -> torch.device:
     if not weight.is_meta:
         return weight.device
     # accelerate brings an offloaded weight to this device for each call.
@@ -99,8 +105,17 @@ class Fittings:
         if self.state is not None:
             attach(self.root)
 
-    def install(self, name: str, plan: Plan, adapters: Mapping[Projection, Adapter]) -> None:
-        """Hangs up the adapters of ``name``, and copies of the modules that it trains. The first one acts."""
+    def install(
+        self,
+        name: str,
+        plan: Plan,
+        adapters: Mapping[Projection, Adapter],
+        offsets: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Hangs up the adapters of ``name``, and copies of the modules that it trains. The first one acts.
+
+        ``offsets`` are those of the rows that it trains, by module path; zero where they are not given.
+        """
         root, state = self.root, self.state
         if state is None:
             required_grad = frozenset(path for path, p in root.named_parameters() if p.requires_grad)
@@ -115,8 +130,10 @@ class Fittings:
                 weights.setdefault(module, {}).setdefault(p.param, []).append(adapter)
                 continue
             layers.setdefault(module, []).append(adapter)
+        tokens = self._tokens(plan.rows, offsets or {})
+        for module in {**layers, **tokens}:
             if module not in self.layers:
-                rows, columns = weight_shape(module, p.param)
+                rows, columns = weight_shape(module, "weight")
                 self.layers[module] = adapted_layer(
                     module,
                     in_features=columns,
@@ -124,8 +141,8 @@ class Fittings:
                     acting=state.acting,
                     transposed=stored_transposed(module),
                 )
-        for module, held in layers.items():
-            self.layers[module].put(name, held, plan.dropout)
+            held, moved = layers.get(module, []), tokens.get(module)
+            self.layers[module].put(name, held, plan.dropout, moved)
         for module, by_param in weights.items():
             layouts = {
                 param: Layout(stack.experts, stack.out, stack.transposed)
@@ -137,9 +154,27 @@ class Fittings:
                 self.trained[module].put(name, module)
             else:
                 self.trained[module] = TrainedModule(module, name, state.acting)
-        hung = [self.layers[module].adapters[name] for module in layers]
+        hung = [self.layers[module].adapters[name] for module in {**layers, **tokens}]
         hung += [self.weights[module][name] for module in weights]
-        warn_at_first_backward(root, name, [each for held in hung for each in trained_within(held)])
+        warn_at_first_backward(root, name, dict.fromkeys(p for held in hung for p in trained_within(held)))
+
+    def _tokens(
+        self, rows: Iterable[TokenRows], offsets: Mapping[str, Tensor]
+    ) -> dict[nn.Module, TokenOffsets]:
+        """The rows that train, by each module that has their weight."""
+        found: dict[nn.Module, TokenOffsets] = {}
+        for each in rows:
+            module = self.root.get_submodule(each.module)
+            weight = module._parameters["weight"]
+            assert weight is not None
+            start = offsets.get(each.module)
+            if start is None:
+                where = _device(module, weight)
+                start = torch.zeros(len(each.ids), each.width, dtype=master_dtype(weight.dtype), device=where)
+            elif not start.is_meta:
+                start = start.to(_device(module, weight))
+            found |= dict.fromkeys(sharing(self.root, module), TokenOffsets(each.ids, start))
+        return found
 
     def load_copies(self, name: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Gives the copies of ``name`` the values in ``states``, by path."""

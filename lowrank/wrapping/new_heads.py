@@ -7,10 +7,11 @@ import warnings
 from torch import nn
 
 from lowrank.models.heads import output_heads
+from lowrank.notices import LowrankWarning
 from lowrank.plan import Plan
 
 
-class FrozenHeadWarning(UserWarning):
+class FrozenHeadWarning(LowrankWarning):
     """An output head has random weights, and neither trains nor is adapted."""
 
 

@@ -20,9 +20,11 @@ from lowrank.init.base import frozen_factors, largest_rank, needs_of
 from lowrank.models.projections import Projection
 from lowrank.models.storage import is_linear, weight_shape
 from lowrank.models.targets import select, trained_modules
+from lowrank.models.tokens import check_rows, find_rows, row_problems
 from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.wrapping.checks import check_layers, check_unwrapped, projection_problems
+from lowrank.wrapping.overrides import in_layers, overridden
 
 
 def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) -> tuple[Plan, Statistics]:
@@ -30,13 +32,16 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
     check_unwrapped(model)
     if not isinstance(policy, Policy):
         raise ValueError(f"expected a Policy, such as lowrank.presets.lora(), not {policy!r}")
-    train = trained_modules(model, policy.train)
+    train, rows = trained_modules(model, policy.train), find_rows(model, policy.rows)
     projections, notes, left_out = select(
         model, policy.target, policy.exclude, policy.train, policy.fused, policy.roles
     )
-    check_layers(model, projections, train, policy.dropout)
+    projections, outside = in_layers(projections, policy)
+    check_layers(model, projections, train, policy.dropout, dora=policy.dora)
+    check_rows(rows, projections, train)
     cost = _costs(policy.init, projections)
-    rank, budget = _resolved(model, policy, cost)
+    magnitudes = sum(p.out_features for p in projections) if policy.dora else 0
+    rank, budget = _resolved(model, policy, cost, magnitudes)
     allocate = partial(_allocate, policy, rank, budget, cost)
     # What needs no calibration complains before one.
     allocations = None if policy.allocate.needs else allocate(statistics=None)
@@ -52,14 +57,15 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
         allocations = allocate(statistics=statistics)
     notes = [
         *notes,
+        *outside,
         *limits(projections, cost, rank, policy.init),
-        *unspent(allocations, cost, budget, policy.allocate),
+        *([] if policy.ranks else unspent(allocations, cost, budget, policy.allocate)),
     ]
     spent = sum(allocation.rank * cost[p] for p, allocation in allocations.items())
     plan = Plan(
         allocations,
         costs=cost,
-        budget=budget if spent <= budget else None,
+        budget=budget + magnitudes if spent <= budget and not policy.ranks else None,
         init=policy.init,
         dropout=policy.dropout,
         train=train,
@@ -67,6 +73,8 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
         notes=notes,
         left_out=left_out,
         reference_rank=rank,
+        dora=policy.dora,
+        rows=rows,
     )
     return plan, statistics
 
@@ -82,8 +90,10 @@ def _costs(init: Initializer, projections: Sequence[Projection]) -> Costs:
     return Costs(cost, largest)
 
 
-def _resolved(model: nn.Module, policy: Policy, cost: Costs) -> tuple[int, int]:
-    """The reference rank and the budget in trainable parameters, once for whatever allocator.
+def _resolved(model: nn.Module, policy: Policy, cost: Costs, magnitudes: int) -> tuple[int, int]:
+    """The reference rank and the budget of the factors in trainable parameters, once for whatever allocator.
+
+    Magnitudes come first: a policy's budget pays for them too.
 
     Raises:
         ValueError: a rank that no projection can have, or a budget below one rank anywhere.
@@ -103,6 +113,12 @@ def _resolved(model: nn.Module, policy: Policy, cost: Costs) -> tuple[int, int]:
     budget = policy.budget
     if isinstance(budget, float):
         budget = int(budget * _logical_size(model))
+    if magnitudes and magnitudes >= budget:
+        raise ValueError(
+            f"a budget of {budget:,} parameters is too small for dora=True, whose magnitudes alone "
+            f"take {magnitudes:,}"
+        )
+    budget -= magnitudes
     check_affordable(budget, [cost[p] for p in projections if cost.largest[p]])
     return reference_rank(projections, cost, budget), budget
 
@@ -146,7 +162,7 @@ def _allocate(
         spent = sum(allocation.rank * cost[p] for p, allocation in allocations.items())
         if policy.budget is not None and spent > budget:
             raise ValueError(f"its ranks cost {spent:,} parameters, more than the budget of {budget:,}")
-    return allocations
+    return overridden(allocations, policy, cost, rank)
 
 
 @contextmanager
@@ -166,7 +182,7 @@ def named_errors(name: str) -> Iterator[None]:
 def fitted_plan(model: nn.Module, plan: Plan) -> Plan:
     """A copy of ``plan``, once all its projections were found in ``model``."""
     check_unwrapped(model)
-    problems = projection_problems(model, plan.adapted)
+    problems = projection_problems(model, plan.adapted) + row_problems(model, plan.rows)
     if problems:
         raise ValueError("the plan was made for another model:\n  " + "\n  ".join(problems))
     init = plan.init or Kaiming()
@@ -184,8 +200,11 @@ def fitted_plan(model: nn.Module, plan: Plan) -> Plan:
         init=plan.init,
         dropout=plan.dropout,
         train=trained_modules(model, plan.train),
+        rows=plan.rows,
         seed=plan.seed,
         notes=plan.notes,
         left_out=plan.left_out,
         reference_rank=plan.reference_rank,
+        learning_rate=plan.learning_rate,
+        dora=plan.dora,
     )

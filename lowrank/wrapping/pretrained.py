@@ -23,6 +23,7 @@ from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight
 from lowrank.models.storage import is_linear, quantized
+from lowrank.notices import LowrankWarning
 
 ADAPTED = (AdaptedLayer, AdaptedWeight, TrainedModule)
 SAVE = "save_pretrained"
@@ -31,7 +32,7 @@ CONFIG_MARKS = ("quantization_config", "_is_quantized")
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")  # bitsandbytes; torchao, fp8 and others
 
 
-class SavePretrainedWarning(UserWarning):
+class SavePretrainedWarning(LowrankWarning):
     """``save_pretrained`` was called on a wrapped model: ``from_pretrained`` cannot read that folder."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lowrank.adapters import added_parameters, one_name, wrapped_root
 from lowrank.layers.adapter import RowBlocks
 from lowrank.layers.layer import AdaptedLayer, seen_by_compiler
 from lowrank.layers.tree import base_modules, without_copies
+from lowrank.notices import UnsavedParametersWarning, UnusedLayerWarning
 
 
 def unused_layers(model: nn.Module, name: str | None = None) -> list[str]:
@@ -24,7 +25,7 @@ def unused_layers(model: nn.Module, name: str | None = None) -> list[str]:
     parts = replaced_layers(model, name)
     if seen_by_compiler() or not any(part.used for part in parts.values()):
         return []
-    return [path for path, part in parts.items() if not part.used]
+    return [path for path, part in parts.items() if not part.used and not _acts_elsewhere(part, parts)]
 
 
 def layers_only_read(model: nn.Module, name: str | None = None) -> set[str]:
@@ -44,6 +45,12 @@ def replaced_layers(model: nn.Module, name: str | None = None) -> dict[str, RowB
         for layer, path in reversed(layers.items())
         if isinstance(layer, AdaptedLayer) and name in layer.adapters
     }
+
+
+def _acts_elsewhere(part: RowBlocks, parts: Mapping[str, RowBlocks]) -> bool:
+    """Is it nothing but rows that train, which another module with the same weight uses?"""
+    tokens = None if part.held() else part.tokens
+    return tokens is not None and any(other.used and other.tokens is tokens for other in parts.values())
 
 
 def describe_unused(paths: Sequence[str]) -> str:
@@ -69,13 +76,16 @@ def warn_at_first_backward(model: nn.Module, name: str, parameters: Iterable[nn.
         state = None if wrapped is None else wrapped.__dict__.get("_lowrank")
         if wrapped is None or state is None or name not in state.plans:
             return
+        parts = replaced_layers(wrapped, name)
         idle = [
             path
-            for path, part in replaced_layers(wrapped, name).items()
-            if not part.used and all(p.grad is None for p in part.parameters())
+            for path, part in parts.items()
+            if not part.used
+            and all(p.grad is None for p in part.parameters())
+            and not _acts_elsewhere(part, parts)
         ]
         if idle:
-            warnings.warn(describe_unused(idle), stacklevel=2)
+            warnings.warn(describe_unused(idle), UnusedLayerWarning, stacklevel=2)
 
     def first(parameter: Tensor) -> None:
         for handle in handles:
@@ -100,6 +110,6 @@ def warn_of_unsaved(root: nn.Module) -> None:
         warnings.warn(
             f"these parameters of the base require grad, but are not saved with the adapter: "
             f"{', '.join(learning[:5])}{more}; name their modules in Policy(train=...) when wrapping",
-            UserWarning,
+            UnsavedParametersWarning,
             stacklevel=4,
         )

@@ -14,6 +14,7 @@ from lowrank.calibration.statistics import ProjectionStatistics
 from lowrank.init import (
     ByRole,
     Factors,
+    FrozenA,
     Gaussian,
     Initializer,
     Kaiming,
@@ -29,13 +30,15 @@ from tests.linalg.matrices import gaussian, generator
 METHODS: dict[str, Initializer] = {
     "Kaiming": Kaiming(),
     "Gaussian": Gaussian(),
+    "FrozenA": FrozenA(),
     "Principal": Principal(),
     "Minor": Minor(),
     "Orthogonal": Orthogonal(),
     "TaskAligned": TaskAligned(),
     "ByRole": ByRole({Role.QUERY: Principal(), Role.VALUE: Minor()}, otherwise=TaskAligned()),
 }
-AT_ZERO = {"Kaiming", "Gaussian", "TaskAligned"}
+RANDOM = ("Kaiming", "Gaussian", "FrozenA")
+AT_ZERO = {*RANDOM, "TaskAligned"}
 SHAPES = [(24, 24), (16, 40), (40, 16)]
 
 
@@ -118,7 +121,7 @@ def test_it_is_data(method: str) -> None:
         init.rank = 3  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("Kaiming", "Gaussian")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in RANDOM])
 def test_nan_in_a_weight_is_refused(method: str) -> None:
     weight = gaussian(24, 24)
     weight[2, 3] = float("nan")
@@ -126,19 +129,19 @@ def test_nan_in_a_weight_is_refused(method: str) -> None:
         start(method, weight)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("Kaiming", "Gaussian")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in RANDOM])
 def test_a_rank_beyond_the_weight_is_refused(method: str) -> None:
     with pytest.raises(ValueError, match="rank 17 is out of range"):
         start(method, gaussian(16, 40), 17)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("Kaiming", "Gaussian")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in RANDOM])
 def test_a_weight_without_data_is_refused(method: str) -> None:
     with pytest.raises(ValueError, match="meta device"):
         start(method, torch.empty(24, 24, device="meta"))
 
 
-@pytest.mark.parametrize("method", ["Kaiming", "Gaussian"])
+@pytest.mark.parametrize("method", RANDOM)
 def test_weights_without_data_are_enough_for_random_starts(method: str) -> None:
     weight = torch.empty(40, 24, device="meta", dtype=torch.bfloat16)
     factors = METHODS[method](weight, 4, 1.0, role=Role.OTHER, statistics=None, generator=generator())

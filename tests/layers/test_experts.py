@@ -57,6 +57,15 @@ def gpt_oss() -> nn.Module:
     return hf.GptOssForCausalLM(config)
 
 
+def privacy_filter() -> nn.Module:
+    """As GPT-OSS, but it multiplies by ``weight[expert].float()``."""
+    rope = dict(rope_type="default", rope_theta=1e4)
+    config = hf.OpenAIPrivacyFilterConfig(
+        **SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8, rope_parameters=rope
+    )
+    return hf.OpenAIPrivacyFilterForTokenClassification(config)
+
+
 def llama4() -> nn.Module:
     config = hf.Llama4TextConfig(
         **SIZES, head_dim=8, intermediate_size_mlp=48, num_local_experts=4, num_experts_per_tok=1,
@@ -91,7 +100,17 @@ def ungated() -> nn.Module:
 
 MODELS = {
     each.__name__: each
-    for each in (mixtral, qwen3_moe, olmoe, granite_moe, deepseek_v3, gpt_oss, llama4, ungated)
+    for each in (
+        mixtral,
+        qwen3_moe,
+        olmoe,
+        granite_moe,
+        deepseek_v3,
+        gpt_oss,
+        privacy_filter,
+        llama4,
+        ungated,
+    )
 }
 WAYS = ("eager", "grouped_mm", "batched_mm")
 CASES = [(name, way) for name in MODELS for way in WAYS if name != "llama4" or way == "eager"]

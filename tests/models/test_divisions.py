@@ -243,6 +243,7 @@ ELSEWHERE = {
     "MiniMaxLightningAttention",
     *FUSED["gate_up_proj"],
     *FUSED["input_linear"],
+    *FUSED["proj"],
 }
 ROWS: list[Any] = [
     (kind, leaf, {"window_size": 3} if "Window" in kind else {})

@@ -64,6 +64,14 @@ def test_a_decoders_output_projection_is_a_head_wherever_it_is() -> None:
     assert output_heads(model) == {"decoder.output_projection": "called 'output_projection'"}
 
 
+def test_a_layer_called_head_is_one_where_it_scores_words() -> None:
+    joint = chain(joint=chain(head=linear()), ctc_head=linear(), body=linear())
+    joint.config = transformers.LlamaConfig(vocab_size=4)
+    assert output_heads(joint) == {"joint.head": "called 'head'", "ctc_head": "called 'ctc_head'"}
+    joint.config = transformers.LlamaConfig(vocab_size=5)
+    assert output_heads(joint) == {"ctc_head": "called 'ctc_head'"}, "it has other rows than words"
+
+
 def test_output_embeddings_and_tied_weights_are_said_in_the_plan() -> None:
     assert "lm_head: left out: an output head (the model's output embeddings)" in notes(
         build("llama"), "all-linear"
@@ -92,6 +100,7 @@ def test_an_attention_pooling_is_no_output_head() -> None:
         "attention.in_proj_weight[query]", "attention.in_proj_weight[key]", "attention.in_proj_weight[value]",
         "attention.out_proj", "mlp.fc1", "mlp.fc2",
     }  # fmt: skip
+    assert "text_model.head" in [p.module for p in chosen], "it projects what a tower pooled"
 
 
 def test_a_model_of_nothing_but_heads_says_so_without_an_empty_exclude() -> None:
@@ -253,10 +262,11 @@ def test_what_chooses_experts_is_adapted_by_name_only() -> None:
     assert modules(model, "all-linear") == ["gate", "mlp.experts.0", "mlp.experts.1"]
     assert notes(model, "all-linear").count("left out: it chooses experts") == 1
     assert modules(model, ["wg", "shared_expert_gate"]) == ["mlp.gate.wg", "mlp.shared_expert_gate"]
-    indexed = chain(self_attn=chain(q_proj=linear(), indexer=chain(wk=linear())))
+    indexed = chain(self_attn=chain(q_proj=linear(), indexer=chain(wk=linear(), kv_proj=linear())))
     assert modules(indexed, "all-linear") == ["self_attn.q_proj"]
-    assert "self_attn.indexer.wk: left out: it chooses tokens, and no gradient reaches it" in notes(
-        indexed, "all-linear"
+    assert (
+        "self_attn.indexer.wk, self_attn.indexer.kv_proj: left out: it chooses tokens, and no gradient reaches it"
+        in notes(indexed, "all-linear")
     )
     with pytest.raises(ValueError, match="target='key' matches no projection"):
         select(indexed, "key")
@@ -352,20 +362,29 @@ def test_matrices_that_no_linear_layer_holds_are_said() -> None:
 NAMES = {
     Role.QUERY: "encoder.layer.0.attention.self.query_global · self_attn.q_proj.linear · attn.add_q_proj · "
     "self_attn.q_a_proj · self_attn.q_b_proj · attention.attention.projection_query "
-    "· rwkv.attention.receptance",
-    Role.KEY: "attn.add_k_proj · attention.self.key_global · blocks.0.attention.key",
-    Role.VALUE: "attn.add_v_proj · attention.self.value_global",
+    "· rwkv.attention.receptance · attention.self.w2e_query · attention.self.layout_query · attention.q_head "
+    "· self_attention.project_q · self_attn.q_gate_proj · attn.to_query · layers.0.queries.linear",
+    Role.KEY: "attn.add_k_proj · attention.self.key_global · blocks.0.attention.key · attention.k_head "
+    "· self_attention.project_k",
+    Role.VALUE: "attn.add_v_proj · attention.self.value_global · attn.values_text_proj · attention.v_head",
     Role.OUTPUT: "self_attn.output_proj · self_attn.linear_out · self_attn.projection "
     "· attention.projection_layer · encoder.layer.0.attention.output · mixer.o_proj · attn.to_add_out "
-    "· conformer.0.attention.post",
+    "· conformer.0.attention.post · attn.out_vision_proj · attention.post_proj · self_attn.o_a_proj "
+    "· self_attention.attention_out",
     Role.UP: "feed_forward.intermediate_dense · mlp.linear_fc1 · mlp.fc_in · stages.0.layers.0.pwconv1 · "
-    "mlp.proj_in · mlp.dense1 · albert_layers.0.ffn · blocks.0.feed_forward.key",
+    "mlp.proj_in · mlp.dense1 · albert_layers.0.ffn · blocks.0.feed_forward.key · layers.0.mlp.in_proj "
+    "· layers.0.feed_forward1.ffw_layer_1.linear · layer.0.intermediate_query.dense "
+    "· x_layers.0.lang_inter.dense · layer.0.layout_intermediate.dense · adapter.up_proj_for_speech",
     Role.DOWN: "feed_forward.output_dense · mlp.linear_fc2 · mlp.fc_out · stages.0.layers.0.pwconv2 · "
-    "mlp.proj_out · mlp.dense2 · albert_layers.0.ffn_output · blocks.0.feed_forward.value · "
+    "mlp.proj_out · mlp.dense2 · albert_layers.0.ffn_output · blocks.0.feed_forward.value · mlp.out_proj · "
+    "layers.0.feed_forward1.ffw_layer_2.linear · layer.0.output_query.dense · ffn.ffn.w_out · "
+    "x_layers.0.visn_output.dense · adapter.down_proj_for_speech · "
     "shared_mlp.output_linear · transformer_blocks.0.ff.net.2",
     Role.GATE: "mlp.gate_proj · blocks.0.feed_forward.receptance",
     Role.OTHER: "self_attn.gate_proj · attentions.0.transformer_blocks.0.ff.net.0.proj · "
-    "bert.pooler.dense · proj_out",
+    "bert.pooler.dense · proj_out · self_attn.relative_k_proj · self_attn.output_gate · "
+    "self_attn.linear_pos · attention.self.conv_out_layer · self_attn.attention_weights · "
+    "layers.0.downsample.reduction · mixer.in_proj · mixer.out_proj",
 }
 
 
@@ -374,6 +393,21 @@ NAMES = {
 )
 def test_a_role_by_name(path: str, role: Role) -> None:
     assert role_of(path) == role
+
+
+def test_an_attention_is_told_by_its_keys_and_values_too() -> None:
+    pooling = chain(q_proj=linear(), k_proj=linear(), v_proj=linear(), output_proj=linear())
+    pooled = chain(body=linear(), head=pooling)
+    assert modules(pooled, "output") == ["head.output_proj"]
+    assert "head.k_proj" in modules(pooled, "all-linear"), "what attends is no output head"
+    as_list = chain(to_q=linear(), to_kv=nn.Linear(4, 8), to_out=nn.Sequential(linear()))
+    assert modules(chain(block=as_list), "output", exclude="to_kv") == ["block.to_out.0"]
+
+
+def test_a_fused_weight_in_a_wrapper_is_one() -> None:
+    wrapped = chain(queries_keys_values=chain(linear=nn.Linear(4, 16)), q_proj=linear())
+    with pytest.raises(ValueError, match="queries_keys_values.linear: nothing tells where query"):
+        select(chain(attention=wrapped), "query")
 
 
 def test_latent_attention_has_a_query_and_no_value() -> None:

@@ -116,8 +116,25 @@ def test_a_block_that_widens_and_narrows_has_an_up_and_a_down() -> None:
     assert roles(block((4, 8), (8, 4))) == {"part_0": "up", "part_1": "down"}
     assert set(roles(block((4, 8), (8, 8))).values()) == {"other"}, "a projector"
     assert set(roles(block((8, 4), (4, 8))).values()) == {"other"}, "a bottleneck"
+    named = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))})
+    assert list(roles(named).values()) == ["up", "down"], "the name says that it is a feed-forward block"
+    branches = block((4, 8), (4, 8), (8, 4))
+    assert set(roles(branches).values()) == {"other"}, "nothing shows a gate"
     attention = nn.ModuleDict({"attention": block((4, 8), (8, 4))})
     assert {p.role for p in lowrank.find_projections(attention)} == {Role.OTHER}
+
+
+def test_the_layer_that_narrows_is_the_down_wherever_it_is_kept() -> None:
+    class Lumina(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear_1, self.linear_2 = nn.Linear(6, 10), nn.Linear(10, 6)
+            self.linear_3 = nn.Linear(6, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear_2(nn.functional.silu(self.linear_1(x)) * self.linear_3(x))
+
+    assert roles(Lumina()) == {"linear_1": "gate", "linear_2": "down", "linear_3": "up"}
 
 
 def test_a_router_without_experts_beside_it_is_left_out() -> None:

@@ -85,3 +85,37 @@ def test_a_failed_start_fails_in_both(done: list[dict[str, Any]]) -> None:
     assert one[0] == two[0] == "ValueError"
     assert "adapting the model failed in rank 1" in one[1] and "no factors today" in two[1]
     assert [found["fails, left"] for found in done] == [[], []]
+
+
+# -- magnitudes ---------------------------------------------------------------------------------------
+
+
+def with_magnitudes(rank: int) -> dict[str, Any]:
+    base = zoo.build("llama")
+    if rank:
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.mul_(1 + 1e-6)
+    model = lowrank.wrap_model(base, presets.pissa(rank=2, dora=True), progress=False)
+    tensors = {
+        f"{p.name}.{key}": tensor.detach().clone()
+        for p, adapter in lowrank.adapters.adapters_of(model).items()
+        for key, tensor in (*adapter.named_parameters(), *adapter.named_buffers())
+    }
+    policy = presets.lora(rank=2, dora=rank == 1)
+    return {
+        "tensors": tensors,
+        "plans": refusal(lambda: lowrank.wrap_model(zoo.build("llama"), policy, progress=False)),
+    }
+
+
+def test_magnitudes_are_those_of_rank_0(tmp_path: Path) -> None:
+    """Also what is not saved: the start is exact only where they are the norms that it was made from."""
+    one, two = together(with_magnitudes, tmp_path)
+    assert one["tensors"].keys() == two["tensors"].keys()
+    assert any(key.endswith("magnitude.squares") for key in one["tensors"])
+    for key, tensor in one["tensors"].items():
+        assert torch.equal(tensor, two["tensors"][key]), key
+    for kind, message in (one["plans"], two["plans"]):
+        assert kind == "ValueError"
+        assert "for dora, rank 0 has False and rank 1 has True" in message

@@ -13,13 +13,14 @@ import lowrank
 from lowrank import Policy, presets
 from lowrank.processes import part, whole
 from tests import zoo
-from tests.helpers import frozen_logits, perturb, wrapped
+from tests.helpers import frozen_logits, logits, perturb, wrapped
 from tests.parallel.processes import refusal, sharded, together
 
 CASES: dict[str, tuple[str, Policy]] = {
     "lora": ("llama", presets.lora(rank=4)),
     "anchored": ("llama", presets.pissa(rank=4)),
     "with a module trained in full": ("bert", presets.lora(rank=2, train=("classifier",))),
+    "with magnitudes": ("llama", presets.dora(rank=4)),
     "tied": ("tied_llama", presets.lora(rank=2)),
 }
 
@@ -53,6 +54,11 @@ def saved_and_swapped(rank: int, folder: Path) -> dict[str, Any]:
     if rank == 1:
         part(next(lowrank.adapter_parameters(model))).fill_(float("nan"))
     found["NaN"] = refusal(lambda: lowrank.save_adapter(model, folder / "lora"))
+
+    model = sharded(adapted("with magnitudes"))
+    found["magnitudes"] = logits(model, batch)
+    model(**batch).loss.backward()
+    found["their gradients"] = [whole(p.grad) for p in lowrank.adapter_parameters(model)]
 
     model = sharded(adapted("anchored"))
     model(**batch).loss.backward()
@@ -97,6 +103,16 @@ def test_a_sharded_adapter_is_saved_as_one_process_saves_it(case: str, done: Any
     lowrank.load_adapter(base, folder / case)
     for got, wanted in zip(base.parameters(), adapted(case).parameters(), strict=True):
         assert torch.equal(got, wanted)
+
+
+def test_magnitudes_act_and_train_on_a_sharded_base(done: Any) -> None:
+    model, batch = adapted("with magnitudes"), zoo.batch("llama")
+    wanted = logits(model, batch)
+    model(**batch).loss.backward()
+    for found in done[1]:
+        torch.testing.assert_close(found["magnitudes"], wanted)
+        for got, p in zip(found["their gradients"], lowrank.adapter_parameters(model), strict=True):
+            torch.testing.assert_close(got, p.grad)
 
 
 def test_swapping_fills_the_shards(done: Any) -> None:

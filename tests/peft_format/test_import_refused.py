@@ -49,7 +49,7 @@ def untouched(folder: Path, message: str, family: str = "bert") -> str:
 
 
 FEATURES: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": ({"use_dora": True}, "use_dora = True is a PEFT feature"),
+    "DoRA": ({"use_dora": True}, r"its magnitudes \(DoRA\) are None, and use_dora is True"),
     "a trained bias": ({"bias": "lora_only"}, "bias = 'lora_only'"),
     "lora_bias": ({"lora_bias": True}, "lora_bias = True"),
     "target_parameters": ({"target_parameters": ["experts.w"]}, "target_parameters = "),
@@ -91,7 +91,17 @@ def rename(old: str, new: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor
 
 
 TENSOR_CASES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
-    "DoRA": (lambda t: {**t, "base_model.model.x.lora_magnitude_vector": torch.ones(1)}, "DoRA"),
+    "DoRA": (
+        lambda t: {**t, "base_model.model.x.lora_magnitude_vector": torch.ones(1)},
+        "x: the folder has magnitudes",
+    ),
+    "magnitudes that the configuration does not tell": (
+        lambda t: {
+            **t,
+            next(iter(t)).split(".lora_")[0] + ".lora_magnitude_vector": torch.ones(32),
+        },
+        r"magnitudes \(DoRA\) are \(32,\), and use_dora is False",
+    ),
     "an embedding": (
         rename("lora_A.weight", "lora_embedding_A"),
         "the names of another kind of layer than Linear",

@@ -155,15 +155,15 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(damage: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_the_step(
-    number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_stops_after_the_step(number: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole, _ = run(tmp_path / "whole", callbacks=[Interrupt(9, fail)])
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Stopped, match="after step 3 of 8; it is saved in .*step-00000003") as caught:
         run(tmp_path / "run", callbacks=[Interrupt(3, lambda: os.kill(os.getpid(), number))])
     assert caught.value.code == 128 + number and len(caught.value.history) == 3
-    assert "the same call continues" in capsys.readouterr().err
+    (notice,) = caplog.records
+    assert notice.name == "lowrank" and notice.levelname == "WARNING"
+    assert "the same call continues" in notice.message
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     model, _ = run(tmp_path / "run", callbacks=[Interrupt(9, fail)])
     assert same(whole, model)

@@ -1,0 +1,37 @@
+"""Loads a model from a folder, as a command names it. Needs transformers, or diffusers for its models."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+from torch import nn
+
+from lowrank.checkpoint import load_adapter
+from lowrank.peft_format import import_peft
+from lowrank.peft_format.folder import CONFIG as PEFT_CONFIG
+
+
+def load(folder: Path) -> nn.Module:
+    """The model in ``folder``, of the class that ``config.json`` names, in the dtype of the files.
+
+    Raises ValueError where there is none.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} holds no model: its config.json cannot be read ({error})") from error
+    library, name = ("diffusers", config["_class_name"]) if "_class_name" in config else (
+        "transformers", (config.get("architectures") or ["AutoModel"])[0]
+    )  # fmt: skip
+    kind = getattr(importlib.import_module(library), name, None)
+    if kind is None:
+        raise ValueError(f"{folder}: {library} has no class {name}")
+    options = {"dtype": "auto"} if library == "transformers" else {}
+    return kind.from_pretrained(folder, local_files_only=True, **options)
+
+
+def load_onto(model: nn.Module, adapter: Path, name: str = "default") -> None:
+    """Puts the adapter in the folder ``adapter``, lowrank's own or PEFT's, on ``model``."""
+    (import_peft if (adapter / PEFT_CONFIG).is_file() else load_adapter)(model, adapter, name)

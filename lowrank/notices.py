@@ -1,0 +1,36 @@
+"""What the package says beside its results: the logger "lowrank", and the categories of its warnings.
+
+It installs no handler and sets no level: those are the application's.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from tqdm import tqdm
+
+logger = logging.getLogger("lowrank")
+
+
+class LowrankWarning(UserWarning):
+    """The category that every warning of lowrank belongs to."""
+
+
+class UnusedLayerWarning(LowrankWarning):
+    """An adapted layer has no effect: no forward uses it, or the loss does not depend on it."""
+
+
+class UnsavedParametersWarning(LowrankWarning):
+    """Parameters of the base are trained, and saving the adapter does not save them."""
+
+
+def show(text: str) -> None:
+    """Logs what the user has asked to see, as INFO. Where no logging shows INFO, it is written to stderr.
+
+    A bar that is on the screen stays whole.
+    """
+    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
+        logger.info(text)
+    else:
+        tqdm.write(text, file=sys.stderr)

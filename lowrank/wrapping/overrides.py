@@ -1,0 +1,82 @@
+"""What a policy says of single layers and projections: `layers`, `ranks` and `alphas`. It knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar, cast
+
+from lowrank.allocate.base import Allocation
+from lowrank.allocate.budget import Costs
+from lowrank.models.fused import matches
+from lowrank.models.projections import Projection
+from lowrank.policy import Policy
+
+T = TypeVar("T")
+
+
+def layer_number(p: Projection) -> int | None:
+    """The index of the repeated block that holds ``p``: the first number in its path; None without one."""
+    return next((int(part) for part in p.module.split(".") if part.isdigit()), None)
+
+
+def in_layers(projections: Sequence[Projection], policy: Policy) -> tuple[list[Projection], list[str]]:
+    """The projections in the layers that the policy names, and a note on the others.
+
+    Raises:
+        ValueError: a number that no targeted layer has.
+    """
+    if policy.layers is None:
+        return list(projections), []
+    numbers = {p: layer_number(p) for p in projections}
+    there = sorted({number for number in numbers.values() if number is not None})
+    if isinstance(policy.layers, str):
+        first, _, last = policy.layers.partition(":")
+        start, stop = int(first or 0), int(last) if last else max(there, default=0) + 1
+        wanted, absent = {n for n in there if start <= n < stop}, []
+    else:
+        wanted = set(cast("Sequence[int]", policy.layers))
+        absent = sorted(wanted - set(there))
+    if absent or not wanted:
+        known = f"{there[0]} to {there[-1]}" if there else "none: no path holds a number"
+        said = f"; {', '.join(map(str, absent))} is not there" if absent else ""
+        raise ValueError(f"layers={policy.layers!r} names layers without a target{said}; they are {known}")
+    kept = [p for p, number in numbers.items() if number in wanted]
+    left = len(projections) - len(kept)
+    return kept, [f"{left} projections: left out, outside of layers={policy.layers!r}"] if left else []
+
+
+def overridden(
+    allocations: Mapping[Projection, Allocation], policy: Policy, cost: Costs, reference: int
+) -> dict[Projection, Allocation]:
+    """``allocations`` with the ranks and alphas that the policy says by name.
+
+    The scaling of such a projection is that of its own alpha and its own rank, as with PEFT's patterns.
+
+    Raises:
+        ValueError: a pattern that matches no projection, or a rank that one cannot have.
+    """
+    ranks = _by_pattern(policy.ranks, list(allocations), "ranks")
+    alphas = _by_pattern(policy.alphas, list(allocations), "alphas")
+    made = dict(allocations)
+    for p in {**ranks, **alphas}:
+        rank = ranks.get(p, made[p].rank)
+        if rank > cost.largest[p]:
+            raise ValueError(f"{p.name} of shape {p.shape}: ranks says {rank}, at most {cost.largest[p]}")
+        own = replace(policy, alpha=alphas.get(p, policy.alpha), ranks={}, alphas={})
+        made[p] = Allocation(rank, own.reference_scaling(ranks.get(p, reference)))
+    return made
+
+
+def _by_pattern(said: Mapping[str, T], projections: Sequence[Projection], what: str) -> dict[Projection, T]:
+    """What ``said`` has for each projection; of several patterns that match it the longest counts."""
+    found: dict[Projection, T] = {}
+    for pattern in sorted(said, key=len):
+        hits = [p for p in projections if pattern in (p.name, p.role.value) or matches(p.module, pattern)]
+        if not hits:
+            ends = list(dict.fromkeys(p.module.rpartition(".")[2] for p in projections))
+            raise ValueError(
+                f"{what}={pattern!r} matches no targeted projection; they are {', '.join(ends[:8])}"
+            )
+        found |= dict.fromkeys(hits, said[pattern])
+    return found

@@ -1,0 +1,51 @@
+"""Each example runs in its small form, without downloads, and says what it did."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# name → what it needs beside transformers, further options, what it prints, what it leaves in its folder
+EXAMPLES = {
+    "with_transformers_trainer": ("accelerate", ["--steps", "4"], "after 4 steps", "adapter/adapter.json"),
+    "with_lightning": ("pytorch_lightning", ["--steps", "3"], "^3 steps", "adapter/adapter.json"),
+    "with_accelerate": ("accelerate", ["--steps", "3"], "step 3: loss", "adapter/adapter.json"),
+    "serve_many_adapters": (None, ["--steps", "3"], "both give the same: True", "polite/adapter.json"),
+    "diffusion": ("diffusers", ["--steps", "3"], "the same within [0-9.]+e-0[5-9]", "adapter.safetensors"),
+    "vision": (None, ["--steps", "4"], "the head is saved", "adapter/adapter.json"),
+    "own_initializer": (None, ["--steps", "3"], r"LargestRows\(.*loss", None),
+}
+
+
+def test_every_example_is_run_here() -> None:
+    """finetune_llm and compare_methods have tests of their own; reviews is data."""
+    files = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert files - {"finetune_llm", "compare_methods", "reviews"} == set(EXAMPLES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_it_runs(name: str, tmp_path: Path) -> None:
+    needed, options, printed, left = EXAMPLES[name]
+    if needed is not None and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"needs {needed}")
+    out = [] if left is None else ["--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--tiny", *options, *out],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "LOWRANK_PROGRESS": "0"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(printed, done.stdout, re.MULTILINE), done.stdout
+    assert left is None or (tmp_path / left).is_file()
