@@ -104,7 +104,6 @@ class LoRALinear(AdaptedLayer):
             y = offsets.multiplied(y, x, factor)
         return y
 
-<<<<<<< HEAD
     def _without_graph(self, x: Tensor, *rest: Any) -> Tensor | None:
         """The output where a plain base is called in evaluation and no graph is built, else None."""
         acting, modules = self.acting, self._modules  # a module's __getattr__ takes ten times as long
@@ -117,11 +116,10 @@ class LoRALinear(AdaptedLayer):
             return None
         x, weight, bias = to_autocast(x, weight, base._parameters["bias"])
         return infer(x, weight, bias, blocks, self.kept)
-=======
+
     def _excess(self, part: RowBlocks, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         """By how much the magnitudes of ``part`` scale each column of the output, less 1, (out,)."""
         return excess_of(part.held(), multiplied_by(self.base, weight, dtype), self.out_features)
->>>>>>> main
 
     def _by_rows(self, rows: ExampleAdapters, *args: Any, **kwargs: Any) -> Tensor:
         y, parts = self.base(*args, **kwargs), self._parts()

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lowrank.layers.acting import Acting
-from lowrank.layers.adapter import RowBlocks
+from lowrank.layers.adapter import Adapter, RowBlocks
 from lowrank.layers.block import Block
 from lowrank.layers.inference import Transient
 
@@ -31,7 +31,10 @@ class Ready(Transient):
         self._blocks: list[Block] = []
 
     def blocks(self, acting: Acting, parts: Mapping[str, RowBlocks]) -> list[Block]:
-        """The blocks of what acts, without dropout, a mixture's weights in their scalings."""
+        """The blocks of what acts, without dropout, a mixture's weights in their scalings.
+
+        Empty where nothing acts, or where something does that is no block: magnitudes, rows that train apart.
+        """
         names, weights = self._choice
         if acting.names is not names or acting.weights is not weights or not self._current():
             self._find(acting, parts)
@@ -49,18 +52,21 @@ class Ready(Transient):
     def _find(self, acting: Acting, parts: Mapping[str, RowBlocks]) -> None:
         self._choice = acting.names, acting.weights
         self._read, self._weights, self._blocks = [], [], []
+        special = False
         for name in acting.names:
             part = parts.get(name)
             self._read.append((parts, name, part))
             if part is None:
                 continue
+            special = special or part.rescales or part.tokens is not None
             part.note("called")
             weight = acting.weights.get(name)
             if weight is not None:
                 self._read.append((acting.weights, name, weight))
                 self._weights.append((weight, weight._version))
             for key, adapter in part._modules.items():
-                assert adapter is not None
+                if not isinstance(adapter, Adapter):
+                    continue
                 own, factors, anchor = adapter.__dict__, adapter._parameters, adapter._buffers
                 self._read.append((part._modules, key, adapter))
                 self._read.append((own, "scaling", own["scaling"]))
@@ -68,3 +74,5 @@ class Ready(Transient):
                 self._read += [(factors if each in factors else anchor, each, held[each]) for each in held]
             factor = 1.0 if weight is None else float(weight)
             self._blocks += [block._replace(scaling=block.scaling * factor) for block in part.blocks()]
+        if special:
+            self._blocks = []
