@@ -41,7 +41,6 @@ CASES: dict[str, Case] = {
     **dict.fromkeys(zoo.FAMILIES, Case()),
     **dict.fromkeys(["bert", "minilm", "roberta", "distilbert", "deberta", "vit"], HEAD),
     "phi3": Case(fused=PHI3),
-    "mixtral": Case(not_for_peft=("experts",), why=BY_WEIGHT),
     "mamba": Case(not_for_peft=("x_proj", "dt_proj", "out_proj"), why=BY_WEIGHT),
     "torch_encoder": Case(train=("head",), not_for_peft=("encoder",), why=BY_WEIGHT),
     "torch_transformer": Case(

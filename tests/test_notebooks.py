@@ -26,8 +26,10 @@ def test_they_are_up_to_date(name: str) -> None:
 def test_the_cells_run_in_order(name: str, tmp_path: Path) -> None:
     path, _ = written(name)
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    code = code.replace("'--tiny'", "'--tiny', '--steps', '2'").replace("'..'", repr(str(ROOT / "examples")))
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    sources[0] = sources[0].replace("'..'", repr(str(ROOT / "examples")))
+    sources[-1] = sources[-1].replace("'--tiny'", "'--tiny', '--steps', '2'")
+    code = f"for source in {sources!r}:\n    exec(source, globals())\n"
     (tmp_path / "notebook.py").write_text(code, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOWRANK_PROGRESS": "0"}
     command = [sys.executable, str(tmp_path / "notebook.py")]

@@ -16,13 +16,14 @@ from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter, RowBlocks, full_delta
 from lowrank.layers.bases import plain_weight
 from lowrank.layers.block import Block
-from lowrank.layers.functional import add_lora, fused_lora
+from lowrank.layers.functional import add_lora, fused_lora, to_autocast, transformed
 from lowrank.layers.grouped import ExampleAdapters, add_grouped
-from lowrank.layers.inference import Kept
+from lowrank.layers.inference import Kept, infer
 from lowrank.layers.layer import AdaptedLayer, note_compiler
 from lowrank.layers.magnitude import excess_of, multiplied_by, rescaled
 from lowrank.layers.offsets import TokenOffsets
 from lowrank.layers.reading import AS_STORED, TRANSPOSED, Layout
+from lowrank.layers.ready import Ready
 
 
 class LoRALinear(AdaptedLayer):
@@ -57,7 +58,7 @@ class LoRALinear(AdaptedLayer):
     ) -> None:
         super().__init__(base, in_features=in_features, out_features=out_features, name=name, acting=acting)
         self.transposed = hasattr(base, "nf") if transposed is None else transposed
-        self.kept = Kept()
+        self.ready, self.kept = Ready(), Kept()
         first = list(adapters)
         if first:
             self.put(name, first, dropout)
@@ -68,6 +69,10 @@ class LoRALinear(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base makes of its arguments, of which the first is x, plus the updates."""
+        if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training or kwargs):
+            y = self._without_graph(*args)
+            if y is not None:
+                return y
         if self.acting.rows is not None:
             return self._by_rows(self.acting.rows, *args, **kwargs)
         products, tokens = self._products("called")
@@ -98,6 +103,19 @@ class LoRALinear(AdaptedLayer):
         for offsets, factor in tokens:
             y = offsets.multiplied(y, x, factor)
         return y
+
+    def _without_graph(self, x: Tensor, *rest: Any) -> Tensor | None:
+        """The output where a plain base is called in evaluation and no graph is built, else None."""
+        acting, modules = self.acting, self._modules  # a module's __getattr__ takes ten times as long
+        base: Any = modules["base"]
+        weight = plain_weight(base)
+        if weight is None or rest or acting.rows is not None or transformed():
+            return None
+        blocks = self.ready.blocks(acting, modules["adapters"]._modules)  # type: ignore[arg-type, union-attr]
+        if not blocks:
+            return None
+        x, weight, bias = to_autocast(x, weight, base._parameters["bias"])
+        return infer(x, weight, bias, blocks, self.kept)
 
     def _excess(self, part: RowBlocks, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         """By how much the magnitudes of ``part`` scale each column of the output, less 1, (out,)."""

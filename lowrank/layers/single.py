@@ -17,17 +17,17 @@ from lowrank.layers.gemm import accumulate, differentiable_once, down, flat, own
 
 def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
     """dS = s·dY·B; dB = s·(Sᵀ·dY)ᵀ; dA = dSᵀ·x; dX = dS·A, then += dY·W."""
-    x, weight, mask, S, A, B, A0, B0 = ctx.saved_tensors
+    x, weight, mask, S, A, B, low, high = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_A = ctx.needs_input_grad[:4]
     dX = dW = db = dA = None
     dy = flat(dY).contiguous()
-    dS, dB = through_up(dy, up(B, B0, dy.dtype), S, ctx.scaling, B, needs_x or needs_A)
+    dS, dB = through_up(dy, high, S, ctx.scaling, B, needs_x or needs_A)
     if needs_A:
         # Beside an anchor A meets x twice, in A0 + A and in A, and its gradient is the sum.
-        dT = dS if A0 is None else dS[:, : len(A)] + dS[:, len(A) :]
+        dT = dS if dS.shape[1] == len(A) else dS[:, : len(A)] + dS[:, len(A) :]
         dA = (dT.t() @ (flat(x) if mask is None else flat(x) * mask)).to(A.dtype)
     if needs_x:
-        dX = dS @ down(A, A0, dy.dtype)
+        dX = dS @ low
         if mask is not None:
             dX.mul_(mask)
         accumulate(dX, dy, weight)  # the large product onto the small one: no pass of its own
@@ -43,8 +43,9 @@ class SingleProduct(torch.autograd.Function):
     """``y = x·Wᵀ + bias + scaling · x·Aᵀ·Bᵀ``: three products forward, five backward.
 
     With anchors A0, B0 the pair is ``[A0 + A; A]``, ``[B, B0]``. `mask` is True where dropout keeps x. Kept
-    are S = x·Aᵀ, x where A or the weight is trained, and the weight and the factors themselves. Not `exact`,
-    the base product accumulates onto the update, which reads y once less.
+    are S = x·Aᵀ, x where A or the weight is trained, the weight, and the factors as they were multiplied by:
+    in half precision these are copies, ``r·(in + out)`` entries, which backward need not cast again. Not
+    `exact`, the base product accumulates onto the update, which reads y once less.
     """
 
     backward = staticmethod(differentiable_once(_gradients))
@@ -63,8 +64,9 @@ class SingleProduct(torch.autograd.Function):
         scaling: float,
         exact: bool,
     ) -> Tensor:
-        x2, right = flat(x), up(B, B0, x.dtype).t()
-        S = (x2 if mask is None else x2 * mask) @ down(A, A0, x.dtype).t()
+        x2, low, high = flat(x), down(A, A0, x.dtype), up(B, B0, x.dtype)
+        right = high.t()
+        S = (x2 if mask is None else x2 * mask) @ low.t()
         if exact:
             y = F.linear(x, weight, bias).contiguous()
             accumulate(flat(y), S, right, scaling)
@@ -79,6 +81,8 @@ class SingleProduct(torch.autograd.Function):
             weight if needs_x else None,
             mask if needs_A or needs_x else None,
             S if needs_B else None,
-            *(A, B, A0, B0),
+            *(A, B),
+            low if needs_x else None,
+            high if needs_A or needs_x else None,
         )
         return owned(y)

@@ -7,6 +7,7 @@ narrows, and of the two others the gate is the one that the output does not depe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def _roles(block: nn.Module, *, said: bool) -> Mapping[str, Role]:
     Args:
         said: its name says that it is one: of two layers the first is the up, whatever their widths.
     """
-    shapes = {name: declared_shape(child) for name, child in block.named_children() if is_linear(child)}
+    linear = (named for named in block.named_children() if is_linear(named[1]))
+    shapes = {name: declared_shape(child) for name, child in islice(linear, 4)}  # of many, 4 say enough
     if len(shapes) not in (2, 3) or sum(map(is_linear, block.modules())) != len(shapes):
         return {}
     if said and len(shapes) == 2:

@@ -66,10 +66,10 @@ def test_the_base_output_that_add_lora_got_stays(anchored: bool) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "dtype", "operations"),
-    [("one", torch.float32, 3), ("one", BF16, 5), ("anchored", BF16, 9)],
+    [("one", torch.float32, 3), ("one", BF16, 5), ("anchored", BF16, 8)],
 )
 def test_one_token_takes_few_operations(layout: str, dtype: torch.dtype, operations: int) -> None:
-    """The base, the two products and the sum, a cast of x in half precision; four more beside an anchor."""
+    """The base, the two products and the sum, a cast of x in half precision; three more for a pair."""
     x, weight = torch.randn(1, 1, IN, dtype=dtype), torch.randn(OUT, IN, dtype=dtype)
     with torch.no_grad(), Count() as count:
         fused_lora(x, weight, None, make_blocks(layout))
@@ -225,9 +225,9 @@ def test_inference_tensors_are_not_kept() -> None:
     with torch.inference_mode():
         blocks = [Block((0, OUT), torch.randn(2, IN), torch.randn(OUT, 2), 1.0)]
         kept = Kept()
-        before = kept.laid(blocks, BF16).ups[0].clone()
+        before = kept.laid(blocks, BF16).ups[0].right.clone()
         blocks[0].B.add_(1)
-        assert not torch.equal(kept.laid(blocks, BF16).ups[0], before)
+        assert not torch.equal(kept.laid(blocks, BF16).ups[0].right, before)
 
 
 @pytest.mark.usefixtures("keeping")
@@ -252,6 +252,85 @@ def test_it_holds_one_copy_of_the_factors() -> None:
     for _ in range(3):
         laid = net[0].kept.laid(blocks, BF16)
     entries = sum(t.numel() for block in blocks for t in (block.A, block.B, block.A0, block.B0))
-    assert sum(t.numel() for t in (laid.down, *laid.ups)) == entries
+    assert sum(t.numel() for t in (laid.down, *(up.right for up in laid.ups))) == entries
     net(torch.randn(2, IN, dtype=BF16))
     assert net[0].kept._held is None, "a call that builds a graph lets go of it"
+
+
+def test_what_acts_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the blocks nor an anchored pair are made anew for each token."""
+    net, x = model().eval(), torch.randn(3, IN, dtype=BF16)
+    with torch.no_grad():
+        first = net(x)
+        monkeypatch.setattr(inference, "lay_out", lambda *_: pytest.fail("laid out again"))
+        monkeypatch.setattr(LoRALinear, "_products", lambda *_: pytest.fail("found again"))
+        assert torch.equal(net(x), first)
+
+
+def rescale(net: nn.Module) -> None:
+    net[0].part()[0].scaling = 5.0
+
+
+def put_another(net: nn.Module) -> None:
+    net[0].part()[0] = copy.deepcopy(net[0].part()[0])
+    edit(net)
+
+
+def switch_off(net: nn.Module) -> None:
+    lowrank.set_adapters(net, ())
+
+
+def hook_the_base(net: nn.Module) -> None:
+    net[0].base.register_forward_hook(lambda module, args, y: y + 1)
+
+
+def exchange_the_weight(net: nn.Module) -> None:
+    net[0].base.weight = nn.Parameter(net[0].base.weight + 1, requires_grad=False)
+
+
+def weigh(net: nn.Module) -> None:
+    lowrank.set_adapters(net, {"default": 0.5})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        step, edit, edit_anchor, exchange, reassign_data, load_state, train_through_data, rescale,
+        put_another, switch_off, hook_the_base, exchange_the_weight, weigh,
+    ],
+)  # fmt: skip
+def test_a_change_is_seen_by_the_next_token(change: Callable[[nn.Module], None]) -> None:
+    """As it runs on a CPU: few tokens, in evaluation. A fresh copy of the model says what is right."""
+    net, x = model().eval(), torch.randn(3, IN, dtype=BF16)
+    edit(net)
+    with torch.no_grad():
+        before = net(x)
+    change(net)
+    with torch.no_grad():
+        after = net(x)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, copy.deepcopy(net)(x))
+
+
+@pytest.mark.parametrize("tokens", [3, 3000], ids=["few", "many"])
+def test_a_mixture_is_one_pair(tokens: int) -> None:
+    net, x = model().eval(), torch.randn(tokens, IN, dtype=BF16)
+    edit(net)
+    lowrank.add_adapter(net, presets.lora(rank=2), name="other", progress=False)
+    with torch.no_grad():
+        for parameter in net[0].part("other").parameters():
+            parameter.add_(0.3)
+        lowrank.set_adapters(net, {"default": 0.7, "other": -0.5})
+        y = net[0](x)
+        if tokens == 3:
+            with Count() as count:
+                net[0](x)
+            assert count.counter["mm"] + count.counter["addmm"] == 3, count.counter
+    wanted = net[0].base.weight.double() + sum(
+        weight * net[0].delta_weight(name).double() for name, weight in (("default", 0.7), ("other", -0.5))
+    )
+    reference = F.linear(x.double(), wanted, net[0].base.bias.double())
+    assert (y.double() - reference).abs().max() / reference.abs().max() < 8 * torch.finfo(BF16).eps
+    lowrank.set_adapters(net, {"default": 0.7, "other": 0.5})
+    with torch.no_grad():
+        assert not torch.equal(net[0](x), y)
