@@ -1,7 +1,8 @@
 """Which model families lowrank adapts without a hint: builds each small, and checks it all the way.
 
-Every type that the installed transformers knows (and timm's families where timm is installed), each in a
-process of its own, one JSON line each. It can be stopped at any time and takes up where it was.
+Every type that the installed transformers knows, and, where they are installed, timm's families and
+denoisers of diffusers, each in a process of its own, one JSON line each.
+It can be stopped at any time and takes up where it was.
 """
 
 from __future__ import annotations
@@ -157,7 +158,10 @@ def problems(row: dict[str, Any]) -> str:
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """The counts, and a line for each model that does not pass, as markdown."""
     lines = ["# Census of model families", "", "Default `lora(rank=2)`, no hint, small random models.", ""]
-    lines += ["| library | types | built | run | hold a projection | pass | share |", "|" + "---|" * 7]
+    lines += [
+        "| library | types counted | built | run | hold a projection | pass | share |",
+        "|" + "---|" * 7,
+    ]
     for library in sorted({name.partition(":")[0] for name in rows}):
         own = [row for name, row in rows.items() if name.startswith(library + ":")]
         states = Counter(row["state"] for row in own)
