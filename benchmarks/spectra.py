@@ -132,14 +132,14 @@ def sketch(matrix: Tensor, asked: Question, iterations: int) -> Part:
 
 
 def oversampled(matrix: Tensor, asked: Question, iterations: int) -> Part:
-    """`torch.svd_lowrank` with ten more columns than were asked for, or with as many again, cut to the rank."""
+    """`torch.svd_lowrank` with ten more columns than were asked for, or as many again, cut to the rank."""
     columns = min(max(asked.rank + 10, 2 * asked.rank), *matrix.shape)
     U, S, V = torch.svd_lowrank(matrix, columns, niter=iterations)
     return U[:, : asked.rank], S[: asked.rank], V[:, : asked.rank].mT
 
 
 def equally_accurate(matrix: Tensor, asked: Question, iterations: dict[int, int]) -> Part:
-    """`oversampled`, with the fewest iterations (of 1, 2, 4 … 256) that lose at most twice the energy that ours does.
+    """`oversampled`, with the fewest iterations (1, 2, 4 … 256) that lose at most twice the energy that ours does.
 
     They are searched for at the first call, which is no part of the timing, and noted for this matrix.
     """

@@ -78,9 +78,9 @@ class Policy:
     dropout: float = 0.0
     train: Sequence[str] = ()
     fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    seed: int = 0
     roles: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    seed: int = 0
     dora: bool = False
     layers: str | int | Sequence[int] | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)

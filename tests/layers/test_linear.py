@@ -194,7 +194,7 @@ def test_printing_says_what_it_is() -> None:
 
 def on(param: str, *adapters: Adapter) -> WeightAdapters:
     made = WeightAdapters(Acting(("default",)))
-    made.put("default", {param: adapters})
+    made.put("default", {param: adapters}, {})
     return made
 
 
