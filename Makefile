@@ -23,7 +23,7 @@ PROJECT := pyproject.toml constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-levels test-lowest check lint format types docs benchmarks census study study-data gpu clean distclean
+.PHONY: help demo test test-levels test-lowest examples notebooks check lint format types docs benchmarks census study study-data gpu clean distclean
 .NOTPARALLEL:
 
 help: ## this list
@@ -66,6 +66,17 @@ $(LOWEST)/.ready: pyproject.toml Makefile
 	$(LOWEST)/bin/python -m pip install --quiet $(LOWEST_PINS) 'transformers>=5.0' hypothesis pytest pytest-timeout pytest-xdist
 	$(LOWEST)/bin/python -m pip install --quiet --no-deps -e .
 	@touch $@
+
+SIZE ?= --tiny
+EXAMPLES := with_transformers_trainer with_lightning with_accelerate serve_many_adapters diffusion vision own_initializer
+
+examples: $(addprefix example-,$(EXAMPLES)) ## all examples, nothing downloaded; make example-vision SIZE= for one, larger
+
+example-%: $(READY)-test
+	PYTHONPATH=. $(PY) examples/$*.py $(SIZE) $(ARGS)
+
+notebooks: $(READY)-dev ## the notebooks, written anew from the examples
+	$(PY) examples/notebooks.py
 
 check: test lint types docs ## everything that must pass before a commit
 

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 import transformers
-from measure import result_name, surroundings, verdict
 from models import MODELS
+from timing import result_name, surroundings, verdict
 from torch import Tensor, nn
 
 import lowrank

@@ -16,7 +16,7 @@ from lowrank.memory import memory_report
 from lowrank.merging import merge, remove_adapter, unwrap
 from lowrank.models.projections import Projection, Role, find_projections
 from lowrank.notices import LowrankWarning, UnsavedParametersWarning, UnusedLayerWarning
-from lowrank.peft_format import PeftExport, export_diffusers, export_peft, import_peft
+from lowrank.peft_format import PeftExport, export_diffusers, export_peft, import_diffusers, import_peft
 from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.swapping import swap_adapter
@@ -57,6 +57,7 @@ __all__ = [
     "export_diffusers",
     "export_peft",
     "find_projections",
+    "import_diffusers",
     "import_peft",
     "init",
     "layers",

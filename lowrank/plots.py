@@ -76,7 +76,7 @@ def heat_map(
     """
     pyplot, style = _pyplot()
     with style, pyplot.rc_context({"axes.grid": False}):
-        width = max(4.0, 1.8 + 0.45 * len(columns))
+        width = max(6.0, 1.8 + 0.45 * len(columns), 0.09 * len(title))
         figure, axis = pyplot.subplots(figsize=(min(width, 24), 1.4 + 0.4 * len(rows)), layout="constrained")
         values = [[float("nan") if cell is None else float(cell) for cell in row] for row in cells]
         most = max((cell for row in cells for cell in row if cell is not None), default=0)

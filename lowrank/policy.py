@@ -17,6 +17,7 @@ from lowrank.models.targets import Target
 
 FORMAT, VERSION = "lowrank-policy", 1
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
+EXPERT_RANKS = ("rank", "rank/active")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Policy:
         ranks, alphas: by name, pattern or role, for projections with a rank or alpha of their own:
             ``{"q_proj": 32}``. Of several that match, the longest counts. Their scaling is that of their own
             alpha and rank. Ranks and a budget exclude each other.
+        expert_rank: of experts: ``"rank"``, as of any projection, or ``"rank/active"``: divided by the number
+            of experts that act on a token, and at least 1. Their scaling is that of the divided rank. Not
+            beside a budget.
         dora: train the magnitude of each output row apart from its direction (DoRA, 2402.09353). Such an
             adapter acts alone, with weight 1. Its magnitudes, ``out`` for each projection, count in a budget.
         train: modules trained in full and saved with the adapter, such as a new classifier head.
@@ -81,6 +85,7 @@ class Policy:
     layers: str | int | Sequence[int] | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
+    expert_rank: str = "rank"
 
     def __post_init__(self) -> None:
         for name in ("target", "exclude", "train"):
@@ -158,6 +163,12 @@ class Policy:
                 raise ValueError(
                     f'{name} says a positive number by name, such as {{"q_proj": 32}}, got {said!r}'
                 )
+        if self.expert_rank not in EXPERT_RANKS:
+            raise ValueError(f'expert_rank must be "rank" or "rank/active", got {self.expert_rank!r}')
+        if self.expert_rank != "rank" and self.budget is not None:
+            raise ValueError(
+                'expert_rank="rank/active" divides a rank: leave budget=None, or expert_rank out'
+            )
         if self.ranks and self.budget is not None:
             raise ValueError("ranks says ranks whatever they cost: leave budget=None, or ranks out")
         if self.alphas and self.scaling not in SCALINGS:

@@ -19,16 +19,16 @@ EXAMPLES = {
     "with_lightning": ("pytorch_lightning", ["--steps", "3"], "^3 steps", "adapter/adapter.json"),
     "with_accelerate": ("accelerate", ["--steps", "3"], "step 3: loss", "adapter/adapter.json"),
     "serve_many_adapters": (None, ["--steps", "3"], "both give the same: True", "polite/adapter.json"),
-    "diffusion": ("diffusers", ["--steps", "3"], "the same within [0-9.]+e-0[5-9]", "adapter.safetensors"),
+    "diffusion": ("diffusers", ["--steps", "3"], r"the same within (0|\d.+e-0[5-9])", "adapter.safetensors"),
     "vision": (None, ["--steps", "4"], "the head is saved", "adapter/adapter.json"),
     "own_initializer": (None, ["--steps", "3"], r"LargestRows\(.*loss", None),
 }
 
 
 def test_every_example_is_run_here() -> None:
-    """finetune_llm and compare_methods have tests of their own; reviews is data."""
+    """finetune_llm and compare_methods have tests of their own; reviews and notebooks are none."""
     files = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert files - {"finetune_llm", "compare_methods", "reviews"} == set(EXAMPLES)
+    assert files - {"finetune_llm", "compare_methods", "reviews", "notebooks"} == set(EXAMPLES)
 
 
 @pytest.mark.slow

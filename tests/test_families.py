@@ -41,7 +41,6 @@ CASES: dict[str, Case] = {
     **dict.fromkeys(zoo.FAMILIES, Case()),
     **dict.fromkeys(["bert", "minilm", "roberta", "distilbert", "deberta", "vit"], HEAD),
     "phi3": Case(fused=PHI3),
-    "mixtral": Case(not_for_peft=("experts",), why=BY_WEIGHT),
     "mamba": Case(not_for_peft=("x_proj", "dt_proj", "out_proj"), why=BY_WEIGHT),
     "torch_encoder": Case(train=("head",), not_for_peft=("encoder",), why=BY_WEIGHT),
     "torch_transformer": Case(
@@ -78,7 +77,7 @@ def test_wrap_train_save_and_reload(family: str, preset: Any, tmp_path: Path) ->
         loss = model(**batch).loss
         loss.backward()
         losses.append(loss.item())
-        for p, adapter in adapters.items():
+        for p, adapter in lowrank.adapters.adapters_of(model).items():
             if any(factor.grad is not None and factor.grad.any() for factor in adapter.parameters()):
                 reached.add(p)
         optimizer.step()

@@ -14,16 +14,12 @@ from lowrank.train import History
 ROOT = Path(__file__).parents[1]
 
 
-def run(out: Path, *options: str) -> str:
-    command = [
-        sys.executable,
-        str(ROOT / "examples/finetune_llm.py"),
-        "--tiny",
-        "--every",
-        "3",
-        "--batch",
-        "4",
-    ]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def run(out: Path, *options: str, launcher: tuple[str, ...] = ()) -> str:
+    script = str(ROOT / "examples/finetune_llm.py")
+    command = [sys.executable, *launcher, script, "--tiny", "--every", "3", "--batch", "4"]
     done = subprocess.run(
         [*command, "--rank", "4", "--out", str(out), *options],
         env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"},
@@ -46,6 +42,15 @@ def test_it_trains_saves_and_continues(tmp_path: Path) -> None:
     run(tmp_path, "--steps", "6")  # nothing is left to do
     assert History.load(tmp_path / "log.jsonl").losses == losses
     assert (tmp_path / "adapter" / "adapter.json").read_bytes() == adapter
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_examples(tmp_path: Path) -> None:
+    printed = run(tmp_path, "--steps", "4", launcher=TORCHRUN)
+    assert printed.count("at the peak") == printed.count("test loss") == 1  # of the first process
+    history = History.load(tmp_path / "log.jsonl")
+    assert [record.step for record in history] == [1, 2, 3, 4] and list(history.evaluations) == [3, 4]
+    assert (tmp_path / "adapter" / "adapter.json").exists()
 
 
 def test_only_answers_have_labels() -> None:

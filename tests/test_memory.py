@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -270,10 +271,47 @@ def test_other_families_give_the_same_report_planned_and_wrapped(family: str) ->
     assert planned.peak == wrapped.peak > planned.weights
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_are_not_adapted(dtype: torch.dtype) -> None:
+    """Products by groups of rows have sizes that shapes tell."""
+    config = hf.MixtralConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        use_cache=False,
+    )
+    model, policy = hf.MixtralForCausalLM(config).to(dtype), presets.lora(rank=4, target=("query", "value"))
+    ids = torch.randint(0, 500, (2, 64))
+    batch = {"input_ids": ids, "labels": ids}
+    report = lowrank.memory_report(model, lowrank.plan_model(model, policy), batch=batch)
+    assert report.peak == pytest.approx(held_in_a_step(lowrank.wrap_model(model, policy), batch), rel=0.1)
+
+
 def test_a_step_that_shapes_do_not_tell_is_refused() -> None:
     model = zoo.build("mixtral")
+    model.set_experts_implementation("eager")  # looks at which experts are hit
+    plan = lowrank.plan_model(model, presets.lora(rank=4, target=("query", "value")))
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = logged.append  # type: ignore[method-assign]
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addHandler(handler)
+    try:
+        with pytest.raises(
+            ValueError, match="MixtralForCausalLM: the memory of a step cannot be told from shapes"
+        ):
+            lowrank.memory_report(model, plan, batch=zoo.batch("mixtral"))
+    finally:
+        log.removeHandler(handler)
+    assert not logged and not log.disabled
+
+
+def test_adapted_experts_are_refused() -> None:
+    model = zoo.build("mixtral")
     plan = lowrank.plan_model(model, presets.lora(rank=4))
-    with pytest.raises(
-        ValueError, match="MixtralForCausalLM: the memory of a step cannot be told from shapes"
-    ):
+    with pytest.raises(ValueError, match="the memory of a step cannot be told"):
         lowrank.memory_report(model, plan, batch=zoo.batch("mixtral"))

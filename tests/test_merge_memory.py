@@ -11,7 +11,7 @@ from torch import nn
 
 import lowrank
 from lowrank import presets
-from lowrank.models.projections import as_rows
+from lowrank.models.storage import as_rows
 from tests.helpers import perturb
 from tests.test_quantized import KINDS
 

@@ -79,14 +79,14 @@ def _transformers(kind: str) -> Made:
     built, last, tried, since = False, "no configuration", set(), time.process_time()
     for config in configs(CONFIG_MAPPING[kind]):
         try:
-            said = str(config)
+            said, classes = str(config), list(_classes(type(config)))
         except Exception as error:  # it does not hold together
             last = f"{type(error).__name__}: {error}" if not built else last
             continue
         if said in tried:
             continue
         tried.add(said)
-        for model_class in _classes(type(config)):
+        for model_class in classes:
             if time.process_time() - since > SEARCH:
                 raise (NotRun if built else NotBuilt)(f"no luck in {SEARCH} seconds: {last}")
             try:

@@ -113,13 +113,18 @@ class ExpertStack(nn.Module):
         ]
 
     def held(self, expert: int, out: int) -> Adapter:
-        """The adapter of one expert, whose tensors share memory with the stack's."""
+        """The adapter of one expert, whose tensors, and gradients where there are any, are views."""
         rank = self.ranks[expert]
         state = {"A": self.A.detach()[expert, :rank], "B": self.B.detach()[expert, :, :rank]}
         if self.anchored[expert] and self.A0 is not None and self.B0 is not None:
             state |= {"A0": self.A0[expert, :rank], "B0": self.B0[expert, :, :rank]}
         rows = shifted(self.rows, expert * out)
-        return Adapter.from_state(state, self.scalings[expert], rows=rows, frozen=self.frozen)
+        adapter = Adapter.from_state(state, self.scalings[expert], rows=rows, frozen=self.frozen)
+        if self.A.grad is not None:
+            adapter.A.grad = self.A.grad[expert, :rank]
+        if self.B.grad is not None:
+            adapter.B.grad = self.B.grad[expert, :, :rank]
+        return adapter
 
     def extra_repr(self) -> str:
         low, high = min(rank for rank in self.ranks if rank), max(self.ranks)

@@ -7,6 +7,7 @@ It looks at shapes and attributes, and changes nothing. transformers' classes sa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,31 @@ def stacks_of(module: nn.Module) -> dict[str, Stack]:
 def stack_of(module: nn.Module, param: str) -> Stack | None:
     stored = module._parameters.get(param)
     return stacks_of(module).get(param) if stored is not None and stored.dim() == 3 else None
+
+
+def within_experts(model: nn.Module, path: str, param: str) -> bool:
+    """Is this weight one of several experts, of a stack or of a list of modules?"""
+    parts = path.split(".")
+    listed = any(a == "experts" and b.isdigit() for a, b in pairwise(parts))
+    return listed or stack_of(model.get_submodule(path), param) is not None
+
+
+def active_experts(model: nn.Module, path: str) -> int:
+    """How many experts act on one token, as the configuration nearest to the experts at ``path`` says.
+
+    Raises ValueError where none says it.
+    """
+    parts = path.split(".")
+    for i in range(len(parts), -1, -1):
+        above = model.get_submodule(".".join(parts[:i]))
+        config = getattr(above, "config", None)
+        for said in (getattr(config, "num_experts_per_tok", None), getattr(above, "top_k", None)):
+            if isinstance(said, int) and said > 0:
+                return said
+    raise ValueError(
+        f"{path}: no config.num_experts_per_tok says how many experts act on a token: use "
+        'expert_rank="rank", or ranks= for them'
+    )
 
 
 def _pair(module: nn.Module, names: tuple[str, str], up: Tensor, down: Tensor) -> dict[str, Stack]:

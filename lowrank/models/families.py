@@ -54,6 +54,8 @@ FEED_FORWARD_ROLES = {
     "value": Role.DOWN,
     "receptance": Role.GATE,
     "net": Role.DOWN,  # diffusers: net.2, behind net.0.proj
+    "w_0": Role.GATE,  # CPM-Ant, as wi_0 in T5
+    "w_1": Role.UP,
 }
 WRAPPERS = frozenset("linear linear_projection".split())  # q_proj.linear
 
@@ -68,8 +70,8 @@ FEED_FORWARD_WORDS = {
     **dict.fromkeys("up in 1".split(), Role.UP),
     **dict.fromkeys("down out output 2".split(), Role.DOWN),
 }
-DENSE_WORDS = {  # BERT: intermediate.dense, output.dense
-    **dict.fromkeys("intermediate inter".split(), Role.UP),
+DENSE_WORDS = {  # BERT: intermediate.dense, output.dense; Reformer: dense.dense
+    **dict.fromkeys("intermediate inter dense".split(), Role.UP),
     "output": Role.DOWN,
 }
 DIRECTIONS = {"up": Role.UP, "down": Role.DOWN}

@@ -16,14 +16,14 @@ from lowrank.peft_format.patterns import Patterns, shortened
 
 # What an adapter does not depend on once it is trained: where it came from, and how it was started.
 HARMLESS = frozenset(
-    "auto_mapping base_model_name_or_path revision task_type inference_mode peft_version peft_type "
+    "auto_mapping base_model_name_or_path revision task_type inference_mode peft_type "
     "megatron_core eva_config corda_config lora_ga_config loftq_config qalora_group_size "
     "runtime_config".split()
 )
 READ = frozenset(
     "r lora_alpha rank_pattern alpha_pattern target_modules exclude_modules use_rslora lora_dropout "
     "fan_in_fan_out modules_to_save init_lora_weights layers_to_transform layers_pattern bias "
-    "trainable_token_indices use_dora".split()
+    "target_parameters peft_version trainable_token_indices use_dora".split()
 )
 STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})  # these leave the base's weights alone
 
@@ -44,6 +44,8 @@ class PeftConfig:
             the input embedding.
         dora: each adapted module has a magnitude for each output row.
         by_layer: ``layers_to_transform`` narrows the targets.
+        parameters: ``target_parameters``, tensors of experts by their names or the dotted ends of these.
+        version: of the PEFT that wrote it, where it says so.
     """
 
     r: int = 8
@@ -57,6 +59,8 @@ class PeftConfig:
     trained: frozenset[str] = frozenset()
     tokens: Mapping[str, tuple[int, ...]] | tuple[int, ...] = field(default_factory=dict)
     by_layer: bool = False
+    parameters: frozenset[str] = frozenset()
+    version: str | None = None
     dora: bool = False
 
     @classmethod
@@ -88,6 +92,8 @@ class PeftConfig:
             tokens=_tokens(data.get("trainable_token_indices") or {}),
             dora=_flag(data, "use_dora"),
             by_layer=layers is not None and layers != [],
+            parameters=_listed(_names(data, "target_parameters", None) or frozenset(), "target_parameters"),
+            version=_text(data, "peft_version"),
         )
 
     def rank(self, path: str) -> int:
@@ -118,6 +124,11 @@ class PeftConfig:
             return False
         within = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
         return self.trained.isdisjoint(within)
+
+    def adapts_parameter(self, name: str) -> bool:
+        """Would PEFT adapt the parameter ``name`` of a module? Nothing excludes it there."""
+        parts = name.split(".")
+        return any(".".join(parts[i:]) in self.parameters for i in range(len(parts)))
 
     def trains(self, path: str) -> bool:
         """Would PEFT train the module at ``path`` in full? It compares the ends of strings, not of paths."""
@@ -195,6 +206,13 @@ def _dropout(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise AdapterError(f"lora_dropout is {shortened(value)}, not a number from 0 to below 1")
     return float(value)
+
+
+def _text(data: Mapping[str, Any], name: str) -> str | None:
+    value = data.get(name)
+    if value is not None and not isinstance(value, str):
+        raise AdapterError(f"{name} is {shortened(value)}, not a text")
+    return value
 
 
 def _flag(data: Mapping[str, Any], name: str) -> bool:

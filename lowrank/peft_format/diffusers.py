@@ -15,8 +15,9 @@ from lowrank.adapters import adapters_of, one_name, plan_of, wrapped_root
 from lowrank.files import write_pieces
 from lowrank.formats.tensors import packed
 from lowrank.linalg.rows import Rows
-from lowrank.peft_format.export import check_exportable, layer_at
+from lowrank.peft_format.exportable import check_exportable
 from lowrank.peft_format.pairs import Pair, plain, stacked, uniform
+from lowrank.peft_format.written_config import layer_at
 
 
 def export_diffusers(
@@ -50,7 +51,7 @@ def export_diffusers(
         raise ValueError(
             f"a LoRA file for diffusers has no place for {what}: merge(model) and save all of it"
         )
-    check_exportable(root, adapters, name)
+    check_exportable(root, adapters, name, experts={})
     blocks: dict[str, list[tuple[Rows, Pair]]] = {}
     for p, adapter in adapters.items():
         blocks.setdefault(p.module, []).append((p.rows, plain(adapter, adapter.A.dtype)))

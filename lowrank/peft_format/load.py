@@ -21,6 +21,7 @@ from lowrank.models.projections import Projection, Role, further, scan
 from lowrank.models.storage import weight_shape
 from lowrank.models.tokens import check_rows
 from lowrank.notices import logger
+from lowrank.peft_format.experts import blocks_of_experts, mismatch
 from lowrank.peft_format.factors import BASE, factor_key, factor_problem, factor_shapes
 from lowrank.peft_format.folder import Contents, Tensors, ancestors, base_paths, places
 from lowrank.peft_format.names import present_name
@@ -40,10 +41,11 @@ def import_peft(
     ``model`` may hold adapters already: the new one hangs beside them, and acts once `set_adapters` names it.
 
     Both factors are trainable afterwards, in fp32. A fused weight gets one adapter over all its rows, as in
-    PEFT. A rank above min(in, out) is brought down to that, which changes ΔW by rounding only. Names that
-    transformers has changed since the adapter was saved are translated. An embedding or output head in the
-    folder without being named in its configuration (``save_embedding_layers``) counts as trained in full
-    where it differs from the model's. The modules that are replaced in full are named in the log "lowrank".
+    PEFT, and so does each expert of a tensor of experts. A rank above min(in, out) is brought down to that,
+    which changes ΔW by rounding only. Names that transformers has changed since the adapter was saved are
+    translated. An embedding or output head in the folder without being named in its configuration
+    (``save_embedding_layers``) counts as trained in full where it differs from the model's. The modules that
+    are replaced in full are named in the log "lowrank".
 
     Args:
         name: of the adapter in ``model``.
@@ -67,15 +69,17 @@ def _read(
     model: nn.Module, path: str | Path, train: bool
 ) -> tuple[Plan, dict[Projection, Adapter], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """What the folder holds for the base ``model``: plan, adapters, states of trained modules, offsets."""
-    contents = Contents.read(Path(path), present_name(model))
+    contents = Contents.read(Path(path), model, present_name(model))
     known = _whole_weights(model)
     trained, saved, problems = _trained(model, contents) if train else ([], [], [])
     rows, strange = rows_in(model, contents.config, contents.others, contents.layers.keys())
     problems = _mismatches(model, contents, known) + problems + strange
     if problems:
         raise AdapterError(f"{contents.folder} was made for another base:\n  " + "\n  ".join(problems))
-    projections = [p for path, p in known.items() if path in contents.layers]
     tensors = contents.tensors()
+    pairs = {p: tensors.pair(path) for path, p in known.items() if path in contents.layers}
+    for place, experts in contents.experts.items():
+        pairs |= dict(blocks_of_experts(place, experts.stack, tensors.pair(place)))
     changed = [
         path
         for path in contents.layers
@@ -89,16 +93,16 @@ def _read(
         )
     trained += [path for path in saved if not _equal(model.get_submodule(path), tensors, path)]
     try:
-        check_layers(model, projections, trained, contents.config.dropout, dora=contents.config.dora)
-        check_rows(rows, projections, trained)
+        check_layers(model, list(pairs), trained, contents.config.dropout, dora=contents.config.dora)
+        check_rows(rows, list(pairs), trained)
     except ValueError as error:
         raise AdapterError(f"{contents.folder} cannot be put on this model: {error}") from error
 
     allocations, adapters = {}, {}
-    for p in projections:
-        pair = reduced(tensors.pair(p.module))
+    for p, whole in pairs.items():
+        pair = reduced(whole)
         allocations[p] = Allocation(pair.rank, pair.scaling)
-        weight = model.get_submodule(p.module)._parameters["weight"]
+        weight = model.get_submodule(p.module)._parameters[p.param]
         assert weight is not None
         state = {"A": pair.A.to(master_dtype(weight.dtype)), "B": pair.B.to(master_dtype(weight.dtype))}
         adapters[p] = Adapter.from_state(state, pair.scaling, rows=p.rows).to(device_beside(model, p))
@@ -131,6 +135,12 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
     config, problems, hung = contents.config, [], places(model)
     config.check_cost(known.keys() & contents.layers.keys())
     for path, entries in contents.layers.items():
+        if path in contents.experts:
+            why = mismatch(contents.experts[path], contents.layers[path], config.rank(path), contents.old)
+            if not why and hung[model.get_submodule(path.rpartition(".")[0])] > 1:
+                why = "it is used in several places, of which PEFT adapts one"
+            problems += [f"{path}: {why}"] if why else []
+            continue
         if path not in known:
             problems.append(f"{path}: the model has no such linear module, embedding or convolution")
             continue
@@ -160,6 +170,10 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
             problems.append(f"{path}: {why}")
         elif config.lists_targets and not config.adapts(path):
             problems.append(f"{path}: target_modules does not name it, so PEFT would not adapt it")
+    absent = [place for place in contents.experts if place not in contents.layers]
+    problems += [
+        f"{place}: target_parameters names it, but the folder has no factors for it" for place in absent
+    ]
     strange = contents.magnitudes.keys() - contents.layers.keys()
     problems += [
         f"{path}: the folder has magnitudes (DoRA) for it, but no factors" for path in sorted(strange)

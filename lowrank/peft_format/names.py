@@ -38,7 +38,7 @@ def present_name(model: nn.Module) -> Callable[[str], str]:
 def _module(name: str) -> str:
     """The path of the module that a tensor belongs to."""
     if ".lora_" in name:
-        return re.split(r"\.lora_(?:[AB]\.|embedding_[AB]$|magnitude_vector)", name)[0]
+        return re.split(r"(?:\.base_layer)*\.lora_(?:[AB]\.|embedding_[AB]$|magnitude_vector)", name)[0]
     if ".token_adapter." in name:
         return name.partition(".token_adapter.")[0]
     return name.removesuffix(".base_layer.weight") if ".base_layer." in name else name.rpartition(".")[0]

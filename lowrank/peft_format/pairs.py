@@ -17,7 +17,10 @@ from lowrank.linalg.rows import Rows, copy_
 
 
 class Pair(NamedTuple):
-    """``ΔW = scaling · B·A`` of a whole weight: A ``(rank, in)``, B ``(out, rank)``."""
+    """``ΔW = scaling · B·A`` of a whole weight: A ``(rank, in)``, B ``(out, rank)``.
+
+    Of a tensor of experts, both have the experts as another first dimension.
+    """
 
     A: Tensor
     B: Tensor
@@ -25,7 +28,7 @@ class Pair(NamedTuple):
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[-2]
 
 
 def plain(adapter: Adapter, dtype: torch.dtype) -> Pair:
@@ -64,7 +67,7 @@ def uniform(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
     most = max(pair.rank for pair in pairs.values())
     pad = nn.functional.pad
     return {
-        name: Pair(pad(A, (0, 0, 0, most - len(A))), pad(B * scaling, (0, most - len(A))), 1.0)
+        name: Pair(pad(A, (0, 0, 0, most - A.shape[-2])), pad(B * scaling, (0, most - A.shape[-2])), 1.0)
         for name, (A, B, scaling) in pairs.items()
     }
 

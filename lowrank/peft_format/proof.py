@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowrank.linalg.rows import take
 from lowrank.models.projections import Projection
 from lowrank.peft_format.config import PeftConfig
+from lowrank.peft_format.experts import parameters, place_of, within
 from lowrank.peft_format.folder import Contents, base_paths
 from lowrank.peft_format.pairs import Pair, relative_distance
 
@@ -30,7 +31,7 @@ def check_written(
 
     Raises ValueError where they say something else than the model, or than ``lossy`` where it is given.
     """
-    contents = Contents.read(folder)
+    contents = Contents.read(folder, root)
     tensors = contents.tensors()
     adapted = adapted_paths(root, contents.config)
     saved = {path for path in base_paths(root) if contents.config.trains(path)}
@@ -40,12 +41,10 @@ def check_written(
         )
     errors = {}
     for p, true in exact.items():
-        whole = tensors.pair(p.module)
-        read = whole._replace(B=take(whole.B, p.rows))
+        read = _of(p, tensors.pair(place_of(p)), contents)
         errors[p.name] = error = relative_distance(read, true)
         if lossy is not None:
-            meant = lossy[p.module]
-            error = relative_distance(read, meant._replace(B=take(meant.B, p.rows)))
+            error = relative_distance(read, _of(p, lossy[place_of(p)], contents))
         if not error <= TOLERANCE:
             raise ValueError(
                 f"{p.name}: the written files give another ΔW ({error:.1e} off): nothing was exported"
@@ -60,9 +59,18 @@ def check_written(
     return errors
 
 
+def _of(p: Projection, whole: Pair, contents: Contents) -> Pair:
+    """The part of a pair that is for the rows of ``p``."""
+    A, B, rows = whole.A, whole.B, p.rows
+    if place_of(p) in contents.experts:
+        expert, rows = within(rows, contents.experts[place_of(p)].stack.out)
+        A, B = A[expert], B[expert]
+    return Pair(A, take(B, rows), whole.scaling)
+
+
 def adapted_paths(root: nn.Module, config: PeftConfig) -> set[str]:
-    """The paths that PEFT would adapt."""
-    targets = config.targets
+    """The paths of modules, and the names of parameters, that PEFT would adapt."""
+    targets, named = config.targets, set(parameters(root, config))
     if isinstance(targets, str):
-        return {path for path in base_paths(root) if re.fullmatch(targets, path)}
-    return {path for path in base_paths(root) if config.adapts(path)}
+        return named | {path for path in base_paths(root) if re.fullmatch(targets, path)}
+    return named | {path for path in base_paths(root) if config.adapts(path)}

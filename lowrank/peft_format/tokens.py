@@ -32,9 +32,9 @@ def written_rows(root: nn.Module, name: str) -> dict[str, Tensor]:
     }
 
 
-def check_rows_written(folder: Path, rows: Mapping[str, Tensor]) -> None:
+def check_rows_written(folder: Path, root: nn.Module, rows: Mapping[str, Tensor]) -> None:
     """Raises ValueError where the files in ``folder`` have other rows."""
-    contents = Contents.read(folder)
+    contents = Contents.read(folder, root)
     read = contents.tensors().read
     ids = [len(each) for each in dict(contents.config.tokens).values()]  # type: ignore[arg-type]
     if ids != list(map(len, rows.values())) or not all(torch.equal(read[key], rows[key]) for key in rows):

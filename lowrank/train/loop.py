@@ -90,7 +90,8 @@ def fit(
         alone, the loss is scaled as by ``torch.amp.GradScaler``; a step whose scaled gradient overflows
         updates nothing, is recorded so, and the scale is halved. Parameters to train are never float16.
     evaluate: ``evaluate(model) -> {"accuracy": 0.9}``, in eval mode without grad, every ``evaluate_every``
-        steps (by default once an epoch; at the end, if ``steps`` is given) and after the last.
+        steps (by default once an epoch; at the end, if ``steps`` is given) and after the last. Of several
+        processes the mean is taken, of those that give scores.
     callbacks: see `Callback`; `EarlyStopping` and `KeepBest` are two.
     progress: a bar with loss, lr, tokens per second, memory and the time left.
     seed: of torch's generators while this runs, so that dropout and shuffling repeat where the same script
@@ -163,11 +164,12 @@ def fit(
 
         def complete(record: Record) -> None:
             if evaluate is not None and asked.evaluates_after(record.step):
-                record = replace(record, evaluation=_scores(evaluate, model))
+                record = replace(record, evaluation=parallel.mean(_scores(evaluate, model)))
             history.append(record)
             shown(record)
             for callback in callbacks:
                 callback.after_step(run, record)
+            run.start_clock()
 
         run.clear()
         run.start_clock()
@@ -179,17 +181,19 @@ def fit(
             run.take(epoch, place, group)
             for record in run.records(every=asked.settles_after(run.taken)):
                 complete(record)
-            stopped = parallel.any(signalled.number != 0)
-            if stopped or run.over:
+            number, ended = parallel.largest(signalled.number, bool(run.stop))
+            if ended and not run.stop:
+                run.stop = "a callback in another process ended the run"
+            if number or run.over:
                 for record in run.records(every=True):
                     complete(record)
-            if folder is not None and (run.over or stopped or asked.saves_after(run.taken)):
+            if folder is not None and (run.over or number or asked.saves_after(run.taken)):
                 _save(folder, run, parallel)
-            if stopped and not run.over:
-                raise Stopped(signalled.number, _stopped(run.step, run.schedule.steps, folder))
+                run.start_clock()
+            if number and not run.over:
+                raise Stopped(number, _stopped(run.step, run.schedule.steps, folder))
             if run.over:
                 break
-            run.start_clock()
         if not run.checked:
             raise ValueError("no batch has a label that the loss counts: are they all -100?")
         for callback in callbacks:

@@ -7,6 +7,7 @@ knows no family of models and no adapter.
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lowrank.batches import Loss, model_device, output_loss, scalar_loss
+from lowrank.train.grouped_shapes import GroupedShapes
 from lowrank.train.memory_table import MemoryReport
 from lowrank.train.storages import Storages, bytes_of, free_bytes
 
@@ -114,10 +116,16 @@ class StandIn:
     @contextmanager
     def inside(self) -> Iterator[None]:
         """For whatever makes tensors or copies modules of the stand-in."""
-        with self.mode, warnings.catch_warnings():
-            # deepcopy asks a tensor where its numbers are, and models warn of what matters in a real run.
-            warnings.simplefilter("ignore")
-            yield
+        # What cannot be told from shapes is raised; PyTorch logs its traceback besides.
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        before, log.disabled = log.disabled, True
+        try:
+            with self.mode, GroupedShapes(), warnings.catch_warnings():
+                # deepcopy asks a tensor where its numbers are, and models warn of what matters in a real run.
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            log.disabled = before
 
     def _made(self, tensor: Tensor) -> Tensor:
         device = self.device if tensor.is_meta else tensor.device

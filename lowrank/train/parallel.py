@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -42,9 +43,13 @@ class SingleProcess:
         """Over all processes."""
         return value
 
-    def any(self, flag: bool) -> bool:
-        """Is it true in any process?"""
-        return flag
+    def largest(self, *values: int) -> list[int]:
+        """Of each value the largest in any process."""
+        return list(values)
+
+    def mean(self, scores: dict[str, float]) -> dict[str, float]:
+        """Over the processes that give any. Raises ValueError where they give other ones."""
+        return scores
 
     def planned(self, groups: Groups) -> Groups:
         """``groups`` with as many steps as all processes will take."""
@@ -102,8 +107,18 @@ class Together(SingleProcess):
     def sum(self, value: float) -> float:
         return float(self.exchange(value)[:, 0].sum())
 
-    def any(self, flag: bool) -> bool:
-        return bool(self.exchange(float(flag))[:, 0].any())
+    def largest(self, *values: int) -> list[int]:
+        return [int(value) for value in self.exchange(*values).amax(0)[: len(values)].tolist()]
+
+    def mean(self, scores: dict[str, float]) -> dict[str, float]:
+        self.wait()  # a process that failed says so here
+        everyone = [each for each in self.processes.gathered(scores) if each]
+        if any(list(each) != list(everyone[0]) for each in everyone):
+            named = ", ".join(str(sorted(each)) for each in everyone)
+            raise ValueError(f"evaluate must give the same scores in all processes, or none; got {named}")
+        values = {name: [each[name] for each in everyone] for name in (everyone or [{}])[0]}
+        # A mean of equal numbers may be another one.
+        return {name: v[0] if len(set(v)) == 1 else fmean(v) for name, v in values.items()}
 
     def planned(self, groups: Groups) -> Groups:
         steps, rounds = self.exchange(groups.steps, groups.per_epoch or 0)[:, :2].T.tolist()

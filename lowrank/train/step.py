@@ -53,6 +53,7 @@ class Tally:
     losses: list[Tensor] = field(default_factory=list)
     counts: list[float] = field(default_factory=list)
     unit: float = 1.0
+    used: set[nn.Parameter] = field(default_factory=set)  # sharded ones that the losses depend on
 
     @property
     def last(self) -> float | None:

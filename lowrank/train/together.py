@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowrank.batches import count_terms
 from lowrank.processes import is_sharded, part, shards, whole
+from lowrank.train.idle import Idle
 from lowrank.train.parallel import SingleProcess, Together
 from lowrank.train.placement import placed
 from lowrank.train.step import (
@@ -47,7 +48,7 @@ class TogetherGradients(Gradients):
         total, weighted = together.exchange(sum(tally.counts), weighted, error=error).sum(0).tolist()[:2]
         if not total:
             return Outcome(math.nan, 0.0, NO_TERMS)
-        self._add_up(tally.unit / total, together)
+        self._add_up(tally, total, together)
         norm = self._unscaled_norm()
         mean = weighted / total
         if not math.isfinite(norm):
@@ -86,6 +87,7 @@ class TogetherGradients(Gradients):
         )
         most = int(together.exchange(len(batches), error=error)[:, 0].max())
         roots = shards(self.model)
+        idle = Idle(self.model, self.parameters)
         tally = Tally()
         try:
             for i in range(most):
@@ -96,7 +98,7 @@ class TogetherGradients(Gradients):
                 handle = self.model.register_forward_hook(lambda *call, kept=output: kept.append(call[-1]))
                 batch = batches[i] if real else held[0]
                 try:
-                    with placed(self.model, batch, place + i):
+                    with idle, placed(self.model, batch, place + i):
                         loss, count = self._counted(batch)
                 finally:
                     handle.remove()
@@ -105,6 +107,7 @@ class TogetherGradients(Gradients):
                     tally.unit = float(together.exchange(count)[:, 0].max()) or 1.0
                 if count:
                     tally.add(place + i, _full(loss.detach()), count)
+                    tally.used |= idle.used(loss)
                     value = loss if count == tally.unit else loss * (count / tally.unit)
                 else:
                     value = _nothing(output, loss)
@@ -128,20 +131,23 @@ class TogetherGradients(Gradients):
 
     # -- that of all ----------------------------------------------------------------------------------------
 
-    def _add_up(self, factor: float, together: Together) -> None:
-        """Multiplies by ``factor`` and adds what the other processes have.
+    def _add_up(self, tally: Tally, total: float, together: Together) -> None:
+        """Divides by ``total``, the terms of all, and adds what the other processes have.
 
-        FSDP2 has averaged what is sharded; a parameter that no process has a gradient of gets none.
+        FSDP2 has averaged what is sharded; a parameter that no process has used gets no gradient.
         """
-        copied = [p for p in self.parameters if not is_sharded(p)]
-        for p in self.parameters:
-            if is_sharded(p) and p.grad is not None:
-                part(p.grad).mul_(factor * together.size)
-        if not copied:
-            return
-        processes = together.processes
-        present = processes.added(torch.tensor([float(p.grad is not None) for p in copied]))
-        used = [p for p, number in zip(copied, present.tolist(), strict=True) if number]
+        factor, processes, parameters = tally.unit / total, together.processes, self.parameters
+        mine = [p in tally.used if is_sharded(p) else p.grad is not None for p in parameters]
+        present = processes.added(torch.tensor(mine, dtype=torch.float32)).tolist()
+        used = []
+        for p, number in zip(parameters, present, strict=True):
+            if is_sharded(p):
+                if not number:
+                    p.grad = None
+                elif p.grad is not None:
+                    part(p.grad).mul_(factor * together.size)
+            elif number:
+                used.append(p)
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for p in used:
             if p.grad is None:

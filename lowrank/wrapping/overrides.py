@@ -1,13 +1,17 @@
-"""What a policy says of single layers and projections: `layers`, `ranks` and `alphas`. It knows no model."""
+"""What a policy says of single layers and projections: `layers`, `ranks`, `alphas` and `expert_rank`."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
 
+from torch import nn
+
 from lowrank.allocate.base import Allocation
 from lowrank.allocate.budget import Costs
+from lowrank.models.experts import active_experts, within_experts
 from lowrank.models.fused import matches
 from lowrank.models.projections import Projection
 from lowrank.policy import Policy
@@ -46,10 +50,35 @@ def in_layers(projections: Sequence[Projection], policy: Policy) -> tuple[list[P
     return kept, [f"{left} projections: left out, outside of layers={policy.layers!r}"] if left else []
 
 
+def divisors(model: nn.Module, projections: Sequence[Projection], policy: Policy) -> dict[Projection, int]:
+    """What the rank of each projection of an expert is divided by: the number of active experts.
+
+    Empty unless the policy asks for it. Raises ValueError where the model does not say how many there are.
+    """
+    if policy.expert_rank != "rank/active":
+        return {}
+    return {
+        p: active_experts(model, p.module) for p in projections if within_experts(model, p.module, p.param)
+    }
+
+
+def divided(active: Mapping[Projection, int]) -> list[str]:
+    """A note on what `divisors` says."""
+    counts = Counter(active.values())
+    return [
+        f"{count} projections of experts: the rank is divided by {n} active experts"
+        for n, count in counts.items()
+    ]
+
+
 def overridden(
-    allocations: Mapping[Projection, Allocation], policy: Policy, cost: Costs, reference: int
+    allocations: Mapping[Projection, Allocation],
+    policy: Policy,
+    cost: Costs,
+    reference: int,
+    active: Mapping[Projection, int],
 ) -> dict[Projection, Allocation]:
-    """``allocations`` with the ranks and alphas that the policy says by name.
+    """``allocations`` with the ranks and alphas that the policy says by name, and divided ranks of experts.
 
     The scaling of such a projection is that of its own alpha and its own rank, as with PEFT's patterns.
 
@@ -59,12 +88,17 @@ def overridden(
     ranks = _by_pattern(policy.ranks, list(allocations), "ranks")
     alphas = _by_pattern(policy.alphas, list(allocations), "alphas")
     made = dict(allocations)
+    own_reference = {p: max(1, reference // n) for p, n in active.items()}
+    for p, n in active.items():
+        rank = max(1, made[p].rank // n) if made[p].rank else 0
+        factor = policy.reference_scaling(own_reference[p]) / policy.reference_scaling(reference)
+        made[p] = Allocation(rank, made[p].scaling * factor)
     for p in {**ranks, **alphas}:
         rank = ranks.get(p, made[p].rank)
         if rank > cost.largest[p]:
             raise ValueError(f"{p.name} of shape {p.shape}: ranks says {rank}, at most {cost.largest[p]}")
         own = replace(policy, alpha=alphas.get(p, policy.alpha), ranks={}, alphas={})
-        made[p] = Allocation(rank, own.reference_scaling(ranks.get(p, reference)))
+        made[p] = Allocation(rank, own.reference_scaling(ranks.get(p, own_reference.get(p, reference))))
     return made
 
 

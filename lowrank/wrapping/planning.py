@@ -24,7 +24,7 @@ from lowrank.models.tokens import check_rows, find_rows, row_problems
 from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.wrapping.checks import check_layers, check_unwrapped, projection_problems
-from lowrank.wrapping.overrides import in_layers, overridden
+from lowrank.wrapping.overrides import divided, divisors, in_layers, overridden
 
 
 def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) -> tuple[Plan, Statistics]:
@@ -42,7 +42,8 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
     cost = _costs(policy.init, projections)
     magnitudes = sum(p.out_features for p in projections) if policy.dora else 0
     rank, budget = _resolved(model, policy, cost, magnitudes)
-    allocate = partial(_allocate, policy, rank, budget, cost)
+    active = divisors(model, projections, policy)
+    allocate = partial(_allocate, policy, rank, budget, cost, active)
     # What needs no calibration complains before one.
     allocations = None if policy.allocate.needs else allocate(statistics=None)
     needs = dict.fromkeys(projections, policy.allocate.needs)
@@ -59,13 +60,14 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
         *notes,
         *outside,
         *limits(projections, cost, rank, policy.init),
-        *([] if policy.ranks else unspent(allocations, cost, budget, policy.allocate)),
+        *divided(active),
+        *([] if policy.ranks or active else unspent(allocations, cost, budget, policy.allocate)),
     ]
     spent = sum(allocation.rank * cost[p] for p, allocation in allocations.items())
     plan = Plan(
         allocations,
         costs=cost,
-        budget=budget + magnitudes if spent <= budget and not policy.ranks else None,
+        budget=budget + magnitudes if spent <= budget and not (policy.ranks or active) else None,
         init=policy.init,
         dropout=policy.dropout,
         train=train,
@@ -144,6 +146,7 @@ def _allocate(
     rank: int,
     budget: int,
     cost: Costs,
+    active: Mapping[Projection, int],
     statistics: Mapping[Projection, ProjectionStatistics] | None,
 ) -> dict[Projection, Allocation]:
     """What the policy's allocator gives each projection, cut to the largest rank that it can have."""
@@ -162,7 +165,7 @@ def _allocate(
         spent = sum(allocation.rank * cost[p] for p, allocation in allocations.items())
         if policy.budget is not None and spent > budget:
             raise ValueError(f"its ranks cost {spent:,} parameters, more than the budget of {budget:,}")
-    return overridden(allocations, policy, cost, rank)
+    return overridden(allocations, policy, cost, rank, active)
 
 
 @contextmanager

@@ -264,10 +264,8 @@ def test_what_chooses_experts_is_adapted_by_name_only() -> None:
     assert modules(model, ["wg", "shared_expert_gate"]) == ["mlp.gate.wg", "mlp.shared_expert_gate"]
     indexed = chain(self_attn=chain(q_proj=linear(), indexer=chain(wk=linear(), kv_proj=linear())))
     assert modules(indexed, "all-linear") == ["self_attn.q_proj"]
-    assert (
-        "self_attn.indexer.wk, self_attn.indexer.kv_proj: left out: it chooses tokens, and no gradient reaches it"
-        in notes(indexed, "all-linear")
-    )
+    reason = "left out: it chooses tokens, and no gradient reaches it"
+    assert f"self_attn.indexer.wk, self_attn.indexer.kv_proj: {reason}" in notes(indexed, "all-linear")
     with pytest.raises(ValueError, match="target='key' matches no projection"):
         select(indexed, "key")
 
@@ -380,7 +378,7 @@ NAMES = {
     "layers.0.feed_forward1.ffw_layer_2.linear · layer.0.output_query.dense · ffn.ffn.w_out · "
     "x_layers.0.visn_output.dense · adapter.down_proj_for_speech · "
     "shared_mlp.output_linear · transformer_blocks.0.ff.net.2",
-    Role.GATE: "mlp.gate_proj · blocks.0.feed_forward.receptance",
+    Role.GATE: "mlp.gate_proj · blocks.0.feed_forward.receptance · ffn.ffn.w_in.w_0",
     Role.OTHER: "self_attn.gate_proj · attentions.0.transformer_blocks.0.ff.net.0.proj · "
     "bert.pooler.dense · proj_out · self_attn.relative_k_proj · self_attn.output_gate · "
     "self_attn.linear_pos · attention.self.conv_out_layer · self_attn.attention_weights · "

@@ -151,6 +151,7 @@ def test_what_needs_the_whole_model_is_refused(act: str, done: Any) -> None:
             assert "sharded: call save_adapter(model, path) in every process" in message
 
 
+@pytest.mark.slow
 def test_several_adapters_act_on_a_sharded_base(tmp_path: Path) -> None:
     one, two = together(several, tmp_path, tmp_path)
     model = wrapped("llama", presets.lora(rank=2), name="fr")

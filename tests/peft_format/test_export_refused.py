@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import Policy, presets
-from lowrank.peft_format import export
+from lowrank.peft_format import export, written_config
 from tests import zoo
 from tests.helpers import perturb
 from tests.peft_format.common import (
@@ -38,11 +38,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Policy, str]] = {
         lambda: zoo.build("torch_encoder"),
         presets.lora(rank=2, target="linear1"),
         "encoder.layers.1.linear1: its weight is read without a call",
-    ),
-    "experts": (
-        lambda: zoo.build("mixtral"),
-        presets.lora(rank=2, target="up"),
-        r"experts.gate_up_proj\[0.up\]: its weight is read without a call",
     ),
     "a shared module": (zoo.Shared, presets.lora(rank=2), "first: it is used in several places"),
     "another kind of layer": (
@@ -134,9 +129,9 @@ def test_an_export_that_is_not_the_model_leaves_nothing(
 
 
 def test_a_wrong_configuration_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    patterns = export.peft_patterns
+    patterns = written_config.peft_patterns
     monkeypatch.setattr(
-        export, "peft_patterns", lambda *a: {**patterns(*a), "lora_alpha": 1.0, "alpha_pattern": {}}
+        written_config, "peft_patterns", lambda *a: {**patterns(*a), "lora_alpha": 1.0, "alpha_pattern": {}}
     )
     with pytest.raises(ValueError, match="give another ΔW"):
         lowrank.export_peft(adapted("gpt2", policy("gpt2")), tmp_path / "peft")

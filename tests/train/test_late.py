@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,25 @@ def test_a_step_is_read_while_the_next_is_under_way(monkeypatch: pytest.MonkeyPa
     reads = Reads(monkeypatch)
     quiet(model, loader, reads.loss, check="late")
     assert reads.seen == [(1, 1), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 8)]
+
+
+@pytest.mark.parametrize("check", ["late", "step"])
+def test_the_time_of_every_step_counts_and_that_of_callbacks_does_not(check: str) -> None:
+    model, loader = problem()
+    calls: list[int] = []
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        calls.append(1)
+        time.sleep(0.3 if len(calls) in (1, 4) else 0)
+        return regression(model, batch)
+
+    class Slow(Callback):
+        def after_step(self, run: Watched, record: Record) -> None:
+            time.sleep(2.0 if record.step == 3 else 0)
+
+    begins = time.perf_counter()
+    history = quiet(model, loader, loss, check=check, callbacks=[Slow()])
+    assert 0.6 <= history[-1].seconds <= time.perf_counter() - begins - 2.0
 
 
 def test_on_the_cpu_each_step_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
