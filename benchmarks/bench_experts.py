@@ -1,28 +1,33 @@
 """Experts: a grouped product adapted by us, by forming W + ΔW, and frozen; and a step of a small Qwen3-MoE.
 
-    python -m benchmarks.bench_experts [--repeats 20] [--threads 2]
-
-Contenders run in turn within one process; the table has medians in ms and ratios to the frozen base. PEFT's
-``target_parameters`` is beside ours where PEFT is installed.
+Contenders run in turn within one process; the table has medians in ms and ratios to the first. PEFT's
+`target_parameters` is beside ours.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import lowrank
+from benchmarks.timing import result_name, surroundings
 from lowrank import presets
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.expert_stack import ExpertStacks, Layout
 from lowrank.layers.expert_weight import adapted_experts
 
+RESULTS = Path(__file__).parent / "results"
 EXPERTS, IN, OUT, RANK, TOKENS = 64, 512, 1024, 8, 1024
 
 
@@ -93,35 +98,62 @@ def steps() -> dict[str, Callable[[], None]]:
     return {name: run(each) for name, each in made.items()}
 
 
-def measured(contenders: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """The median time of each in ms."""
+def measured(contenders: dict[str, Callable[[], None]], repeats: int) -> list[dict[str, Any]]:
+    """The times of each, in turn: median and the 10th and 90th percentile, in seconds."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(repeats + 2):
         for name, step in contenders.items():
             start = time.perf_counter()
             step()
             if i > 1:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(each) for name, each in times.items()}
+                times[name].append(time.perf_counter() - start)
+    rows: list[dict[str, Any]] = []
+    for name, each in times.items():
+        low, middle, high = torch.tensor(each, dtype=torch.float64).quantile(
+            torch.tensor([0.1, 0.5, 0.9]).double()
+        )
+        row = {"contender": name, "seconds": float(middle), "p10": float(low), "p90": float(high)}
+        rows.append({**row, "ratio": row["seconds"] / rows[0]["seconds"] if rows else 1.0})
+    return rows
+
+
+def markdown(facts: dict[str, str], cases: dict[str, list[dict[str, Any]]]) -> str:
+    lines = [*(f"- {key}: {value}" for key, value in facts.items()), ""]
+    for what, rows in cases.items():
+        lines += [f"## {what}", "", "| contender | ms | p10 to p90 | ratio |", "|---|---|---|---|"]
+        for row in rows:
+            spread = f"{1e3 * row['p10']:.1f} to {1e3 * row['p90']:.1f}"
+            lines.append(
+                f"| {row['contender']} | {1e3 * row['seconds']:.1f} | {spread} | {row['ratio']:.2f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few repeats: does it run?")
+    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's own number by default")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print("| what | contender | ms | ratio to the first |\n|---|---|---|---|")
-    cases = {
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    made = {
         "one product, fp32": lambda: product(torch.float32),
         "one product, bf16": lambda: product(torch.bfloat16),
-        "a step, fp32": steps,
+        "a step of a Qwen3-MoE, fp32": steps,
     }
-    for what, contenders in cases.items():
-        found = measured(contenders(), options.repeats)
-        first = next(iter(found.values()))
-        for name, value in found.items():
-            print(f"| {what} | {name} | {value:.1f} | {value / first:.2f} |", flush=True)
+    repeats = 3 if options.quick else options.repeats
+    cases = {what: measured(contenders(), repeats) for what, contenders in made.items()}
+    facts, name = surroundings(options.device), result_name("experts", options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = markdown(facts, cases)
+    (options.out / f"{name}.md").write_text(report)
+    data = {"surroundings": facts, "cases": cases}
+    (options.out / f"{name}.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    print(f"{report}\nwritten to {options.out / name}.md and .json")
 
 
 if __name__ == "__main__":

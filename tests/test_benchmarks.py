@@ -147,7 +147,16 @@ def check_scale(results: dict[str, Any]) -> None:
     assert {r["projections"] for r in small} == {36} and all(r["seconds"] > 0 for r in [*small, *shapes])
 
 
+def check_experts(results: dict[str, Any]) -> None:
+    *products, step = results["cases"].values()
+    assert all([r["contender"] for r in each] == ["frozen", "ours", "W + ΔW formed"] for each in products)
+    assert [r["contender"] for r in step] == ["attention alone", "ours", "PEFT"]
+    for case in (*products, step):
+        assert all(in_order(record, "seconds") for record in case) and case[0]["ratio"] == 1
+
+
 CHECKS = {
+    "bench_experts": check_experts,
     "bench_generate": check_generate,
     "bench_launches": check_launches,
     "bench_scale": check_scale,

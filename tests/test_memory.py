@@ -165,7 +165,8 @@ def test_a_model_on_the_meta_device_is_enough() -> None:
         == large.weights
         == sum(p.nbytes for p in model.parameters()) + bytes_of(model.buffers())
     )
-    assert large.activations == pytest.approx(4 * small.activations, rel=0.05)
+    copies = 2 * plan.trainable_parameters  # of the factors, in half precision, whatever the batch
+    assert large.activations - copies == pytest.approx(4 * (small.activations - copies), rel=0.05)
 
 
 def test_what_would_help_is_told_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,7 +214,7 @@ def test_an_adapted_weight_reads_as_the_sum() -> None:
 
 def test_the_update_is_computed_once_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.MultiheadAttention(8, 2)
-    made = moved(adapter((0, 8)))
+    made = moved(adapter((0, 8), anchored=True))
     adapt_weights(module, on("in_proj_weight", made))
     calls = 0
 
