@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lowrank.processes import is_sharded
+
 
 @contextmanager
 def recomputing(model: nn.Module, enabled: bool) -> Iterator[None]:
@@ -38,4 +40,6 @@ def compiled(model: nn.Module, options: bool | Mapping[str, Any]) -> nn.Module:
     """``model``, or where ``options`` say so a compiled one with the same parameters."""
     if options is False:
         return model
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError("compile=: a model that is sharded by FSDP2 cannot be compiled here; leave it out")
     return cast(nn.Module, torch.compile(model, **({} if options is True else options)))
