@@ -28,7 +28,7 @@ def run(out: Path, *options: str, launcher: tuple[str, ...] = ()) -> str:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow

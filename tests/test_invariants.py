@@ -135,7 +135,7 @@ def test_wrap_train_save_and_take_out(preset: str, layout: str, dtype: torch.dty
 def test_a_second_adapter_beside_a_trained_one(
     preset: str, layout: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    first = "pissa" if preset == "lora" else "lora"
+    first = "pissa" if preset in ("lora", "lora_fa") else "lora"
     model, batch = build(layout, dtype), batch_of(layout, dtype)
     before, base = snapshot(model), frozen_logits(model, batch)
     modules = dict(model.named_modules())
