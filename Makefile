@@ -23,7 +23,7 @@ PROJECT := pyproject.toml constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-levels test-lowest examples notebooks check lint format types docs benchmarks census study study-data gpu clean distclean
+.PHONY: help demo test soak test-levels test-lowest examples notebooks check lint format types docs benchmarks census study study-data gpu clean distclean
 .NOTPARALLEL:
 
 help: ## this list
@@ -34,8 +34,11 @@ demo: export OMP_WAIT_POLICY := PASSIVE
 demo: $(READY)-demo ## LoRA, PiSSA, AILoRA and TLoRA on a real encoder and real data, compared
 	$(PY) examples/compare_methods.py $(ARGS)
 
-test: $(READY)-test ## the whole test suite (gpu tests too where there is a GPU); ARGS="-k plan" for a part
+test: $(READY)-test ## the test suite (gpu tests too where there is a GPU); ARGS="-k plan" for a part
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+soak: $(READY)-test ## the tests that take minutes: runs that are killed again and again, thousands of steps
+	$(PY) -m pytest -n $(JOBS) -m soak $(ARGS)
 
 # Which kernels PyTorch, oneDNN and MKL pick, and so the last bits, depends on the processor: what these pick on
 # older ones, and on this one. To add a level, add its name and its line. The compiler's cache does not tell

@@ -310,7 +310,7 @@ def test_recomputed_activations_and_a_compiled_model_train_alike() -> None:
         fit(network(), DATA, loss, gradient_checkpointing=True, progress=False)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_five_thousand_steps_need_no_more_memory_or_files(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
 

@@ -76,7 +76,7 @@ def test_killed_once(
     assert not list(tmp_path.glob(".step-*"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_again_and_again(
