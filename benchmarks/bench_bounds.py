@@ -11,15 +11,14 @@ does more than these projections, so its gain is smaller. Writes JSON and Markdo
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, result_name, surroundings
+from timing import interleaved, result_name, surroundings, write_results
 from torch import Tensor
 
 from lowrank.layers.functional import Block, fused_lora
@@ -205,11 +204,9 @@ def main() -> None:
         print(f"{case.name}: " + ", ".join(f"{r.contender} {r.gain:.1%}" for r in measured[case.name]))
     facts = surroundings(options.device)
     name = result_name("bounds", options)
-    options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(facts, measured)
-    data = {"surroundings": facts, "cases": {k: [asdict(r) for r in rows] for k, rows in measured.items()}}
-    (options.out / f"{name}.md").write_text(report)
-    (options.out / f"{name}.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    data = {"surroundings": facts, "cases": measured}
+    write_results(options.out, name, report, data)
     print(f"\n{report}\nwritten to {options.out / name}.md and .json")
 
 

@@ -7,7 +7,6 @@ Contenders run in turn within one process; the table has medians in ms and ratio
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lowrank
-from benchmarks.timing import result_name, surroundings
+from benchmarks.timing import result_name, surroundings, write_results
 from lowrank import presets
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.expert_stack import ExpertStacks, Layout
@@ -148,11 +147,9 @@ def main() -> None:
     repeats = 3 if options.quick else options.repeats
     cases = {what: measured(contenders(), repeats) for what, contenders in made.items()}
     facts, name = surroundings(options.device), result_name("experts", options)
-    options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(facts, cases)
-    (options.out / f"{name}.md").write_text(report)
     data = {"surroundings": facts, "cases": cases}
-    (options.out / f"{name}.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    write_results(options.out, name, report, data)
     print(f"{report}\nwritten to {options.out / name}.md and .json")
 
 

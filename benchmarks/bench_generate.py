@@ -8,16 +8,15 @@ All contenders have equal factors on all linear projections. Writes JSON and Mar
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import FROZEN, OURS, OURS_ANCHORED, PEFT, PEFT_HALF, Case, adapted, frozen
-from timing import Step, interleaved, result_name, surroundings, verdict
+from timing import Step, interleaved, result_name, surroundings, verdict, write_results
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
@@ -106,14 +105,9 @@ def main() -> None:
     }
     facts = surroundings(options.device) | {"load average at the start": f"{load:.1f}"}
     name = result_name("generate", options)
-    options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(facts, cases)
-    data = {
-        "surroundings": facts,
-        "cases": {case: [asdict(row) for row in rows] for case, rows in cases.items()},
-    }
-    (options.out / f"{name}.md").write_text(report)
-    (options.out / f"{name}.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    data = {"surroundings": facts, "cases": cases}
+    write_results(options.out, name, report, data)
     print(report)
 
 

@@ -9,7 +9,6 @@ and Markdown to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from pathlib import Path
 import starts
 import torch
 from spectra import Crossing, Row, crossings, spectrum
-from timing import result_name, surroundings, verdict
+from timing import result_name, surroundings, verdict, write_results
 from transformers.utils import logging
 
 RESULTS = Path(__file__).parent / "results"
@@ -189,10 +188,7 @@ def write(
     head = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     report = "\n\n".join(["# Starting the factors", head, *sections])
     name = result_name("init", options, options.only[0] if len(options.only) == 1 else "")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.md").write_text(report + "\n")
-    text = json.dumps({"surroundings": facts, **data}, indent=1, ensure_ascii=False)
-    (options.out / f"{name}.json").write_text(text + "\n")
+    write_results(options.out, name, report + "\n", {"surroundings": facts, **data})
     return f"{report}\nwritten to {options.out / name}.md and .json"
 
 

@@ -10,15 +10,14 @@ benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import FROZEN, OURS, OURS_ANCHORED, OURS_FROZEN_A, PEFT, PEFT_HALF, QueryKeyValue, adapted
-from timing import result_name, surroundings
+from timing import result_name, surroundings, write_results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -112,14 +111,9 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16)
     }
     facts, name = surroundings("cpu"), result_name("launches", options)
-    options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(facts, cases)
-    data = {
-        "surroundings": facts,
-        "cases": {case: [asdict(row) for row in rows] for case, rows in cases.items()},
-    }
-    (options.out / f"{name}.md").write_text(report)
-    (options.out / f"{name}.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    data = {"surroundings": facts, "cases": cases}
+    write_results(options.out, name, report, data)
     print(report)
 
 

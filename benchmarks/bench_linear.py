@@ -8,17 +8,25 @@ Gradients are checked against fp64 before anything is timed. Writes JSON and Mar
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import Case, Contender, contenders
-from timing import clocks, interleaved, kept_bytes, peak_bytes, result_name, surroundings, verdict
+from timing import (
+    clocks,
+    interleaved,
+    kept_bytes,
+    peak_bytes,
+    result_name,
+    surroundings,
+    verdict,
+    write_results,
+)
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
@@ -259,12 +267,9 @@ def main() -> None:
         facts["not measured for want of time"] = "; ".join(case.name for case in left)
     kept = shared_input(options.device)
     name = result_name("linear", options)
-    options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(facts, measured, kept)
-    rows = {case: [asdict(row) for row in rows] for case, rows in measured.items()}
-    data: dict[str, Any] = {"surroundings": facts, "cases": rows, "kept MiB, shared input": kept}
-    (options.out / f"{name}.md").write_text(report)
-    (options.out / f"{name}.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    data: dict[str, Any] = {"surroundings": facts, "cases": measured, "kept MiB, shared input": kept}
+    write_results(options.out, name, report, data)
     print(f"\n{report}\nwritten to {options.out / name}.md and .json")
 
 

@@ -9,12 +9,11 @@ JSON and Markdown to benchmarks/results/. `bench_linear` says what a single proj
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -34,7 +33,7 @@ from models import (
     factors_of,
     frozen,
 )
-from timing import interleaved, kept_bytes, peak_bytes, result_name, surroundings, verdict
+from timing import interleaved, kept_bytes, peak_bytes, result_name, surroundings, verdict, write_results
 from torch import Tensor, nn
 
 from lowrank.adapters import plan_of
@@ -291,12 +290,9 @@ def write(
     options: argparse.Namespace, facts: dict[str, str], measured: dict[str, list[Row]], kept: dict[str, float]
 ) -> str:
     name = result_name("model", options, "compiled" if options.compile else "")
-    options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(facts, measured, kept)
-    rows = {case: [asdict(row) for row in rows] for case, rows in measured.items()}
-    data: dict[str, Any] = {"surroundings": facts, "cases": rows, "kept MiB, shared input": kept}
-    (options.out / f"{name}.md").write_text(report)
-    (options.out / f"{name}.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    data: dict[str, Any] = {"surroundings": facts, "cases": measured, "kept MiB, shared input": kept}
+    write_results(options.out, name, report, data)
     return f"{report}\nwritten to {options.out / name}.md and .json"
 
 

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from timing import result_name, surroundings
+from timing import result_name, surroundings, write_results
 from torch import nn
 
 import lowrank
@@ -134,14 +133,9 @@ def main() -> None:
         cases[name] = measure(lambda made=made: on_meta(made), saved=False)
         print(f"{name}: " + ", ".join(f"{r.stage} {r.seconds:.2f} s" for r in cases[name]))
     facts, name = surroundings("cpu"), result_name("scale", options)
-    options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(facts, cases)
-    data = {
-        "surroundings": facts,
-        "cases": {case: [asdict(row) for row in rows] for case, rows in cases.items()},
-    }
-    (options.out / f"{name}.md").write_text(report)
-    (options.out / f"{name}.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    data = {"surroundings": facts, "cases": cases}
+    write_results(options.out, name, report, data)
 
 
 if __name__ == "__main__":

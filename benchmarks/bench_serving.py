@@ -11,10 +11,9 @@ benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import peft
 import torch
 from models import MODELS
-from timing import interleaved, result_name, surroundings, verdict
+from timing import interleaved, result_name, surroundings, verdict, write_results
 from torch import Tensor, nn
 
 import lowrank
@@ -202,11 +201,9 @@ def main() -> None:
     title = f"MiniLM-L6, {count} adapters of rank {RANK}, {EXAMPLES} examples of {tokens} tokens"
     facts = surroundings(options.device)
     name = result_name("serving", options)
-    options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(facts, rows, added, title)
-    data = {"surroundings": facts, "added": asdict(added), "cases": {title: [asdict(r) for r in rows]}}
-    (options.out / f"{name}.md").write_text(report)
-    (options.out / f"{name}.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    data = {"surroundings": facts, "added": added, "cases": {title: rows}}
+    write_results(options.out, name, report, data)
     print(f"\n{report}\nwritten to {options.out / name}.md and .json")
 
 

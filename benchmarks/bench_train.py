@@ -10,7 +10,6 @@ and Markdown to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import statistics
@@ -20,14 +19,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from models import MODELS
-from timing import result_name, surroundings, verdict
+from timing import result_name, surroundings, verdict, write_results
 from torch import Tensor, nn
 
 import lowrank
@@ -302,11 +301,8 @@ def main() -> None:
     facts = surroundings(options.device)
     report = markdown(facts, cases, once, options.quick)
     name = result_name("train", options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = {title: [asdict(row) for row in rows] for title, rows in cases.items()}
-    (options.out / f"{name}.md").write_text(report)
-    data_file = {"surroundings": facts, "once": once, "cases": rows}
-    (options.out / f"{name}.json").write_text(json.dumps(data_file, indent=1, ensure_ascii=False) + "\n")
+    data = {"surroundings": facts, "once": once, "cases": cases}
+    write_results(options.out, name, report, data)
     print(f"\n{report}\nwritten to {options.out / name}.md and .json")
 
 

@@ -6,6 +6,7 @@ It knows nothing of what is measured. Results are given as plain data; each scri
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import random
@@ -15,9 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,6 +172,14 @@ def result_name(kind: str, options: argparse.Namespace, part: str = "") -> str:
     """The name of a result's files: what was measured, where, and with which options."""
     threads = f"threads-{options.threads}" if options.threads else ""
     return "-".join(filter(None, [kind, options.device, threads, part, "quick" if options.quick else ""]))
+
+
+def write_results(folder: Path, name: str, report: str, data: Any) -> None:
+    """Writes ``report`` to ``name``.md and ``data``, which may hold data classes, to ``name``.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(report)
+    text = json.dumps(data, indent=1, ensure_ascii=False, default=asdict)
+    (folder / f"{name}.json").write_text(text + "\n")
 
 
 def surroundings(device: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank.batches import count_terms
 from lowrank.train.placement import placed
-from lowrank.train.step import NO_TERMS, Gradients, NonFiniteGradient, Outcome, Tally, _full
+from lowrank.train.step import NO_TERMS, Gradients, NonFiniteGradient, Outcome, Tally, at_least_fp32
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Late:
             gradients.backward(loss)
         if seen is None:  # a tensor that is filled on the device, not copied to it
             seen = torch.full((), float(count_terms(gradients.model, batch)), device=loss.device)
-        return Tally([place], [_full(loss.detach())], [1.0]), seen
+        return Tally([place], [at_least_fp32(loss.detach())], [1.0]), seen
 
 
 def can_skip(optimizer: torch.optim.Optimizer) -> bool:

@@ -146,7 +146,7 @@ class Gradients:
 
     def norm(self) -> Tensor:
         """Of the gradient of all parameters, on the device."""
-        return nn.utils.get_total_norm([_full(p.grad) for p in self.parameters if p.grad is not None])
+        return nn.utils.get_total_norm([at_least_fp32(p.grad) for p in self.parameters if p.grad is not None])
 
     def clipped(self, norm: Tensor) -> None:
         if self.clip is not None:
@@ -169,7 +169,7 @@ class Gradients:
         if before is not None:
             self._multiply(before / count)
         self.backward(loss)
-        return _full(loss.detach()), count
+        return at_least_fp32(loss.detach()), count
 
     def backward(self, loss: Tensor) -> None:
         if not loss.requires_grad:
@@ -203,7 +203,7 @@ class Gradients:
             torch._foreach_mul_(gradients, factor)
 
 
-def _full(tensor: Tensor) -> Tensor:
+def at_least_fp32(tensor: Tensor) -> Tensor:
     """In fp32 at least: a norm in bf16 has two to three digits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

@@ -26,8 +26,8 @@ from lowrank.train.step import (
     NonFiniteGradient,
     Outcome,
     Tally,
-    _full,
     _weighed,
+    at_least_fp32,
 )
 
 
@@ -106,7 +106,7 @@ class TogetherGradients(Gradients):
                 if i == 0:
                     tally.unit = float(together.exchange(count)[:, 0].max()) or 1.0
                 if count:
-                    tally.add(place + i, _full(loss.detach()), count)
+                    tally.add(place + i, at_least_fp32(loss.detach()), count)
                     tally.used |= idle.used(loss)
                     value = loss if count == tally.unit else loss * (count / tally.unit)
                 else:
@@ -166,7 +166,9 @@ class TogetherGradients(Gradients):
         size = 0.0
         for sharded in (False, True):
             gradients = [
-                _full(p.grad) for p in self.parameters if p.grad is not None and is_sharded(p) is sharded
+                at_least_fp32(p.grad)
+                for p in self.parameters
+                if p.grad is not None and is_sharded(p) is sharded
             ]
             if gradients:
                 size = math.hypot(size, float(whole(nn.utils.get_total_norm(gradients))))
