@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +27,15 @@ def together(
         _process, (function, str(folder), world, arguments), nprocs=world, join=False
     )
     ends = time.monotonic() + timeout
-    while not spawned.join(timeout=1):
-        if time.monotonic() > ends:
-            for process in spawned.processes:
-                process.kill()
-            raise TimeoutError(f"{function.__name__} was not done after {timeout} s")
+    try:
+        while not spawned.join(timeout=1):
+            if time.monotonic() > ends:
+                for process in spawned.processes:
+                    process.kill()
+                raise TimeoutError(f"{function.__name__} was not done after {timeout} s")
+    except torch.multiprocessing.ProcessExitedException as error:
+        said = [f"rank {rank}:\n{(folder / f'died-{rank}').read_text()}" for rank in range(world)]
+        raise RuntimeError("\n".join([str(error), *said])) from error
     return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(world)]
 
 
@@ -37,10 +43,14 @@ def _process(
     rank: int, function: Callable[..., Any], folder: str, world: int, arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    died = open(f"{folder}/died-{rank}", "w")  # noqa: SIM115: open until the end, for what a signal leaves
+    os.dup2(died.fileno(), 2)
+    faulthandler.enable(died)
     dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder}/meet")
     result = function(rank, *arguments)
     torch.save(result, f"{folder}/result-{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads may be in the interpreter while it ends, and then abort
 
 
 def sharded(model: nn.Module, ignored: set[nn.Parameter] | None = None) -> nn.Module:
