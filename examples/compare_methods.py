@@ -153,9 +153,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=120, help="of each run (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="of each method (default: %(default)s)")
-    parser.add_argument("--tests", type=int, default=1000, help="texts to test on (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of each run (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="of each method (default: %(default)s)")
+    parser.add_argument("--tests", type=int, default=500, help="texts to test on (default: %(default)s)")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: the cores)"
     )

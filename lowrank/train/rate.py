@@ -25,9 +25,9 @@ from lowrank.train.scope import evaluating, forked_generators
 from lowrank.train.step import NO_TERMS, OVERFLOW, Gradients, NonFiniteGradient, NonFiniteLoss, needs_scaling
 from lowrank.train.together import gradients_of
 
-SHARE = 6.3e-3  # learning rate = SHARE · √(turning step): fitted on 15 methods and one task, docs/choosing.md
-BATCHES = 8  # how many a measurement takes
-DISTANCES = (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.25, 1.0)  # the next where the loss does not bend upward over one
+SHARE = 8e-3  # learning rate = SHARE · √(turning step): fitted on 17 methods and one task, docs/choosing.md
+BATCHES = 6  # how many a measurement takes
+FARTHEST = 1.0  # no step along the sign is longer than four of these
 GIVE = "give lr= a number instead"
 
 
@@ -43,14 +43,15 @@ def turning_step(
     *,
     parameters: Sequence[nn.Parameter] | None = None,
     count: int = BATCHES,
-    distances: Sequence[float] = DISTANCES,
+    distance: float = 1e-3,
 ) -> float:
-    """The length t at which ``loss(θ − t·sign(g))`` stops falling, to second order: ``‖g‖₁ / sᵀHs``.
+    """The length t at which ``loss(θ − t·sign(g))`` stops falling: ``‖g‖₁ / sᵀHs``.
 
     g is the gradient of the mean loss over the first ``count`` batches, s its sign, and H·s the difference of
-    two such gradients, apart along s by the first of ``distances`` over which the loss bends upward, divided
-    by it. (Near a new head it may bend downward at first.) An early step of Adam has the length of its
-    learning rate along s, so that t bounds the rate from above.
+    two such gradients, a ``distance`` apart along s, divided by it. A new head makes the curvature at the
+    start a matter of chance, so the distance grows until the loss bends upward over it, and until t is at
+    most four times as long. An early step of Adam has the length of its learning rate along s, so that t
+    bounds the rate from above.
 
     Modules are in eval mode meanwhile, except those that compute activations again in backward. Every value,
     gradient and random number is afterwards what it was, and the batches begin where they did. In several
@@ -63,7 +64,7 @@ def turning_step(
 
     Raises:
         ValueError: no batch, a gradient of zero or one that is not finite, or a loss that bends upward over
-            none of ``distances``: there is then no such length.
+            no distance: there is then no such length.
     """
     model, parallel = parallel_of(model)
     with parallel.guarded():
@@ -74,14 +75,14 @@ def turning_step(
             model, optimizer, loss or output_loss, None, None, None, scaler, parallel
         )
         first = Cursor(Groups.plan(batches, 1, 1, 1)).first(count)
-        return turning(gradients, first, gradients.parameters, distances)
+        return turning(gradients, first, gradients.parameters, distance)
 
 
 def turning(
     gradients: Gradients,
     batches: Sequence[Any],
     moved: Sequence[nn.Parameter],
-    distances: Sequence[float] = DISTANCES,
+    distance: float = 1e-3,
 ) -> float:
     """`turning_step` for gradients as a run computes them, clipping apart, and those of its parameters that
     are ``moved``."""
@@ -92,7 +93,7 @@ def turning(
             raise ValueError(
                 f"no learning rate can be measured: the gradient of what trains is exactly zero; {GIVE}"
             )
-        for distance in distances:
+        while True:
             slope, bend = _bend(gradients, batches, moved, values, first, distance)
             if not slope > 0:
                 raise ValueError(
@@ -100,11 +101,17 @@ def turning(
                     f"of {distance}; {GIVE}"
                 )
             if bend > 0 and math.isfinite(bend):
-                return slope * distance / bend
-    raise ValueError(
-        f"no learning rate can be measured: along the gradient's sign the loss does not bend upward, not "
-        f"even over {distance} (it bends by {bend / distance**2:.3g}); {GIVE}"
-    )
+                turn = slope * distance / bend
+                if turn <= 4 * distance or distance >= FARTHEST:
+                    return turn
+                distance = min(turn, 16 * distance)
+            elif distance < FARTHEST:
+                distance *= 4
+            else:
+                raise ValueError(
+                    f"no learning rate can be measured: along the gradient's sign the loss does not bend "
+                    f"upward, not even over {distance:.3g} (it bends by {bend / distance**2:.3g}); {GIVE}"
+                )
 
 
 def _bend(
