@@ -30,7 +30,10 @@ def browser() -> Iterator[Any]:
         if not Path(path).is_file():
             pytest.skip("no browser: make browser fetches one, or LOWRANK_BROWSER names one")
         libraries = {"LD_LIBRARY_PATH": str(FETCHED / "lib")} if Path(path) == fetched else {}
-        started = play.chromium.launch(executable_path=path, env={**os.environ, **libraries})
+        try:
+            started = play.chromium.launch(executable_path=path, env={**os.environ, **libraries})
+        except api.Error as error:
+            pytest.skip(f"{path} does not start: {str(error).splitlines()[0]}")
         try:
             yield started
         finally:
