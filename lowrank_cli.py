@@ -71,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", type=int, default=256, help="of an example at most (default: %(default)s)")
     plan.add_argument("--out", type=Path, help="also write the plan, as JSON")
 
-    report = command("report", "one HTML file about a run: plan, curves, updates, what was trained, versions")
+    report = command(
+        "report", "one HTML file about a run: plan, curves, memory, updates, what was trained, versions"
+    )
     report.add_argument("run", type=Path, help="folder that holds an adapter and a log (JSON lines)")
     report.add_argument("--log", type=Path, help="the log, where it is elsewhere")
     report.add_argument("--out", type=Path, default=Path("report.html"))

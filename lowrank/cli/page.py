@@ -28,6 +28,7 @@ td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top }
                padding: .3em .8em; cursor: pointer }
 th[aria-sort=ascending] button::after { content: " ▲" }
 th[aria-sort=descending] button::after { content: " ▼" }
+pre { overflow-x: auto; background: var(--soft); padding: 1em; font-size: 13px }
 svg { max-width: 100%; height: auto; background: #fff }
 """
 
@@ -79,6 +80,11 @@ def cells(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
+def text(lines: str) -> str:
+    """Text that is laid out by its spaces, as printed tables are."""
+    return f'<pre tabindex="0">{escape(lines)}</pre>'
+
+
 def items(lines: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
@@ -87,8 +93,8 @@ def picture(figure: Any, label: str) -> str:
     """A figure of matplotlib as part of the page; ``label`` says what it shows to those who do not see it."""
     from matplotlib import pyplot
 
-    text = StringIO()
-    figure.savefig(text, format="svg")
+    written = StringIO()
+    figure.savefig(written, format="svg")
     pyplot.close(figure)
-    _, _, svg = text.getvalue().partition("<svg")
+    _, _, svg = written.getvalue().partition("<svg")
     return f'<svg role="img" aria-label="{escape(label)}"{svg}'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import lowrank
-from lowrank.cli.page import cells, facts, items, page, picture
+from lowrank.cli.page import cells, facts, items, page, picture, text
 from lowrank.cli.saved import read
 from lowrank.files import AdapterError, write
 from lowrank.formats.folder import CONFIG, read_config
@@ -22,6 +22,7 @@ from lowrank.models.projections import Projection
 from lowrank.plan import Plan
 from lowrank.spectra import spectrum_figure, update_spectrum
 from lowrank.train import History
+from lowrank.train.memory_table import MemoryReport
 
 
 def run(options: Namespace) -> None:
@@ -30,16 +31,20 @@ def run(options: Namespace) -> None:
     log = options.log or _log_in(options.run)
     history = None if log is None else History.load(log)
     title = options.run.resolve().name
-    write(options.out, page(title, sections(plan, history, _spectra(folder, plan))).encode())
+    memory = getattr(history, "memory", None)
+    write(options.out, page(title, sections(plan, history, _spectra(folder, plan), memory)).encode())
     found = {"out": str(options.out), "adapter": str(folder), "log": log and str(log)}
     said = f"{options.out}: {plan!r}, " + (repr(history) if history is not None else "no log")
     print(json.dumps(found) if options.json else said)
 
 
 def sections(
-    plan: Plan, history: History | None, spectra: dict[Projection, Tensor]
+    plan: Plan,
+    history: History | None,
+    spectra: Mapping[Projection, Tensor],
+    memory: MemoryReport | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """Headings and their HTML: what was trained, the curves, the plan, the updates, versions.
+    """Headings and their HTML: what was trained, curves, memory, the plan, the updates, versions.
 
     ``spectra`` are the singular values of ΔW; empty where they are not known.
     """
@@ -57,6 +62,8 @@ def sections(
     yield "", facts(summary)
     if history:
         yield "Training", picture(history.plot(), "Loss, scores and learning rate over the steps")
+    if memory is not None:
+        yield "Memory", text(str(memory))
     ranks = picture(plan.plot(), "Ranks by layer and role")
     yield "Plan", ranks + cells(plan_cells(plan)) + items(plan_remarks(plan))
     if any(values.any() for values in spectra.values()):

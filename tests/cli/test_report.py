@@ -9,6 +9,7 @@ import pytest
 
 import lowrank
 from lowrank import presets
+from lowrank.cli.report import sections
 from lowrank.formats.plan_table import plan_remarks
 from lowrank_cli import main
 from tests import zoo
@@ -85,3 +86,11 @@ def test_what_it_cannot_tell_is_said(run: Path, tmp_path: Path, capsys: pytest.C
     assert "name one by --log" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "none"), "--out", str(out)]) == 2
     assert "expected one adapter of lowrank" in capsys.readouterr().err and not out.exists()
+
+
+def test_the_memory_of_a_step_is_in_it_where_it_is_known(run: Path) -> None:
+    model = lowrank.load_adapter(zoo.build("bert"), run / "adapter")
+    plan, memory = lowrank.plan_of(model), lowrank.memory_report(model, None, batch=2, tokens=5)
+    found = dict(sections(plan, None, {}, memory))
+    assert Page(found["Memory"]).text == str(memory) and "at the peak" in found["Memory"]
+    assert "Memory" not in dict(sections(plan, None, {}))
