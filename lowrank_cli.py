@@ -14,7 +14,7 @@ METHODS = "lora rslora lora_fa dora pissa milora olora ailora tlora eva corda lo
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="lowrank",
-        description="Looks at adapter folders and works on them: lowrank's own and PEFT's.",
+        description="Looks at adapter folders and works on them: lowrank's own, PEFT's and diffusers'.",
         epilog="Exit codes: 0 done (diff: equal), 1 diff found differences, 2 an error, in one line.",
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
