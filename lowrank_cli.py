@@ -14,7 +14,7 @@ METHODS = "lora rslora lora_fa dora pissa milora olora ailora tlora eva corda lo
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="lowrank",
-        description="Looks at adapter folders and works on them: lowrank's own and PEFT's.",
+        description="Looks at adapter folders and works on them: lowrank's own, PEFT's and diffusers'.",
         epilog="Exit codes: 0 done (diff: equal), 1 diff found differences, 2 an error, in one line.",
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -71,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", type=int, default=256, help="of an example at most (default: %(default)s)")
     plan.add_argument("--out", type=Path, help="also write the plan, as JSON")
 
-    report = command("report", "one HTML file about a run: plan, curves, what was trained, versions")
+    report = command(
+        "report", "one HTML file about a run: plan, curves, memory, updates, what was trained, versions"
+    )
     report.add_argument("run", type=Path, help="folder that holds an adapter and a log (JSON lines)")
     report.add_argument("--log", type=Path, help="the log, where it is elsewhere")
     report.add_argument("--out", type=Path, default=Path("report.html"))

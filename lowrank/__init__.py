@@ -19,6 +19,7 @@ from lowrank.notices import LowrankWarning, UnsavedParametersWarning, UnusedLaye
 from lowrank.peft_format import PeftExport, export_diffusers, export_peft, import_diffusers, import_peft
 from lowrank.plan import Plan
 from lowrank.policy import Policy
+from lowrank.spectra import plot_spectrum
 from lowrank.swapping import swap_adapter
 from lowrank.train.memory_table import MemoryReport
 from lowrank.wrap import add_adapter, measure, plan_model, wrap_model
@@ -70,6 +71,7 @@ __all__ = [
     "plan_learning_rate",
     "plan_model",
     "plan_of",
+    "plot_spectrum",
     "presets",
     "remove_adapter",
     "save_adapter",

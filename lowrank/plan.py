@@ -15,6 +15,7 @@ from typing import Any
 from lowrank.allocate.base import Allocation
 from lowrank.files import write
 from lowrank.formats.patterns import peft_patterns
+from lowrank.formats.plan_table import plan_cells, plan_remarks, plan_total
 from lowrank.formats.plans import plan_arguments, plan_to_json
 from lowrank.formats.table import table
 from lowrank.models.projections import Projection
@@ -131,13 +132,10 @@ class Plan(Mapping[Projection, Allocation]):
     @property
     def trainable_parameters(self) -> int:
         """Trainable adapter parameters: frozen factors and modules trained in full do not count."""
-        return self._spent + sum(rows.parameters for rows in self.rows)
+        return sum(map(self.parameters, self)) + sum(rows.parameters for rows in self.rows)
 
-    @property
-    def _spent(self) -> int:
-        return sum(map(self._parameters, self))
-
-    def _parameters(self, projection: Projection) -> int:
+    def parameters(self, projection: Projection) -> int:
+        """Trainable adapter parameters of one projection."""
         rank = self[projection].rank
         return rank * self.costs[projection] + (projection.out_features if self.dora and rank else 0)
 
@@ -147,38 +145,8 @@ class Plan(Mapping[Projection, Allocation]):
 
     def __str__(self) -> str:
         """A table: projection, role, shape, rank, scaling, parameters, share of the budget, energy."""
-        whole = self.budget or self._spent
-        header = ["projection", "role", "out × in", "rank", "scaling", "parameters", "share"]
-        if self.energies:
-            header.append("energy")
-        lines = [header]
-        for p, allocation in self.items():
-            line = [p.name, p.role.value, f"{p.out_features} × {p.in_features}", str(allocation.rank)]
-            if allocation.rank:
-                spent = self._parameters(p)
-                line += [f"{allocation.scaling:.4g}", f"{spent:,}", f"{spent / whole:.1%}"]
-            else:
-                line += ["–", "0", "left alone"]
-            if self.energies:
-                line.append(f"{self.energies[p]:.4f}" if p in self.energies else "–")
-            lines.append(line)
-        rows = [*table(lines, left=2), self._total()]
-        if self.dora:
-            rows.append("DoRA: a magnitude for each output row is among the parameters")
-        rows += [f"rows trained: {each}, {each.parameters:,} parameters" for each in self.rows]
-        if self.train:
-            rows.append(f"trained in full: {', '.join(self.train)}")
-        if self.learning_rate is not None:
-            rows.append(f"learning rate {self.learning_rate:.2e}, measured")
-        rows += [f"note: {note}" for note in self.notes]
-        return "\n".join(row.rstrip() for row in rows)
-
-    def _total(self) -> str:
-        total = f"{self._spent:,} trainable adapter parameters"
-        if self.budget is not None:
-            left = self.budget - self._spent
-            total += f" of a budget of {self.budget:,}" + (f" ({left:,} left)" if left else "")
-        return total + ("" if self.reference_rank is None else f", reference rank {self.reference_rank}")
+        lines = [*table(plan_cells(self), left=2), *plan_remarks(self)]
+        return "\n".join(line.rstrip() for line in lines)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """A heat map of the ranks, layer × role; where a cell has several projections, their ranks add up.
@@ -187,7 +155,7 @@ class Plan(Mapping[Projection, Allocation]):
         Needs matplotlib. It is written to ``path``, whose ending says the format, where there is one, and
         the figure is returned.
         """
-        return by_layer(ranks_by_layer(self), path, title=self._total())
+        return by_layer(ranks_by_layer(self), path, title=plan_total(self))
 
     # -- JSON ---------------------------------------------------------------------------------------
 
@@ -242,9 +210,10 @@ def ranks_by_layer(plan: Plan) -> dict[tuple[str, str], int]:
     """(role, layer) → the sum of the ranks there."""
     ranks: Counter[tuple[str, str]] = Counter()
     for p, allocation in plan.items():
-        ranks[p.role.value, _layer(p.module)] += allocation.rank
+        ranks[p.role.value, layer_of(p)] += allocation.rank
     return dict(ranks)
 
 
-def _layer(module: str) -> str:
-    return next((part for part in module.split(".") if part.isdigit()), "–")
+def layer_of(projection: Projection) -> str:
+    """The first number in its module's path; "–" where there is none."""
+    return next((part for part in projection.module.split(".") if part.isdigit()), "–")

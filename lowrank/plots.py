@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def curves(
             if len(lines) > 1:
                 axis.legend()
         axes[-1, 0].set_xlabel(xlabel)
+        axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
         axes[0, 0].set_title(title, loc="left")
         return _written(pyplot, figure, path)
 
@@ -76,7 +78,7 @@ def heat_map(
     """
     pyplot, style = _pyplot()
     with style, pyplot.rc_context({"axes.grid": False}):
-        width = max(6.0, 1.8 + 0.45 * len(columns), 0.09 * len(title))
+        width = max(6.0, 1.8 + 0.45 * len(columns))
         figure, axis = pyplot.subplots(figsize=(min(width, 24), 1.4 + 0.4 * len(rows)), layout="constrained")
         values = [[float("nan") if cell is None else float(cell) for cell in row] for row in cells]
         most = max((cell for row in cells for cell in row if cell is not None), default=0)
@@ -87,7 +89,7 @@ def heat_map(
         axis.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel=xlabel)
         axis.set_xticklabels(columns)
         axis.set_yticklabels(rows)
-        axis.set_title(title, loc="left")
+        axis.set_title(title, loc="left", wrap=True)
         if len(columns) <= 48:
             for y, row in enumerate(cells):
                 for x, cell in enumerate(row):
@@ -111,6 +113,58 @@ def by_layer(
     layers = sorted({layer for _, layer in cells}, key=lambda layer: (layer == "–", len(layer), layer))
     rows = [[cells.get((role, layer)) for layer in layers] for role in roles]
     return heat_map(rows, roles, layers, path, title=title, xlabel="layer", signed=signed)
+
+
+def spectra(
+    rows: Mapping[str, Sequence[tuple[str, Sequence[float], int]]],
+    path: str | PathLike[str] | None = None,
+    *,
+    title: str = "",
+    lines: str = "layer",
+) -> Any:
+    """Two panels for each label: singular values beside the largest, and the share that the first k hold.
+
+    The share is that of the squares: of a matrix's squared norm, or of a variance. A line is its name, its
+    singular values in descending order, and the k that a dot marks, 0 for none. Lines get lighter from the
+    first to the last and differ in style; the legend names six at most. ``lines`` is what a line stands for.
+    Returns the figure, and writes it to ``path`` where there is one.
+    """
+    pyplot, style = _pyplot()
+    with style:
+        size = (9, 1.0 + 2.0 * len(rows))
+        figure, axes = pyplot.subplots(
+            len(rows), 2, sharex=True, squeeze=False, figsize=size, layout="constrained"
+        )
+        for (left, right), (label, drawn) in zip(axes, rows.items(), strict=True):
+            last = max(1, len(drawn) - 1)
+            named = {round(i * last / 5) for i in range(6)}
+            for i, (name, values, marked) in enumerate(drawn):
+                look = {
+                    "color": pyplot.get_cmap("cividis")(0.85 * i / last),
+                    "linestyle": LINES[i % len(LINES)][1],
+                    "label": name if i in named else None,
+                }
+                shown = _spread(len(values), marked)
+                squares = list(accumulate(value**2 for value in values))
+                shares = [square / squares[-1] for square in squares]
+                left.plot(shown, [values[k - 1] / values[0] or float("nan") for k in shown], **look)
+                right.plot(shown, [shares[k - 1] for k in shown], **look)
+                if marked:
+                    right.plot([marked], [shares[marked - 1]], "o", color=look["color"], markersize=5)
+            left.set(yscale="log", ylabel=f"{label}\n" + r"$\sigma_k\,/\,\sigma_1$")
+            right.set(ylim=(0, 1.03), ylabel="share of the first k")
+            right.legend(title=lines, loc="center left", bbox_to_anchor=(1, 0.5))
+        for axis in axes[-1]:
+            axis.set_xscale("log", base=2)
+            axis.set_xlabel("k")
+            axis.xaxis.set_major_formatter("{x:g}")
+        axes[0, 0].set_title(title, loc="left", wrap=True)
+        return _written(pyplot, figure, path)
+
+
+def _spread(count: int, marked: int) -> list[int]:
+    """Up to 200 numbers from 1 to ``count``, evenly on a logarithmic axis, and the one that is marked."""
+    return sorted({round(count ** (i / 199)) for i in range(200)} | ({marked} if marked else set()))
 
 
 def _pyplot() -> tuple[Any, Any]:

@@ -30,7 +30,7 @@ LAYERS = [
     {"wrap"},
     {"presets", "checkpoint", "swapping", "peft_format"},
     {"train"},  # whatever requires grad; see ONLY for what it may import
-    {"memory", "learning_rates"},
+    {"memory", "learning_rates", "spectra"},
     {"integrations"},  # one file for each library that drives training, imported by the user
     {"__init__"},  # the public names
     {"cli", "__main__", "demo"},  # the command

@@ -6,13 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import lowrank
 from lowrank import Plan, presets
 from lowrank.train import History, Record
 from tests import zoo
+from tests.helpers import perturb, wrapped
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -92,3 +95,115 @@ def test_two_plans_are_compared_cell_by_cell(tmp_path: Path) -> None:
     assert f"{a.trainable_parameters:,} → {b.trainable_parameters:,}" in axis.get_title(loc="left")
     lowrank.compare_plans(a, b, tmp_path / "plans.png")
     assert (tmp_path / "plans.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_long_title_is_not_cut_off() -> None:
+    policy = presets.lora(budget=3_000, target=("query", "value"))
+    plan = lowrank.plan_model(zoo.build("llama"), policy)
+    for figure in (plan.plot(), lowrank.compare_plans(plan, plan)):
+        figure.canvas.draw()
+        title = figure.axes[0]._left_title.get_window_extent()
+        assert 0 <= title.x0 < title.x1 <= figure.bbox.width
+        assert 0 <= title.y0 < title.y1 <= figure.bbox.height
+
+
+def lines(figure: Any) -> dict[tuple[str, str], list[list[float]]]:
+    """The y values of each line of a role's two panels, dots apart: panel → lines."""
+    found = {}
+    for left, right in zip(figure.axes[::2], figure.axes[1::2], strict=True):
+        role = left.get_ylabel().split("\n")[0]
+        found[role, "values"] = [list(line.get_ydata()) for line in left.lines]
+        found[role, "shares"] = [
+            list(each.get_ydata()) for each in right.lines if each.get_marker() == "None"
+        ]
+        found[role, "dots"] = [list(each.get_xdata()) for each in right.lines if each.get_marker() == "o"]
+    return found
+
+
+def expected(matrix: torch.Tensor) -> tuple[list[float], list[float]]:
+    values = torch.linalg.svdvals(matrix.double())
+    squares = values.square().cumsum(0)
+    return (values / values[0]).tolist(), (squares / squares[-1]).tolist()
+
+
+def same(found: list[float], values: list[float]) -> bool:
+    return found == pytest.approx(values, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_spectrum_shows_the_frozen_weights(adapted: bool, tmp_path: Path) -> None:
+    """Also in a wrapped model, whose adapters do not count."""
+    policy = presets.pissa(rank=3, target=("key", "down"))
+    plain = zoo.build("llama")
+    plan = lowrank.plan_model(plain, policy)
+    model = perturb(wrapped("llama", policy)) if adapted else plain
+    figure = lowrank.plot_spectrum(model, None if adapted else plan, tmp_path / "spectrum.png")
+    found = lines(figure)
+    assert {role for role, _ in found} == {"key", "down"}
+    for role in ("key", "down"):
+        projections = [p for p in plan if p.role.value == role]
+        assert len(found[role, "values"]) == len(projections) == 2
+        for i, p in enumerate(projections):
+            values, shares = expected(p.weight(plain).detach())
+            assert same(found[role, "values"][i], values) and same(found[role, "shares"][i], shares)
+        assert found[role, "dots"] == [[3], [3]]
+    first, second = figure.axes[0].lines
+    assert first.get_linestyle() != second.get_linestyle()  # they differ in style, and in lightness
+    red, green, blue = torch.tensor([each.get_color()[:3] for each in (first, second)]).unbind(1)
+    dark, light = 0.3 * red + 0.6 * green + 0.1 * blue
+    assert light - dark > 0.3
+    assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method", [presets.lora, presets.pissa])
+def test_a_spectrum_shows_the_updates(method: Any) -> None:
+    model = perturb(wrapped("llama", method(rank=3, target="value")))
+    before = [p.clone() for p in model.parameters()]
+    found = lines(lowrank.plot_spectrum(model, of="update"))
+    layers = list(lowrank.adapted_layers(model).values())
+    for i, layer in enumerate(layers):
+        values, shares = expected(layer.delta_weight())
+        count = len(found["value", "values"][i])
+        assert same(found["value", "values"][i], values[:count]) and count >= 3
+        assert same(found["value", "shares"][i], shares[:count]) and shares[count - 1] == pytest.approx(1)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", [presets.eva, presets.tlora])
+def test_a_spectrum_shows_the_inputs(method: Any) -> None:
+    model, policy = zoo.build("bert"), method(rank=2, target=("query", "value"))
+    statistics = lowrank.measure(model, policy, [zoo.batch("bert")], progress=False)
+    plan = lowrank.plan_model(model, policy, statistics=statistics)
+    found = lines(lowrank.plot_spectrum(model, plan, of="input", statistics=statistics))
+    for p in plan.adapted:
+        measured = statistics[p]
+        covariance = measured.covariance if measured.token_covariance is None else measured.token_covariance
+        variances = torch.linalg.eigvalsh(covariance.double()).flip(0).clamp_min(0)
+        shares = (variances.cumsum(0) / variances.sum()).tolist()
+        assert any(same(line, shares) for line in found[p.role.value, "shares"])
+
+
+def test_what_has_no_spectrum_is_said() -> None:
+    model = wrapped("llama", presets.lora(rank=2))
+    with pytest.raises(ValueError, match="every update is zero.*train first"):
+        lowrank.plot_spectrum(model, of="update")
+    with pytest.raises(ValueError, match="statistics="):
+        lowrank.plot_spectrum(model, of="input")
+    with pytest.raises(ValueError, match="expected one of 'weight', 'update', 'input', got 'x'"):
+        lowrank.plot_spectrum(model, of="x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not wrapped.*give the plan"):
+        lowrank.plot_spectrum(zoo.build("llama"))
+    with pytest.raises(ValueError, match="not wrapped, so it has no update"):
+        lowrank.plot_spectrum(zoo.build("llama"), lowrank.plan_of(model), of="update")
+
+
+def test_a_spectrum_of_many_layers_stays_small(tmp_path: Path) -> None:
+    """Thousands of values are thinned, the dot's place kept; the legend names six lines at most."""
+    from lowrank.plots import spectra
+
+    values = [1 / k for k in range(1, 5001)]
+    figure = spectra({"query": [(str(i), values, 777) for i in range(40)]}, tmp_path / "many.svg")
+    axis = figure.axes[1]
+    assert all(len(line.get_xdata()) <= 201 and 777 in line.get_xdata() for line in figure.axes[0].lines)
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["0", "8", "16", "23", "31", "39"]
+    assert (tmp_path / "many.svg").stat().st_size < 2**20

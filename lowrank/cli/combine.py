@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Collection
+from itertools import chain, count
 from pathlib import Path
 
 import lowrank
@@ -13,14 +15,23 @@ from lowrank.cli.models import load, load_onto
 def run(options: Namespace) -> None:
     shares = [_share(text) for text in options.adapters]
     model = load(options.base)
-    for i, (path, _) in enumerate(shares):
-        load_onto(model, path, f"part{i}")
-    weights = {f"part{i}": weight for i, (_, weight) in enumerate(shares)}
-    lowrank.combine_adapters(model, weights, name="combined", rank=options.rank)
-    lowrank.save_adapter(model, options.out, "combined")
-    plan = lowrank.plan_of(model, "combined")
+    weights: dict[str, float] = {}
+    for path, weight in shares:
+        name = _name(path, weights)
+        load_onto(model, path, name)
+        weights[name] = weight
+    name = _name(options.out, weights)
+    lowrank.combine_adapters(model, weights, name=name, rank=options.rank)
+    lowrank.save_adapter(model, options.out, name)
+    plan = lowrank.plan_of(model, name)
     found = {"out": str(options.out), "notes": list(plan.notes)}
     print(json.dumps(found) if options.json else f"{options.out}: {plan!r}; {'; '.join(plan.notes)}")
+
+
+def _name(path: Path, taken: Collection[str]) -> str:
+    """The folder's name as that of an adapter, which has no dots; numbered where it is taken."""
+    name = path.resolve().name.replace(".", "_")
+    return next(each for each in chain([name], (f"{name}-{i}" for i in count(2))) if each not in taken)
 
 
 def _share(text: str) -> tuple[Path, float]:

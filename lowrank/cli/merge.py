@@ -80,6 +80,8 @@ def merge_files(base: Path, saved: Saved, out: Path, *, progress: bool = True) -
 
 def _changes(stored: Mapping[str, Stored], saved: Saved) -> dict[str, Change]:
     """What to do to which tensor; raises AdapterError with all that does not fit."""
+    if any(update.magnitudes is not None for update in saved.updates.values()):
+        raise AdapterError(f"{saved.path} has magnitudes (DoRA): load the model and use lowrank.merge")
     changes: dict[str, Change] = {}
     problems = []
     for weight, updates in saved.by_weight().items():
@@ -126,8 +128,6 @@ def _addition(name: str, stored: Stored, updates: Sequence[Update]) -> Change:
         raise AdapterError(
             f"{name}: it is no matrix but {stored.shape}; load the model and use lowrank.merge"
         )
-    if any(update.magnitudes is not None for update in updates):
-        raise AdapterError(f"{name}: it has magnitudes (DoRA); load the model and use lowrank.merge")
     fitting = [turned for turned in (False, True) if _fits(stored, updates, turned)]
     said = {update.transposed for update in updates} - {None}
     fitting = [turned for turned in fitting if not said or turned in said]

@@ -9,7 +9,9 @@ from pathlib import Path
 from torch import nn
 
 from lowrank.checkpoint import load_adapter
-from lowrank.peft_format import import_peft
+from lowrank.cli.saved import diffusers_file
+from lowrank.formats.folder import CONFIG
+from lowrank.peft_format import import_diffusers, import_peft
 from lowrank.peft_format.folder import CONFIG as PEFT_CONFIG
 
 
@@ -33,5 +35,10 @@ def load(folder: Path) -> nn.Module:
 
 
 def load_onto(model: nn.Module, adapter: Path, name: str = "default") -> None:
-    """Puts the adapter in the folder ``adapter``, lowrank's own or PEFT's, on ``model``."""
-    (import_peft if (adapter / PEFT_CONFIG).is_file() else load_adapter)(model, adapter, name)
+    """Puts the adapter at ``adapter``, lowrank's own, PEFT's or diffusers', on ``model``."""
+    if (adapter / PEFT_CONFIG).is_file():
+        import_peft(model, adapter, name)
+    elif (adapter / CONFIG).is_file():
+        load_adapter(model, adapter, name)
+    else:
+        import_diffusers(model, diffusers_file(adapter), name)

@@ -5,88 +5,94 @@ from __future__ import annotations
 import json
 import platform
 from argparse import Namespace
-from html import escape
-from io import StringIO
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import lowrank
+from lowrank.cli.page import cells, facts, items, page, picture, text
+from lowrank.cli.saved import read
 from lowrank.files import AdapterError, write
 from lowrank.formats.folder import CONFIG, read_config
+from lowrank.formats.plan_table import plan_cells, plan_remarks
+from lowrank.models.projections import Projection
 from lowrank.plan import Plan
+from lowrank.spectra import spectrum_figure, update_spectrum
 from lowrank.train import History
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse } td, th { padding: .15em .8em .15em 0; text-align: left }
-pre { overflow-x: auto; background: #f6f6f6; padding: 1em; font-size: 12px }
-svg { max-width: 100%; height: auto }
-"""
+from lowrank.train.memory_table import MemoryReport
 
 
 def run(options: Namespace) -> None:
     folder = _adapter_in(options.run)
-    config = read_config(folder)
-    try:
-        plan = Plan.from_json(config["plan"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise AdapterError(f"{folder} does not hold a whole plan: {error}") from error
+    plan = _plan(folder)
     log = options.log or _log_in(options.run)
     history = None if log is None else History.load(log)
-    write(options.out, page(options.run.resolve().name, plan, history).encode())
+    title = options.run.resolve().name
+    memory = getattr(history, "memory", None)
+    write(options.out, page(title, sections(plan, history, _spectra(folder, plan), memory)).encode())
     found = {"out": str(options.out), "adapter": str(folder), "log": log and str(log)}
     said = f"{options.out}: {plan!r}, " + (repr(history) if history is not None else "no log")
     print(json.dumps(found) if options.json else said)
 
 
-def page(title: str, plan: Plan, history: History | None) -> str:
-    """The HTML of a report: what was trained, the curves, the plan, versions."""
-    facts: dict[str, Any] = {
+def sections(
+    plan: Plan,
+    history: History | None,
+    spectra: Mapping[Projection, Tensor],
+    memory: MemoryReport | None = None,
+) -> Iterator[tuple[str, str]]:
+    """Headings and their HTML: what was trained, curves, memory, the plan, the updates, versions.
+
+    ``spectra`` are the singular values of ΔW; empty where they are not known.
+    """
+    summary: dict[str, Any] = {
         "trainable adapter parameters": f"{plan.trainable_parameters:,}",
         "adapted": f"{len(plan.adapted)} of {len(plan)} projections",
         "initialization": plan.init or "of plain LoRA",
         "trained in full": ", ".join(plan.train) or "nothing",
     }
-    parts = [f"<h1>{escape(title)}</h1>"]
     if history:
         last = history[-1]
-        facts |= {"steps": last.step, "last loss": f"{last.loss:.4g}", "time": f"{last.seconds:.1f} s"}
+        summary |= {"steps": last.step, "last loss": f"{last.loss:.4g}", "time": f"{last.seconds:.1f} s"}
         for step, scores in list(history.evaluations.items())[-1:]:
-            facts |= {f"{name} after step {step}": f"{value:.4g}" for name, value in scores.items()}
-    parts += [_table(facts)]
+            summary |= {f"{name} after step {step}": f"{value:.4g}" for name, value in scores.items()}
+    yield "", facts(summary)
     if history:
-        parts += ["<h2>Training</h2>", _svg(history.plot())]
-    parts += ["<h2>Plan</h2>", _svg(plan.plot())]
-    parts += [f"<details><summary>All projections</summary><pre>{escape(str(plan))}</pre></details>"]
+        yield "Training", picture(history.plot(), "Loss, scores and learning rate over the steps")
+    if memory is not None:
+        yield "Memory", text(str(memory))
+    ranks = picture(plan.plot(), "Ranks by layer and role")
+    yield "Plan", ranks + cells(plan_cells(plan)) + items(plan_remarks(plan))
+    if any(values.any() for values in spectra.values()):
+        figure = spectrum_figure(plan, spectra, of="update")
+        yield (
+            "Updates",
+            picture(figure, "Singular values of each update, and the share that the first k hold"),
+        )
     versions = {
         "lowrank": lowrank.__version__,
         "torch": torch.__version__,
         "Python": platform.python_version(),
     }
-    parts += ["<h2>Versions that wrote this report</h2>", _table(versions)]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n'
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
+    yield "Versions that wrote this report", facts(versions)
 
 
-def _table(facts: dict[str, Any]) -> str:
-    rows = (f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in facts.items())
-    return f"<table>{''.join(rows)}</table>"
+def _plan(folder: Path) -> Plan:
+    try:
+        return Plan.from_json(read_config(folder)["plan"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise AdapterError(f"{folder} does not hold a whole plan: {error}") from error
 
 
-def _svg(figure: Any) -> str:
-    """The figure as an element of the page; nothing is shown on a screen."""
-    from matplotlib import pyplot
-
-    text = StringIO()
-    figure.savefig(text, format="svg")
-    pyplot.close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+def _spectra(folder: Path, plan: Plan) -> dict[Projection, Tensor]:
+    """Of each update; of none where rows of embeddings are trained too, which this does not read."""
+    if plan.rows:
+        return {}
+    updates = read(folder).updates
+    return {p: update_spectrum(updates[p.name].pair) for p in plan.adapted}
 
 
 def _adapter_in(run: Path) -> Path:

@@ -6,7 +6,7 @@ It knows files and no model, so that it also reads what is too large to load.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 from lowrank.files import AdapterError, read_json, read_tensors
-from lowrank.formats.folder import read_config, tensors_file
+from lowrank.formats.folder import CONFIG, read_config, tensors_file
 from lowrank.layers.adapter import Adapter
 from lowrank.linalg.rows import Rows
 from lowrank.models.fingerprint import Sample
 from lowrank.peft_format.factors import BASE, EMBEDDING
 from lowrank.peft_format.folder import CONFIG as PEFT_CONFIG
 from lowrank.peft_format.folder import Contents
+from lowrank.peft_format.from_diffusers import as_peft_folder
 from lowrank.peft_format.pairs import Pair, plain, stacked
 from lowrank.plan import Plan
 from lowrank.wrapping.claims import TRAINED
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers' save_lora_weights calls it
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,28 @@ class Saved:
 
 
 def read(path: Path) -> Saved:
-    """The adapter in the folder ``path``.
+    """The adapter at ``path``: a folder, or a LoRA file of diffusers.
 
     Raises AdapterError where there is none, it is damaged, or it uses a feature that is not supported.
     """
     if (path / PEFT_CONFIG).is_file():
         return _peft(path)
-    return _own(path)
+    if (path / CONFIG).is_file():
+        return _own(path)
+    with as_peft_folder(diffusers_file(path)) as folder:
+        return replace(_peft(folder), path=path, format="diffusers")
+
+
+def diffusers_file(path: Path) -> Path:
+    """``path`` itself, or the LoRA file in that folder. Raises AdapterError where there is none."""
+    file = path / LORA_FILE if path.is_dir() else path
+    if not file.is_file():
+        where = f"{path} holds no adapter" if path.is_dir() else f"{path} does not exist"
+        raise AdapterError(
+            f"{where}: expected a folder with {CONFIG} (lowrank's), {PEFT_CONFIG} (PEFT's) or {LORA_FILE}, "
+            "or a safetensors file of diffusers"
+        )
+    return file
 
 
 def _own(folder: Path) -> Saved:

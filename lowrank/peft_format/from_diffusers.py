@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,6 +43,16 @@ def import_diffusers(
             made for another base. The model is untouched then.
         ValueError: the name is taken.
     """
+    with as_peft_folder(path, prefix) as folder:
+        return import_peft(model, folder, name)
+
+
+@contextmanager
+def as_peft_folder(path: str | Path, prefix: str | None = None) -> Iterator[Path]:
+    """A folder of PEFT with what the LoRA file ``path`` holds, for the while.
+
+    Raises AdapterError as `import_diffusers` does; one that is raised inside names the file too.
+    """
     try:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -60,7 +71,7 @@ def import_diffusers(
         (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
         write_pieces(Path(folder) / "adapter_model.safetensors", packed(factors))
         try:
-            return import_peft(model, folder, name)
+            yield Path(folder)
         except AdapterError as error:
             raise AdapterError(str(error).replace(folder, str(path))) from error
 

@@ -282,3 +282,55 @@ def test_every_command_has_its_file() -> None:
     commands = next(a for a in parser()._actions if hasattr(a, "choices") and a.choices).choices
     for name in commands:  # type: ignore[union-attr]
         assert callable(import_module(f"lowrank.cli.{name}").run)
+
+
+def test_a_file_of_diffusers_is_read_as_the_folder_is(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every command, the file itself and a folder as diffusers writes it."""
+    model = adapted(base, tmp_path / "own", lowrank.presets.lora(rank=4, ranks={"q_proj": 2}))
+    (tmp_path / "theirs").mkdir()
+    file = tmp_path / "theirs" / "pytorch_lora_weights.safetensors"
+    lowrank.export_diffusers(model, file)
+    for theirs in (file, file.parent):
+        assert call("inspect", theirs) == 0 and "diffusers adapter, 14 projections" in capsys.readouterr().out
+        assert call("diff", tmp_path / "own", theirs) == 0
+        assert call("verify", theirs, "--base", base) == 0
+    assert call("convert", file, "--to", "lowrank", "--base", base, "--out", tmp_path / "back") == 0
+    assert call("diff", tmp_path / "own", tmp_path / "back") == 0
+    for name in ("own", "theirs"):
+        assert call("merge", base, tmp_path / name, "--out", tmp_path / f"merged-{name}") == 0
+    one, other = (load(tmp_path / f"merged-{name}").state_dict() for name in ("own", "theirs"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    capsys.readouterr()
+
+
+def test_errors_say_what_was_expected(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*arguments: object) -> str:
+        assert call(*arguments) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said
+
+    for nothing in (base, tmp_path / "none"):
+        said = error("inspect", nothing)
+        assert "adapter.json" in said and "adapter_config.json" in said and "safetensors" in said
+    (tmp_path / "text.safetensors").write_text("text")
+    assert "expected a safetensors file" in error("inspect", tmp_path / "text.safetensors")
+    assert "none.jsonl" in error("plan", base, "--method", "tlora", "--data", tmp_path / "none.jsonl")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    said = error("plan", base, "--method", "tlora", "--data", tmp_path / "rows.jsonl")
+    assert f"{base} holds no tokenizer" in said
+    adapted(base, tmp_path / "dora", lowrank.presets.dora(rank=2))
+    said = error("merge", base, tmp_path / "dora", "--out", tmp_path / "merged")
+    assert said.count("magnitudes (DoRA)") == 1 and not (tmp_path / "merged").exists()
+
+
+def test_a_sum_names_the_folders_that_it_was_made_of(base: Path, tmp_path: Path) -> None:
+    """Two of one name are told apart; an adapter's name has no dots."""
+    for folder in ("a/v1.5", "b/v1.5"):
+        adapted(base, tmp_path / folder, lowrank.presets.lora(rank=2))
+    one, other = tmp_path / "a/v1.5", tmp_path / "b/v1.5"
+    assert call("combine", f"{one}=0.5", other, "--base", base, "--out", tmp_path / "sum") == 0
+    (note,) = lowrank.plan_of(lowrank.load_adapter(load(base), tmp_path / "sum")).notes
+    assert "v1_5: 0.5" in note and "v1_5-2: 1" in note

@@ -9,6 +9,8 @@ import pytest
 
 import lowrank
 from lowrank import presets
+from lowrank.cli.report import sections
+from lowrank.formats.plan_table import plan_remarks
 from lowrank_cli import main
 from tests import zoo
 
@@ -54,8 +56,8 @@ def test_it_holds_plan_curves_and_what_was_trained(run: Path, tmp_path: Path) ->
     out = tmp_path / "report.html"
     assert main(["report", str(run), "--out", str(out)]) == 0
     page = Page(out.read_text(encoding="utf-8"))
-    assert page.tags.count("svg") == 2 and page.loaded == []
-    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert page.tags.count("svg") == 3 and page.loaded == []
+    assert not {"link", "img", "iframe"} & set(page.tags)
     for expected in (
         "run <1>",
         "classifier",
@@ -66,14 +68,15 @@ def test_it_holds_plan_curves_and_what_was_trained(run: Path, tmp_path: Path) ->
     ):
         assert expected in page.text, expected
     plan = lowrank.plan_of(lowrank.load_adapter(zoo.build("bert"), run / "adapter"))
-    assert str(plan) in page.text
+    for remark in plan_remarks(plan):
+        assert remark in page.text
 
 
 def test_without_a_log_it_holds_the_plan(run: Path, tmp_path: Path) -> None:
     (run / "log.jsonl").unlink()
     out = tmp_path / "report.html"
     assert main(["report", str(run / "adapter"), "--out", str(out)]) == 0
-    assert Page(out.read_text(encoding="utf-8")).tags.count("svg") == 1
+    assert Page(out.read_text(encoding="utf-8")).tags.count("svg") == 2
 
 
 def test_what_it_cannot_tell_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,3 +86,11 @@ def test_what_it_cannot_tell_is_said(run: Path, tmp_path: Path, capsys: pytest.C
     assert "name one by --log" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "none"), "--out", str(out)]) == 2
     assert "expected one adapter of lowrank" in capsys.readouterr().err and not out.exists()
+
+
+def test_the_memory_of_a_step_is_in_it_where_it_is_known(run: Path) -> None:
+    model = lowrank.load_adapter(zoo.build("bert"), run / "adapter")
+    plan, memory = lowrank.plan_of(model), lowrank.memory_report(model, None, batch=2, tokens=5)
+    found = dict(sections(plan, None, {}, memory))
+    assert Page(found["Memory"]).text == str(memory) and "at the peak" in found["Memory"]
+    assert "Memory" not in dict(sections(plan, None, {}))
