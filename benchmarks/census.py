@@ -8,12 +8,13 @@ It can be stopped at any time and takes up where it was.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -33,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", help="these names, such as transformers:bert")
+    parser.add_argument("--only", nargs="+", help="these names, such as transformers:bert or timm:*")
     parser.add_argument("--every", type=int, default=1, help="each n-th name only (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 2), help="models at a time")
     parser.add_argument(
@@ -45,10 +46,12 @@ def main() -> None:
 
     from benchmarks.censuses.sources import names
 
-    known = read(options.out)
+    known, listed = read(options.out), names()
+    if options.only:
+        listed = [name for each in options.only for name in fnmatch.filter(listed, each) or [each]]
     wanted = [
         name
-        for name in options.only or names()[:: options.every]
+        for name in listed[:: options.every]
         if name not in known or (options.again and not passed(known[name]))
     ]
     wanted.sort(key=lambda name: crc32(name.encode()))  # mixed: what was counted so far is a fair sample
@@ -69,7 +72,7 @@ def main() -> None:
 # -- running --------------------------------------------------------------------------------------------
 
 
-def count(names: Iterable[str], jobs: int, seconds: int) -> Iterable[dict[str, Any]]:
+def count(names: Sequence[str], jobs: int, seconds: int) -> Iterator[dict[str, Any]]:
     """A row for each name, as they are done; what takes more than ``seconds`` of a core is ended.
 
     Processes are forks of this one, which has imported all that they need.
@@ -81,6 +84,10 @@ def count(names: Iterable[str], jobs: int, seconds: int) -> Iterable[dict[str, A
 
     from benchmarks.censuses import checks  # noqa: F401
 
+    if any(name.startswith("timm:") for name in names):
+        from benchmarks.censuses import vision
+
+        vision.timm()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     context, todo = get_context("fork"), list(names)
