@@ -24,7 +24,7 @@ WITHOUT_ROLE = re.compile(
     r"(rel|pos|bias|gate|gating|router|wg|weight|scale|lora|decay|time|conv|sampling|offset|indexer|index|"
     r"x_proj|dt_proj|in_proj|kv_a|kv_b|kv_proj|latent|adaln|modulation|ada|cpb|norm|talking|head|relative|"
     r"hash|cond|embed|[fgb]_proj|[abg]_?proj|[fg]_[ab]|in_proj_[ab]|score|r_net|coef|"
-    r"r_proj|sink|expert_proj)",
+    r"r_proj|sink|expert_proj|proj_[lw]$|^attn$)",
     re.IGNORECASE,
 )
 ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(wg|shared_expert_gate|indexer)(\.|$)")
@@ -175,7 +175,9 @@ def without_role(plan: lowrank.Plan) -> list[str]:
     """Adapted projections in an attention or a feed-forward block whose role is not known."""
     paths = {_pattern(p.module) for p in plan if p.role == Role.OTHER and BLOCK.search(p.module)}
     return sorted(
-        path for path in paths if not WITHOUT_ROLE.search(path.rpartition(".")[2]) and "position" not in path
+        path
+        for path in paths
+        if not WITHOUT_ROLE.search(path.rpartition(".")[2]) and not re.search("position|cpb", path)
     )
 
 

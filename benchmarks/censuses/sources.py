@@ -1,4 +1,4 @@
-"""The models that a census counts: transformers' types, and where they are installed timm's and diffusers'."""
+"""The models that a census counts: transformers' types, and timm's and diffusers' where these are there."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Models of timm, one of each of its files: small where they can be built small, else the smallest that it has.
+"""Models of timm, one of each of its files: built small, else the smallest that it has.
 
-timm needs torchvision, whose wheels may lack the operators of another PyTorch: their names are defined here, and
-nothing calls them.
+timm needs torchvision, whose wheels may lack the operators of another PyTorch: their names are defined here,
+and nothing calls them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _SMALL: tuple[dict[str, Any], ...] = (
     dict(img_size=SIDE, depth=2, embed_dim=32, num_heads=4),
     dict(img_size=SIDE, depth=2),
     dict(img_size=SIDE),
+    dict(img_size=56, depth=2),  # of patches of 14
     {},
 )
 
@@ -54,7 +55,7 @@ def models(file: str) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     names = sorted(library.list_models(module=file), key=_large)[:TRIED]
     last: Exception | None = None
     for settings in _SMALL:
-        for name in names if not settings else names[:2]:
+        for name in names[:2] if settings else names:
             try:
                 with torch.device("meta"):
                     size = sum(p.numel() for p in library.create_model(name, **settings).parameters())
@@ -63,7 +64,7 @@ def models(file: str) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
                 torch.manual_seed(0)
                 model = library.create_model(name, **settings).eval()
             except Exception as error:  # whatever a stranger's code raises: the next one may do
-                last = last or error
+                last = error
                 continue
             last = None
             _, side, _ = shape = model.default_cfg["input_size"]

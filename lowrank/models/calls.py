@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from itertools import islice, product
+from math import isqrt
 from typing import Any
 
 import torch
@@ -15,18 +16,13 @@ from torch import Tensor, nn
 
 from lowrank.models.storage import declared_shape, is_linear
 
-HEIGHT, WIDTH = 2, 3
-TOKENS = HEIGHT * WIDTH
-ATTEMPTS = 16
+SIDE = 2  # of an image
+ATTEMPTS = 24
 TENSORS = 3
-# What arguments of these names say beside the tensors: the sides of the image that the tokens are.
-SIDES: dict[str, Any] = {
-    **dict.fromkeys("h height".split(), HEIGHT),
-    **dict.fromkeys("w width".split(), WIDTH),
-    **dict.fromkeys(
-        "size feat_size hw hw_shape resolution input_resolution grid_size".split(), (HEIGHT, WIDTH)
-    ),
-}
+Shape = tuple[int | None, ...]  # None: as many channels as a layer takes
+# Arguments of these names say the sides of the image that the tokens are.
+LENGTHS = frozenset("h w height width".split())
+SIZES = frozenset("size feat_size hw hw_shape resolution input_resolution grid_size".split())
 
 
 def likely_calls(block: nn.Module, device: torch.device) -> Iterator[Callable[[nn.Module], Any]]:
@@ -37,34 +33,50 @@ def likely_calls(block: nn.Module, device: torch.device) -> Iterator[Callable[[n
     required = sum(p.default is p.empty for p in named)
     shapes = [declared_shape(module) for module in block.modules() if is_linear(module)]
     widths = list(dict.fromkeys(shape[1] for shape in shapes if shape))
-    yield from islice(
-        _calls([p.name.lower() for p in named], required, widths, _leads(block), device), ATTEMPTS
-    )
+    names = [p.name.lower() for p in named]
+    yield from islice(_calls(names, required, widths, _shapes(block), device), ATTEMPTS)
 
 
 def _calls(
-    names: list[str], required: int, widths: list[int], leads: list[tuple[int, ...]], device: torch.device
+    names: list[str], required: int, widths: list[int], shapes: list[Shape], device: torch.device
 ) -> Iterator[Callable[[nn.Module], Any]]:
     least = max(1, required)
-    for count, lead in product(range(least, max(least, min(TENSORS, len(names))) + 1), leads):
-        sides = {i: SIDES[name] for i, name in enumerate(names[:count]) if i and name in SIDES}
-        tensors = count - len(sides)
-        if tensors > TENSORS:
-            return
-        for chosen in product(widths, repeat=tensors):
-            draw, own = torch.Generator().manual_seed(2), iter(chosen)
-            args = [
-                sides[i] if i in sides else torch.randn(*lead, next(own), generator=draw, dtype=torch.float64).to(device)
-                for i in range(count)
-            ]  # fmt: skip
-            yield lambda copy, args=args: copy(*map(_own, args))  # type: ignore[misc]
+    for count, shape in product(range(least, max(least, min(TENSORS, len(names))) + 1), shapes):
+        inner = [size for size in shape[1:] if size is not None]
+        side = isqrt(inner[0]) if len(inner) == 1 else inner[0]
+        sides: dict[int, Any] = {i: side for i, name in enumerate(names[:count]) if name in LENGTHS}
+        sides |= {i: (side, side) for i, name in enumerate(names[:count]) if name in SIZES}
+        tensors = [i for i in range(count) if i not in sides]
+        for chosen in product(widths, repeat=len(tensors)) if len(tensors) <= TENSORS else ():
+            args = sides | {
+                i: _random(shape, width).to(device) for i, width in zip(tensors, chosen, strict=True)
+            }
+            yield lambda copy, args=args: copy(*(_own(args[i]) for i in sorted(args)))  # type: ignore[misc]
 
 
-def _leads(block: nn.Module) -> list[tuple[int, ...]]:
-    """Sizes before the last: tokens in a sequence, as many as a table of relative positions has; in an image."""
-    tables = [b for b in block.buffers() if b.dim() == 2 and b.shape[0] == b.shape[1] > 1]
-    sides = [int(table.shape[0]) for table in tables if not table.is_floating_point()]
-    return [(1, side) for side in dict.fromkeys(sides)] or [(1, TOKENS), (1, HEIGHT, WIDTH)]
+def _shapes(block: nn.Module) -> list[Shape]:
+    """A sequence, of as many tokens as a table of positions has a side, or an image, its channels last or first.
+
+    Each side of an image is divided by the strides of convolutions.
+    """
+    convolutions = [module for module in block.modules() if isinstance(module, nn.Conv1d | nn.Conv2d)]
+    side = SIDE * max((max(each.stride) for each in convolutions), default=1)
+    tokens = [side * side]
+    for table in block.buffers():
+        rows = isqrt(table.numel())
+        if not table.is_floating_point() and rows * rows == table.numel() > 1:
+            tokens.insert(0, rows)
+    tokens = list(dict.fromkeys(tokens))
+    images = [(isqrt(n), isqrt(n)) for n in tokens]
+    last, first = ((1, *image, None) for image in images), ((1, None, *image) for image in images)
+    return [*((1, n, None) for n in tokens), *last, *first]
+
+
+def _random(shape: Shape, width: int) -> Tensor:
+    draw = torch.Generator().manual_seed(2 + width)
+    return torch.randn(
+        [width if size is None else size for size in shape], generator=draw, dtype=torch.float64
+    )
 
 
 def _own(value: Any) -> Any:

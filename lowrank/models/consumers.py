@@ -1,9 +1,8 @@
 """Roles by who consumes whose output, as a trial of a block shows it.
 
-Softmax attention: where the query is zero, nothing depends on the keys any more; the values then count equally,
-and for each output position their weights add up to what they added up to before. Rows of a fused weight are
-told one by one. A feed-forward block: of the outputs that are multiplied, the gate is the one that goes through
-an activation.
+Softmax attention: where the query is zero, nothing depends on the keys any more; the values then have other
+weights, which add up to what they added up to before. Rows of a fused weight are told one by one. In a
+feed-forward block, of the outputs that are multiplied, the gate is the one that goes through an activation.
 """
 
 from __future__ import annotations
@@ -56,6 +55,8 @@ def roles_by_use(trial: Trial) -> dict[str, Blocks]:
 
 def _attention(trial: Trial, run: Run, place: int) -> dict[Role, Masks]:
     """Query, key and value of an attention whose result is ``run.seen[place]``; else nothing."""
+    if place and run.seen[place - 1][1] is run.seen[place][1]:
+        return {}
     gradients = run.gradients(place)
     largest = max((float(g.abs().max()) for g in gradients.values()), default=0.0)
     counts = {name: live(g, largest).sum(0) for name, g in gradients.items()}
@@ -63,11 +64,11 @@ def _attention(trial: Trial, run: Run, place: int) -> dict[Role, Masks]:
     found: dict[Role, Masks] = {}
     for name in [name for name, count in counts.items() if (count == 1).any()] if spread else []:
         local = counts[name] == 1
-        without = trial.run({name: _but(local, trial.copy)}).gradients(place)
+        without = trial.run({name: _but(local)}).gradients(place)
         keys, values = _keys_and_values(gradients, without, spread, largest)
         if not keys or not values:
             continue
-        again = trial.run({key: _but(mask, trial.copy) for key, mask in keys.items()}).gradients(place)
+        again = trial.run({key: _but(mask) for key, mask in keys.items()}).gradients(place)
         query = local & ~live(again[name], largest).any(0) if name in again else local
         if query.any():
             for role, masks in ((Role.QUERY, {name: query}), (Role.KEY, keys), (Role.VALUE, values)):
@@ -78,8 +79,8 @@ def _attention(trial: Trial, run: Run, place: int) -> dict[Role, Masks]:
 def _keys_and_values(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], spread: Masks, largest: float
 ) -> tuple[Masks, Masks]:
-    """By gradients with a query and ``after`` it is zero: the rows that nothing depends on any more, and those
-    that are weighted otherwise, with the same sum."""
+    """By gradients before and ``after`` the query is zero: the rows that nothing depends on any more, and
+    those that are weighted otherwise, with the same sum."""
     keys, values = {}, {}
     for name, rows in spread.items():
         was = before[name]
@@ -87,6 +88,7 @@ def _keys_and_values(
         gone = rows & ~live(now, largest).any(0)
         size = was.abs().max()
         same_sum = (was.sum(0) - now.sum(0)).abs() <= EQUAL * size * len(was)
+        same_sum &= was.sum(0).abs() > CHANGED * size  # what is added to the logits has a sum of zero
         moved = (was - now).abs().amax(0) > CHANGED * was.abs().amax(0)
         if gone.any():
             keys[name] = gone
@@ -99,7 +101,7 @@ def _keys_and_values(
 
 def _outputs(trial: Trial, run: Run, values: Masks) -> list[str]:
     """The layers that consume what the values are summed to, and nothing else."""
-    without = trial.run({name: _but(mask, trial.copy) for name, mask in values.items()})
+    without = trial.run({name: _but(mask) for name, mask in values.items()})
     found = []
     for place, (name, _) in enumerate(run.seen):
         if name not in run.outputs or name in values:
@@ -117,15 +119,34 @@ def _outputs(trial: Trial, run: Run, values: Masks) -> list[str]:
 
 
 def _feed_forward(trial: Trial, run: Run, place: int) -> dict[str, Blocks]:
-    """Gate, up and down, where the layer that is called with ``run.seen[place]`` is a down; else nothing."""
-    down = run.seen[place][0]
+    """Gate, up and down, where the layer that is called with ``run.seen[place]`` is a down; else nothing.
+
+    What it is called with may be the normalized product: the product itself is looked at, too.
+    """
+    down, given = run.seen[place]
     out, columns = _shape(trial, down)
+    feeding = _fed_by(run, place)
+    if out >= columns or any((live(g, 1.0).sum(0) > 1).any() for g in feeding.values()):
+        return {}
+    if any(_shape(trial, name)[1] != out for name in feeding):
+        return {}
+    for earlier in range(place, -1, -1):
+        if run.seen[earlier][1].shape == given.shape and _fed_by(run, earlier).keys() == feeding.keys():
+            if found := _gate_and_up(trial, run, earlier, columns):
+                return {down: in_order([(Role.DOWN, out)]), **found}
+    return {}
+
+
+def _fed_by(run: Run, place: int) -> dict[str, Tensor]:
+    """The gradients of ``run.seen[place]`` that are not zero, the largest 1."""
     gradients = {name: g for name, g in run.gradients(place).items() if g.any()}
     largest = max((float(g.abs().max()) for g in gradients.values()), default=0.0)
-    if out >= columns or any((live(g, largest).sum(0) > 1).any() for g in gradients.values()):
-        return {}
-    if any(_shape(trial, name)[1] != out for name in gradients):
-        return {}
+    return {name: g / largest for name, g in gradients.items()}
+
+
+def _gate_and_up(trial: Trial, run: Run, place: int, columns: int) -> dict[str, Blocks]:
+    """By which of the outputs that are multiplied acts in proportion; one alone is an up that does not."""
+    gradients = _fed_by(run, place)
     parts: list[tuple[str, Tensor]] = []  # what may be gate or up: columns rows each
     for name, gradient in gradients.items():
         rows = gradient.shape[1]
@@ -135,30 +156,29 @@ def _feed_forward(trial: Trial, run: Run, place: int) -> dict[str, Blocks]:
             parts.append((name, mask))
     if len(parts) not in (1, 2) or {name for name, _ in parts} != set(gradients):
         return {}
-    bent = []
-    for name, mask in parts:
-        factors = torch.where(mask, -2.0, 1.0)  # ReLU is in proportion above 0
-        turned = trial.run({name: factors.to(gradients[name])}).gradients(place).get(name)
-        was = gradients[name][:, mask]
-        change = was if turned is None else turned[:, mask] - was
-        bent.append(bool(change.abs().max() > CHANGED * was.abs().max()))
-    if (len(parts) == 2 and sum(bent) != 1) or (len(parts) == 1 and not bent[0]):
+    bent = [not _in_proportion(trial, place, name, mask) for name, mask in parts]
+    if sum(bent) != 1:
         return {}
-    found: dict[str, Blocks] = {down: in_order([(Role.DOWN, out)])}
-    for name in gradients:
-        own = [
-            Role.GATE if b and len(parts) == 2 else Role.UP
-            for (n, _), b in zip(parts, bent, strict=True)
-            if n == name
-        ]
-        found[name] = in_order([(role, columns) for role in own])
-    return found
+    named: dict[str, list[Role]] = {}
+    for (name, _), through in zip(parts, bent, strict=True):
+        named.setdefault(name, []).append(Role.GATE if through and len(parts) == 2 else Role.UP)
+    return {name: in_order([(role, columns) for role in own]) for name, own in named.items()}
+
+
+def _in_proportion(trial: Trial, place: int, name: str, mask: Tensor) -> bool:
+    """Does it not matter to these rows' gradients what they are? ReLU is in proportion above 0 only."""
+    slopes = []
+    for factor in (1.0, -2.0):
+        factors = torch.where(mask, factor, 1.0).double()
+        slopes.append(trial.run({name: factors}).gradients(place)[name][:, mask])
+    was, turned = slopes
+    return bool((turned - was).abs().max() <= CHANGED * was.abs().max())
 
 
 # -- rows ---------------------------------------------------------------------------------------------
 
 
-def _but(mask: Tensor, copy: object) -> Tensor:
+def _but(mask: Tensor) -> Tensor:
     """Factors that make the rows of ``mask`` zero."""
     return (~mask).double()
 

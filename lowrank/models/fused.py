@@ -106,7 +106,7 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
         )
     if not is_named(path):  # what a block computes goes before the words of a name
         shown = blocks_by_structure(model, path)
-        if shown and _credible(parent_path, parent, shown):
+        if shown and credible(model, path, shown):
             return shown
     return in_order([(role, rows)])
 
@@ -117,10 +117,12 @@ def _holds_two(parent: nn.Module, rows: int, columns: int) -> bool:
     return (columns, rows // 2) in beside and (columns, rows) not in beside and rows % 2 == 0
 
 
-def _credible(path: str, parent: nn.Module, shown: Blocks) -> bool:
-    """Names of query, key and value leave no other layer beside them to be one: it may make positions, or gates."""
-    beside = {role_of(f"{path}.{name}") for name, child in parent.named_children() if is_linear(child)}
-    return beside.isdisjoint(QKV) or {role for role, _ in shown}.isdisjoint(QKV)
+def credible(model: nn.Module, path: str, shown: Blocks) -> bool:
+    """Beside a layer that is named query, key or value, no other is that too: it may be for positions."""
+    parent = path.rpartition(".")[0]
+    beside = {f"{parent}.{name}": child for name, child in model.get_submodule(parent).named_children()}
+    named = {role_of(other) for other, child in beside.items() if is_linear(child)}
+    return named.isdisjoint({role for role, _ in shown}.intersection(QKV))
 
 
 def _attends(model: nn.Module, path: str) -> bool:

@@ -1,8 +1,8 @@
-"""What depends on what inside a block: a copy of it is run on a few numbers, and gradients say the rest.
+"""What depends on what inside a block, by gradients: a copy of it is run on a few numbers.
 
-Each linear layer of the copy gives its output cut off from what lies before it, so that a gradient reaches only
-the layers whose outputs are used directly, through no other linear layer. What follows from that for roles is in
-`consumers`. The block itself is never run, and nothing of it changes.
+Each linear layer of the copy gives its output cut off from what lies before it, so that a gradient reaches
+only the layers whose outputs are used directly, through no other linear layer. What follows from that for
+roles is in `consumers`. The block itself is never run, and nothing of it changes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from lowrank.models.storage import is_linear
 from lowrank.models.trials import copied, is_plain
@@ -65,43 +67,70 @@ class Trial:
     call: Call
 
     def run(self, scales: Scales | None = None) -> Run:
-        """One run, the outputs of the layers in ``scales`` multiplied by these. Raises what the code raises."""
-        run, handles, twice = Run(), [], set()
-
-        def before(path: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                if args and _usable(args[0]) and args[0] is not (run.seen[-1][1] if run.seen else None):
-                    run.seen.append((path, args[0]))
-
-            return hook
-
-        def after(path: str) -> Callable[..., Any]:
-            def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
-                if not _usable(y):
-                    return y
-                if path in run.outputs or path in twice:
-                    twice.add(path)
-                    run.outputs.pop(path, None)
-                    return y.detach()
-                leaf = y.detach() * scales[path] if scales and path in scales else y.detach().clone()
-                run.outputs[path] = leaf.requires_grad_()
-                return leaf * 1  # may be written into
-
-            return hook
-
+        """One run, with outputs multiplied by ``scales``. Raises what the code raises."""
+        watch, handles = _Watch(self.copy, scales or {}), []
         for path, module in self.copy.named_modules():
             if path and (is_linear(module) or not any(module.children())):
-                handles.append(module.register_forward_pre_hook(before(path)))
-            if path and is_linear(module):
-                handles.append(module.register_forward_hook(after(path)))
+                handles += watch.hooked(path, module)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), watch:
                 given = self.call(self.copy)
         finally:
             for handle in handles:
                 handle.remove()
-        run.seen += [("", tensor) for tensor in tensors(given) if _usable(tensor)][:2]
-        return run
+        watch.run.seen += [("", tensor) for tensor in tensors(given) if _usable(tensor)][:2]
+        return watch.run
+
+
+class _Watch(TorchFunctionMode):
+    """Notes what layers are called with, and cuts off their outputs, also where only weights are used."""
+
+    def __init__(self, copy: nn.Module, scales: Scales) -> None:
+        super().__init__()
+        self.run, self.scales, self.twice = Run(), scales, set[str]()
+        self.inside = False
+        self.weights = {id(m.weight): path for path, m in copy.named_modules() if path and is_linear(m)}
+        self.linear = set(self.weights.values())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and not self.inside:
+            x, weight, *_ = *args, *(kwargs or {}).values(), None, None
+            if path := self.weights.get(id((kwargs or {}).get("weight", weight))):
+                self.before(path, x)
+                return self.after(path, y)
+        return y
+
+    def hooked(self, path: str, module: nn.Module) -> list[RemovableHandle]:
+        linear = path in self.linear
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.inside = linear
+            if args:
+                self.before(path, args[0])
+
+        def after(module: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
+            self.inside = False
+            return self.after(path, y) if linear else y
+
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+    def before(self, path: str, x: Any) -> None:
+        seen = self.run.seen
+        again = bool(seen) and x is seen[-1][1] and path not in self.linear
+        if _usable(x) and not again:  # a dropout that does nothing
+            seen.append((path, x))
+
+    def after(self, path: str, y: Any) -> Any:
+        if not _usable(y):
+            return y
+        if path in self.run.outputs or path in self.twice:
+            self.twice.add(path)
+            self.run.outputs.pop(path, None)
+            return y.detach()
+        leaf = y.detach() * self.scales[path] if path in self.scales else y.detach().clone()
+        self.run.outputs[path] = leaf.requires_grad_()
+        return leaf * 1  # may be written into
 
 
 def tensors(given: Any) -> Iterator[Tensor]:
@@ -126,7 +155,10 @@ def can_be_copied(block: nn.Module) -> bool:
 
 
 def refilled(block: nn.Module) -> Any:
-    """A copy of ``block`` in fp64: parameters random, the same each time, and buffers as they are."""
+    """A copy of ``block`` in fp64: weights random, the same each time, buffers as they are, and no biases.
+
+    What is zero then stays zero in a normalization.
+    """
     draw = torch.Generator().manual_seed(0)
 
     def new(tensor: Tensor) -> Tensor:
@@ -138,7 +170,11 @@ def refilled(block: nn.Module) -> Any:
         numbers = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
         return (numbers / max(1, size) ** 0.5).to(tensor.device)
 
-    return copied(block, new)
+    copy = copied(block, new)
+    for name, tensor in [*copy.named_parameters(), *copy.named_buffers()]:
+        if tensor.dim() == 1 and name.rpartition(".")[2].endswith(("bias", "running_mean")):
+            tensor.zero_()
+    return copy
 
 
 def live(gradient: Tensor, largest: float) -> Tensor:

@@ -1,12 +1,12 @@
 """Roles that no name tells: by the shapes of a block's layers, and by who consumes whose output.
 
-A block of two layers that widens and narrows again has an up and a down. Whatever else is asked is tried out on a
-copy of the block, or of the module around it, with random numbers: see `consumers`.
+A block of two layers that widens and narrows again has an up and a down. All else is tried out on a copy of
+the block, or of the module around it, with random numbers: see `consumers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
 import torch
@@ -15,13 +15,13 @@ from torch import nn
 from lowrank.models.calls import likely_calls
 from lowrank.models.consumers import roles_by_use
 from lowrank.models.families import Role, in_attention, is_feed_forward
-from lowrank.models.influence import Trial, can_be_copied, refilled
+from lowrank.models.influence import Call, Trial, can_be_copied, refilled
 from lowrank.models.layouts import Blocks, in_order
 from lowrank.models.storage import declared_shape, is_linear
 from lowrank.models.trials import once, unnoticed
 
 LAYERS = 16  # a block that is tried has no more linear layers than this,
-TIMES = 16  # and no more parameters than this times those of the layer in question
+TIMES, SMALL = 16, 4_000_000  # and no more parameters than this times those of the layer in question, or this
 
 
 def blocks_by_structure(model: nn.Module, path: str) -> Blocks | None:
@@ -45,7 +45,7 @@ def blocks_by_trial(model: nn.Module, path: str) -> Blocks | None:
 
 
 def blocks_around(model: nn.Module, path: str) -> Iterator[str]:
-    """Paths of the modules around the layer ``path`` that are small enough to be tried, the smallest first."""
+    """Paths of the modules around the layer ``path`` that may be tried, the smallest first."""
     weight = model.get_submodule(path).weight
     above, levels = path, 2
     while above and levels:
@@ -55,7 +55,7 @@ def blocks_around(model: nn.Module, path: str) -> Iterator[str]:
             continue
         levels -= not isinstance(block, nn.Sequential)
         few = sum(1 for _ in islice(filter(is_linear, block.modules()), LAYERS + 1)) <= LAYERS
-        if few and sum(p.numel() for p in block.parameters()) <= TIMES * weight.numel():  # type: ignore[operator]
+        if few and sum(p.numel() for p in block.parameters()) <= max(SMALL, TIMES * weight.numel()):  # type: ignore[operator]
             yield above
 
 
@@ -64,14 +64,16 @@ def tried(block: nn.Module) -> Mapping[str, Blocks]:
     if not can_be_copied(block) or type(block).forward is nn.Module.forward:
         return {}
     shapes = tuple(declared_shape(module) for module in block.modules() if is_linear(module))
-    return once(block, ("use", shapes), lambda: _try(block))
+    device = next(block.parameters()).device
+    return once(block, ("use", shapes), lambda: tried_with(block, likely_calls(block, device)))
 
 
-def _try(block: nn.Module) -> Mapping[str, Blocks]:
+def tried_with(block: nn.Module, calls: Iterable[Call]) -> Mapping[str, Blocks]:
+    """What the first of ``calls`` shows that shows any; they get a copy of ``block`` in fp64."""
     device = next(block.parameters()).device
     with unnoticed(device), torch.inference_mode(False):
         copy = refilled(block)
-        for call in likely_calls(block, device):
+        for call in calls:
             try:
                 found = roles_by_use(Trial(copy, call))
             except Exception:  # whatever a stranger's code raises: nothing was seen

@@ -237,8 +237,15 @@ def assert_acts_as(role: Role, rows: list[int], width: int, output: Callable[...
     assert share < 1e-4 if role == V else share > 1e-3, f"{role} rows {rows}: {share}"
 
 
+# Of timm: see test_timm.py.
+TIMM = {
+    kind
+    for kind in FUSED["qkv"]
+    if kind.startswith(("xcit.", "edgenext.", "davit.", "cait.", "hiera.", "mvitv2.", "gcvit."))
+}
 # What the token test cannot see: see the tests of their own below.
 ELSEWHERE = {
+    *TIMM,
     "Florence2VisionChannelAttention",
     "MiniMaxLightningAttention",
     *FUSED["gate_up_proj"],
