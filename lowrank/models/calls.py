@@ -48,14 +48,13 @@ def _calls(
         sides |= {i: (side, side) for i, name in enumerate(names[:count]) if name in SIZES}
         tensors = [i for i in range(count) if i not in sides]
         for chosen in product(widths, repeat=len(tensors)) if len(tensors) <= TENSORS else ():
-            args = sides | {
-                i: _random(shape, width).to(device) for i, width in zip(tensors, chosen, strict=True)
-            }
+            drawn = [_random(shape, width).to(device) for width in chosen]
+            args = sides | dict(zip(tensors, drawn, strict=True))
             yield lambda copy, args=args: copy(*(_own(args[i]) for i in sorted(args)))  # type: ignore[misc]
 
 
 def _shapes(block: nn.Module) -> list[Shape]:
-    """A sequence, of as many tokens as a table of positions has a side, or an image, its channels last or first.
+    """A sequence, as long as a table of positions, or an image, its channels last or first.
 
     Each side of an image is divided by the strides of convolutions.
     """
@@ -74,9 +73,8 @@ def _shapes(block: nn.Module) -> list[Shape]:
 
 def _random(shape: Shape, width: int) -> Tensor:
     draw = torch.Generator().manual_seed(2 + width)
-    return torch.randn(
-        [width if size is None else size for size in shape], generator=draw, dtype=torch.float64
-    )
+    sizes = [width if size is None else size for size in shape]
+    return torch.randn(sizes, generator=draw, dtype=torch.float64)
 
 
 def _own(value: Any) -> Any:

@@ -95,9 +95,9 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         y = func(*args, **(kwargs or {}))
         if func is nn.functional.linear and not self.inside:
-            x, weight, *_ = *args, *(kwargs or {}).values(), None, None
-            if path := self.weights.get(id((kwargs or {}).get("weight", weight))):
-                self.before(path, x)
+            said = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
+            if path := self.weights.get(id(said["weight"])):
+                self.before(path, said["input"])
                 return self.after(path, y)
         return y
 

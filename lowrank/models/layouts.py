@@ -125,6 +125,11 @@ def _gated_delta_net_by_heads(parent: Any, rows: int) -> Blocks:
     return interleaved(parent.num_k_heads, sizes)
 
 
+def _davit(parent: Any, rows: int) -> Blocks:
+    """DaViT calls query what its attention is multiplied with: softmax(keyᵀ·value)·query."""
+    return in_order([(role, rows // 3) for role in (Role.VALUE, Role.QUERY, Role.KEY)])
+
+
 def _global_context(parent: Any, rows: int) -> Blocks:
     """GCViT: the query may come from the whole image."""
     return (halves if parent.use_global else thirds)(parent, rows)
@@ -174,8 +179,9 @@ _TABLE: dict[str, dict[Layout, str]] = {
         "SamHQVisionAttention SamVisionAttention SegGptAttention TimesformerSelfAttention "
         "UnlimitedOcrSamVisionAttention VitDetAttention qwen2_vl.VisionAttention "
         # timm: channels attend to channels, heads are mixed, or the tokens lie in an order of their own
-        "xcit.XCA edgenext.CrossCovarianceAttn davit.ChannelAttention davit.ChannelAttentionV2 "
+        "xcit.XCA edgenext.CrossCovarianceAttn davit.ChannelAttentionV2 "
         "cait.TalkingHeadAttn hiera.MaskUnitAttention mvitv2.MultiScaleAttention",
+        _davit: "davit.ChannelAttention",
         _global_context: "gcvit.WindowAttentionGlobal",
         grouped(_kv_heads): "Exaone4_5_VisionAttention",
     },

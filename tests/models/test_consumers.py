@@ -36,7 +36,7 @@ def rotated(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """``a``, ``b``, ``c`` and ``d`` are query, key, value and output, held in another order than they are used."""
+    """``a``, ``b``, ``c`` and ``d`` are query, key, value and output, held in another order than that."""
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from lowrank.models.influence import refilled
 from lowrank.models.layouts import FUSED, layout_of
 from tests.helpers import numbers
 
-pytest.importorskip("timm", exc_type=ImportError)
+if importlib.util.find_spec("timm") is None:
+    pytest.skip("timm is not installed", allow_module_level=True)
+vision.timm()
 
 WIDTH, HEADS, TOKENS = 32, 4, 4
 SIZES: dict[str, dict[str, Any]] = {
@@ -39,8 +42,7 @@ swin_transformer swin_transformer_v2 tnt twins vision_transformer vision_transfo
 
 @pytest.mark.parametrize("kind", TIMM)
 def test_each_row_of_the_table_is_what_the_family_computes(kind: str) -> None:
-    """Without its query rows an attention does not see its key rows, nor the other way; values act in proportion."""
-    vision.timm()
+    """Without query rows an attention does not see key rows, nor the other way; values act in proportion."""
     file, _, name = kind.partition(".")
     cls = getattr(importlib.import_module(f"timm.models.{file}"), name)
     attention = refilled(cls(WIDTH, **SIZES.get(kind, dict(num_heads=HEADS))).eval())
@@ -77,7 +79,8 @@ def test_each_row_of_the_table_is_what_the_family_computes(kind: str) -> None:
     assert not slopes({Role.VALUE: 0.0})[Role.KEY].abs().max() > 1e-12
     if Role.QUERY in blocks:
         assert slopes({Role.QUERY: 0.0})[Role.KEY].abs().max() < 1e-12
-        assert slopes({Role.KEY: 0.0})[Role.QUERY].abs().max() < 1e-12
+        alone = slopes({Role.KEY: 0.0})[Role.QUERY].abs().max()
+        assert alone < 1e-12 or file == "mvitv2", "MViT adds the query to what comes out"
 
 
 @pytest.mark.filterwarnings("ignore")  # whatever other people's models warn of
