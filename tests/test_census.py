@@ -84,4 +84,4 @@ def test_rows_are_kept_and_told_in_a_table(tmp_path: Path) -> None:
     )
     told = census.table(census.read(path))
     assert "| a | 3 | 2 | 2 | 2 | 1 | 50.0% |" in told
-    assert "| a:wrong | wraps: ValueError: a \\| b |" in told
+    assert "| a:wrong | wraps: ValueError: a \\| b |  |" in told

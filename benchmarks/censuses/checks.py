@@ -24,11 +24,10 @@ WITHOUT_ROLE = re.compile(
     r"(rel|pos|bias|gate|gating|router|wg|weight|scale|lora|decay|time|conv|sampling|offset|indexer|index|"
     r"x_proj|dt_proj|in_proj|kv_a|kv_b|kv_proj|latent|adaln|modulation|ada|cpb|norm|talking|head|relative|"
     r"hash|cond|embed|[fgb]_proj|[abg]_?proj|[fg]_[ab]|in_proj_[ab]|score|r_net|coef|"
-    r"r_proj|sink|expert_proj|proj_[lw]$|^attn$)",
+    r"r_proj|sink|expert_proj|proj_[lw]$|^attn$|query_key$)",
     re.IGNORECASE,
 )
 ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(wg|shared_expert_gate|indexer)(\.|$)")
-NO_PROJECTION = re.compile(r"pos|token|embed|bias|latents|A_log")  # positions, tokens, decays
 
 
 def check(make: Callable[[], Made]) -> dict[str, Any]:
@@ -193,7 +192,6 @@ def not_named(base: nn.Module, plan: lowrank.Plan) -> list[str]:
             if (
                 isinstance(module, nn.Embedding)
                 or not matrix
-                or NO_PROJECTION.search(name)
                 or parameter.numel() <= 0.01 * whole
             ):
                 continue

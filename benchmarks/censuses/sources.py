@@ -97,7 +97,11 @@ def _transformers(kind: str) -> Made:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     built, last, tried, since = False, "no configuration", set(), time.process_time()
-    for config in configs(CONFIG_MAPPING[kind]):
+    try:
+        offered = list(configs(CONFIG_MAPPING[kind]))
+    except Exception as error:  # its own default
+        raise NotBuilt(f"its default configuration: {type(error).__name__}: {error}") from error
+    for config in offered:
         try:
             said, classes = str(config), list(_classes(type(config)))
         except Exception as error:  # it does not hold together
@@ -135,7 +139,8 @@ def _transformers(kind: str) -> Made:
 def _settle(model: nn.Module) -> None:
     """Numbers for what a checkpoint would fill.
 
-    Weights that start as zeros hide what depends on them, and a signal vanishes in many small convolutions.
+    Weights and codebooks that start as zeros hide what depends on them, and a signal vanishes in many small
+    convolutions.
     """
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -144,7 +149,7 @@ def _settle(model: nn.Module) -> None:
                 weight = module.weight
                 weight.copy_(torch.randn(weight.shape, generator=draw))
                 weight.mul_(GAIN / max(1, weight[0].numel()) ** 0.5)
-        for parameter in model.parameters():
+        for parameter in model.state_dict(keep_vars=True).values():
             if parameter.is_floating_point() and parameter.dim() > 1 and not parameter.any():
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
             elif parameter.is_floating_point() and not parameter.isfinite().all():

@@ -26,13 +26,21 @@ TIMES, SMALL = 16, 4_000_000  # and no more parameters than this times those of 
 
 def blocks_by_structure(model: nn.Module, path: str) -> Blocks | None:
     """Roles and rows of the linear layer ``path``; None where its structure tells nothing."""
-    parent_path, _, leaf = path.rpartition(".")
-    if not in_attention(parent_path):
-        said = is_feed_forward(parent_path.rpartition(".")[2])
-        role = _roles(model.get_submodule(parent_path), said=said).get(leaf)
-        if role is not None:
-            return in_order([(role, _rows(model, path))])
+    parent = path.rpartition(".")[0]
+    if not in_attention(parent):
+        for around in (parent, *_feed_forwards(parent)):
+            said = is_feed_forward(around.rpartition(".")[2])
+            roles = _up_and_down(model.get_submodule(around), said=said)
+            if (role := roles.get(path[len(around) :].lstrip("."))) is not None:
+                return in_order([(role, _rows(model, path))])
     return blocks_by_trial(model, path)
+
+
+def _feed_forwards(path: str) -> list[str]:
+    """The nearest path above that is called a feed-forward block, if there is one."""
+    parts = path.split(".")
+    above = [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
+    return [each for each in above if is_feed_forward(each.rpartition(".")[2])][:1]
 
 
 def blocks_by_trial(model: nn.Module, path: str) -> Blocks | None:
@@ -89,19 +97,20 @@ def _rows(model: nn.Module, path: str) -> int:
     return shape[0]
 
 
-def _roles(block: nn.Module, *, said: bool) -> Mapping[str, Role]:
+def _up_and_down(block: nn.Module, *, said: bool) -> Mapping[str, Role]:
     """Roles of the two layers of ``block``, if these are all that it holds and it is a feed-forward block.
 
     Args:
         said: its name says that it is one: the first is the up, whatever their widths.
     """
-    linear = (named for named in block.named_children() if is_linear(named[1]))
-    shapes = {name: declared_shape(child) for name, child in islice(linear, 3)}  # of many, 3 say enough
-    if len(shapes) != 2 or sum(map(is_linear, block.modules())) != 2:
+    linear = ((path, module) for path, module in block.named_modules() if path and is_linear(module))
+    shapes = {path: declared_shape(module) for path, module in islice(linear, 3)}  # of many, 3 say enough
+    if len(shapes) != 2:
         return {}
     (first, up), (last, down) = shapes.items()
     if up is None or down is None:
         return {}
-    if said or (up[0] > up[1] and up == down[::-1]):
+    inner = "." in first + last  # in modules of their own: one must fit the other
+    if (said and (not inner or up[0] == down[1])) or (not inner and up[0] > up[1] and up == down[::-1]):
         return {first: Role.UP, last: Role.DOWN}
     return {}
