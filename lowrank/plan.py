@@ -17,6 +17,7 @@ from lowrank.files import write
 from lowrank.formats.patterns import peft_patterns
 from lowrank.formats.plans import plan_arguments, plan_to_json
 from lowrank.formats.table import table
+from lowrank.models.listing import listed
 from lowrank.models.projections import Projection
 from lowrank.models.tokens import TokenRows
 from lowrank.plots import by_layer
@@ -38,6 +39,8 @@ class Plan(Mapping[Projection, Allocation]):
         notes: what a reader should know and the rows do not show: what was left out or limited, and why.
         left_out: what "all-linear" does not adapt, modules and weights by name, each with why; the notes
             say the same in short.
+        matches: the policy's patterns in the user's spelling, such as ``target='vision:all-linear'`` and
+            ``ranks['q_proj']=32``, each with the projections that it is for.
         dora: the magnitude of each output row is trained too (2402.09353).
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
@@ -62,6 +65,7 @@ class Plan(Mapping[Projection, Allocation]):
         energies: Mapping[Projection, float] | None = None,
         notes: Sequence[str] = (),
         left_out: Mapping[str, str] | None = None,
+        matches: Mapping[str, Sequence[Projection]] | None = None,
         reference_rank: int | None = None,
         dora: bool = False,
         learning_rate: float | None = None,
@@ -91,6 +95,7 @@ class Plan(Mapping[Projection, Allocation]):
         self.energies = dict(energies or {})
         self.notes = tuple(notes)
         self.left_out = dict(left_out or {})
+        self.matches = {spelled: tuple(hits) for spelled, hits in (matches or {}).items()}
         self.reference_rank = reference_rank
         self.dora = dora
         self.learning_rate = learning_rate
@@ -170,8 +175,13 @@ class Plan(Mapping[Projection, Allocation]):
             rows.append(f"trained in full: {', '.join(self.train)}")
         if self.learning_rate is not None:
             rows.append(f"learning rate {self.learning_rate:.2e}, measured")
+        if [*self.matches] != ["target='all-linear'"]:
+            rows += [f"{spelled}: {self._counted(hits)}" for spelled, hits in self.matches.items()]
         rows += [f"note: {note}" for note in self.notes]
         return "\n".join(row.rstrip() for row in rows)
+
+    def _counted(self, hits: Sequence[Projection]) -> str:
+        return f"{len(hits)} of {len(self)} projections ({listed(p.name for p in hits)})" if hits else "none"
 
     def _total(self) -> str:
         total = f"{self._spent:,} trainable adapter parameters"

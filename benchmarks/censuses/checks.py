@@ -189,11 +189,7 @@ def not_named(base: nn.Module, plan: lowrank.Plan) -> list[str]:
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}".lstrip(".")
             matrix = sum(size > 1 for size in parameter.shape) > 1
-            if (
-                isinstance(module, nn.Embedding)
-                or not matrix
-                or parameter.numel() <= 0.01 * whole
-            ):
+            if isinstance(module, nn.Embedding) or not matrix or parameter.numel() <= 0.01 * whole:
                 continue
             if (path, name) not in adapted and path not in said and full not in said:
                 found.append(_pattern(full))

@@ -27,6 +27,7 @@ class Selection(NamedTuple):
     projections: list[Projection]
     notes: list[str]
     left_out: dict[str, str]  # of "all-linear": modules and weights that it does not adapt, each with why
+    meant: dict[str, list[Projection]]  # what each name in the target means, as it is spelled
 
 
 def select(
@@ -69,6 +70,7 @@ def select(
     known = _Known(model, doubts, output_heads(model), unheld_, besides)
 
     excluded = {p for name in excludes for p in known.named(name, excluding=True)}
+    meant: dict[str, set[Projection]] = {}
     if callable(target):
         chosen = {p for p in doubts if target(p)}
         if not chosen:
@@ -78,11 +80,14 @@ def select(
         if not names:
             raise ValueError('no target: name projections, a role such as "query", or "all-linear"')
         by_role = [name for name in names if _is_role(name)]
-        chosen = {p for name in names if name not in by_role for p in known.named(name)}
+        meant = {name: known.named(name) for name in names if name not in by_role}
+        chosen = set().union(*meant.values())
         among = doubts.keys() - chosen - excluded
         for name in by_role:
             known.check_role(f"target={name!r}", name, among)
-            chosen |= known.named(name)
+            meant[name] = known.named(name)
+            chosen |= meant[name]
+        meant = {name: meant[name] for name in names}
     chosen -= excluded
     for name in excludes:
         known.check_role(f"exclude={name!r}", name, chosen)
@@ -95,7 +100,9 @@ def select(
     if broken:
         more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
         raise ValueError(f"{broken[0]}; it cannot be adapted: leave it out with exclude={more}")
-    return Selection([p for p in doubts if p in chosen], notes, left_out)
+    in_order = [p for p in doubts if p in chosen]
+    spelled = {name: [p for p in in_order if p in hits] for name, hits in meant.items()}
+    return Selection(in_order, notes, left_out, spelled)
 
 
 @dataclass(frozen=True)
