@@ -6,7 +6,6 @@ It is data. It can be printed, saved, compared, and carried to another tool; it 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf, isfinite
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from lowrank.allocate.base import Allocation
 from lowrank.files import write
+from lowrank.formats.layers import ranks_by_layer
 from lowrank.formats.patterns import peft_patterns
 from lowrank.formats.plans import plan_arguments, plan_to_json
 from lowrank.formats.table import table
@@ -246,15 +246,3 @@ class Plan(Mapping[Projection, Allocation]):
         if self.rows:
             more["trainable_token_indices"] = {rows.module: list(rows.ids) for rows in self.rows}
         return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas), **more}
-
-
-def ranks_by_layer(plan: Plan) -> dict[tuple[str, str], int]:
-    """(role, layer) → the sum of the ranks there."""
-    ranks: Counter[tuple[str, str]] = Counter()
-    for p, allocation in plan.items():
-        ranks[p.role.value, _layer(p.module)] += allocation.rank
-    return dict(ranks)
-
-
-def _layer(module: str) -> str:
-    return next((part for part in module.split(".") if part.isdigit()), "–")

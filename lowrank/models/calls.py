@@ -62,8 +62,9 @@ def _shapes(block: nn.Module) -> list[Shape]:
     side = SIDE * max((max(each.stride) for each in convolutions), default=1)
     tokens = [side * side]
     for table in block.buffers():
-        rows = isqrt(table.numel())
-        if not table.is_floating_point() and rows * rows == table.numel() > 1:
+        pairs = table.shape[0] if table.dim() == 2 and table.shape[1] <= 3 else table.numel()
+        rows = isqrt(pairs)  # of indices or coordinates of each token beside each other one
+        if (pairs != table.numel() or not table.is_floating_point()) and rows * rows == pairs > 1:
             tokens.insert(0, rows)
     tokens = list(dict.fromkeys(tokens))
     images = [(isqrt(n), isqrt(n)) for n in tokens]

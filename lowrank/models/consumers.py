@@ -69,7 +69,7 @@ def _attention(trial: Trial, run: Run, place: int) -> dict[Role, Masks]:
         if not keys or not values:
             continue
         again = trial.run({key: _but(mask) for key, mask in keys.items()}).gradients(place)
-        query = local & ~live(again[name], largest).any(0) if name in again else local
+        query = local & _moved(gradients[name], again.get(name))
         if query.any():
             for role, masks in ((Role.QUERY, {name: query}), (Role.KEY, keys), (Role.VALUE, values)):
                 found.setdefault(role, {}).update(masks)
@@ -84,19 +84,24 @@ def _keys_and_values(
     keys, values = {}, {}
     for name, rows in spread.items():
         was = before[name]
-        now = after.get(name, torch.zeros_like(was))
+        now = torch.zeros_like(was) if after.get(name) is None else after[name]
         gone = rows & ~live(now, largest).any(0)
         size = was.abs().max()
         same_sum = (was.sum(0) - now.sum(0)).abs() <= EQUAL * size * len(was)
         same_sum &= was.sum(0).abs() > CHANGED * size  # what is added to the logits has a sum of zero
-        moved = (was - now).abs().amax(0) > CHANGED * was.abs().amax(0)
         if gone.any():
             keys[name] = gone
-        if (kept := rows & ~gone & same_sum & moved).any():
+        if (kept := rows & ~gone & same_sum & _moved(was, now)).any():
             values[name] = kept
     positions = {len(before[name]) for name in values}
     keys = {name: mask for name, mask in keys.items() if len(before[name]) in positions}
     return keys, values
+
+
+def _moved(was: Tensor, now: Tensor | None) -> Tensor:
+    """The rows whose gradients differ; None are zeros."""
+    change = was if now is None else was - now
+    return change.abs().amax(0) > CHANGED * was.abs().amax(0)
 
 
 def _outputs(trial: Trial, run: Run, values: Masks) -> list[str]:

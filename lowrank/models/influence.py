@@ -155,9 +155,9 @@ def can_be_copied(block: nn.Module) -> bool:
 
 
 def refilled(block: nn.Module) -> Any:
-    """A copy of ``block`` in fp64: weights random, the same each time, buffers as they are, and no biases.
+    """A copy of ``block`` in fp64: weights random, the same each time, and no biases; tables as they are.
 
-    What is zero then stays zero in a normalization.
+    What is zero then stays zero in a normalization, which has seen nothing yet.
     """
     draw = torch.Generator().manual_seed(0)
 
@@ -174,6 +174,8 @@ def refilled(block: nn.Module) -> Any:
     for name, tensor in [*copy.named_parameters(), *copy.named_buffers()]:
         if tensor.dim() == 1 and name.rpartition(".")[2].endswith(("bias", "running_mean")):
             tensor.zero_()
+        elif name.endswith("running_var"):
+            tensor.fill_(1)
     return copy
 
 

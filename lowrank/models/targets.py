@@ -14,6 +14,7 @@ from lowrank.models.listing import as_names, large_weights, listed, nearest, und
 from lowrank.models.projections import Projection, Role, further, scan, unheld
 from lowrank.models.roles import Roles, unnamed
 from lowrank.models.towers import within
+from lowrank.models.trained import trained_modules
 
 ROLE_UNKNOWN = "left out, since its role is not known: roles={pattern: role} says it"
 _ROLES = frozenset(role.value for role in Role)
@@ -230,25 +231,6 @@ def _nothing_left(target: Target, exclude: Sequence[str], train: Sequence[str], 
     by = f"{' and '.join(left)} leaves" if left else "the model has"
     why = f" ({'; '.join(notes)}); name what to adapt in target=" if notes else ""
     return f"{by} nothing of target={target!r}{why}"
-
-
-def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
-    """Paths of the modules that ``train`` names; a path below another of them is left out."""
-    paths = [path for path, _ in model.named_modules() if path]
-    found: list[str] = []
-    for pattern in as_names(train, "train"):
-        hits = [path for path in paths if matches(path, pattern)]
-        if not hits:
-            raise ValueError(f"train={pattern!r} names no module{nearest(pattern, paths)}")
-        for hit in hits:
-            kind = type(model.get_submodule(hit))
-            if kind.forward is nn.Module.forward:
-                raise ValueError(
-                    f"train={pattern!r} names {hit}, a {kind.__name__}, which is never called: "
-                    f"name what it holds, such as {pattern + '.*'!r}"
-                )
-        found += [hit for hit in hits if hit not in found]
-    return [path for path in found if not under([p for p in found if p != path])(path)]
 
 
 def _is_called(projection: Projection, name: str) -> bool:

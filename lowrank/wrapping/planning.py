@@ -19,8 +19,9 @@ from lowrank.init import Initializer, Kaiming
 from lowrank.init.base import frozen_factors, largest_rank, needs_of
 from lowrank.models.projections import Projection
 from lowrank.models.storage import is_linear, weight_shape
-from lowrank.models.targets import select, trained_modules
+from lowrank.models.targets import select
 from lowrank.models.tokens import check_rows, find_rows, row_problems
+from lowrank.models.trained import trained_modules
 from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.wrapping.checks import check_layers, check_unwrapped, projection_problems

@@ -257,3 +257,108 @@ def test_names_of_a_query_leave_no_other_layer_to_be_one() -> None:
 
     wanted = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "mystery": "other", "last": "output"}
     assert roles(Relative()) == wanted
+
+
+def table_of_pairs(side: int) -> Tensor:
+    """Relative places of the tokens of an image, as windows have them."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = torch.stack([y.flatten(), x.flatten()])
+    dy, dx = places[:, :, None] - places[:, None] + side - 1
+    return dy * (2 * side - 1) + dx
+
+
+class Window(nn.Module):
+    """timm's window attention: a fused weight, and a bias for each pair of a window's tokens."""
+
+    def __init__(self, side: int, *, read: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.table = nn.Parameter(torch.zeros((2 * side - 1) ** 2, HEADS))
+        self.register_buffer("relative_position_index", table_of_pairs(side), persistent=False)
+        self.read = read
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.qkv.weight, bias=None) if self.read else self.qkv(x)
+        q, k, v = y.unflatten(-1, (3, HEADS, HEAD)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT + self.table[self.relative_position_index].permute(2, 0, 1)
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+QKVO = {"qkv": "query key value", "proj": "output"}
+
+
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("side", [3, 7])
+def test_a_window_of_an_image(side: int, read: bool) -> None:
+    """Its number of tokens is told by its table; BEiT multiplies by the layer's weight and calls no layer."""
+    assert roles(own(Window)(side, read=read)) == QKVO
+
+
+def test_keys_of_a_reduced_image() -> None:
+    """As in PVT and Twins: the sides of the image are arguments, and a convolution makes it smaller."""
+
+    class Reduced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.kv = nn.Linear(WIDTH, 2 * WIDTH)
+            self.sr, self.norm = nn.Conv2d(WIDTH, WIDTH, 4, stride=4), nn.LayerNorm(WIDTH)
+
+        def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+            small = self.sr(x.mT.unflatten(-1, size)).flatten(2).mT
+            q = self.q(x).unflatten(-1, (HEADS, HEAD)).transpose(1, 2)
+            k, v = self.kv(self.norm(small)).unflatten(-1, (2, HEADS, HEAD)).permute(2, 0, 3, 1, 4)
+            return self.proj(sdpa(q, k, v, False).transpose(1, 2).flatten(2))
+
+    assert roles(Reduced()) == {"q": "query", "kv": "key value", "proj": "output"}
+
+
+def test_attention_in_an_image_with_positions_that_the_query_sees() -> None:
+    """As in SAM: the query is multiplied with positions, too."""
+
+    class Image(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.positions = nn.Parameter(torch.zeros(16, HEAD))
+
+        def forward(self, x: Tensor) -> Tensor:
+            _, height, width, _ = x.shape
+            q, k, v = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, HEADS, HEAD)).permute(2, 0, 3, 1, 4)
+            scores = q @ k.mT + q @ self.positions[: height * width].mT
+            return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2).view(x.shape))
+
+    assert roles(Image()) == QKVO
+
+
+def test_gated_blocks_of_vision_models() -> None:
+    """Before the down, as in EVA; and three layers, as in ViTamin."""
+
+    class GLU(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.norm, self.fc2 = nn.Linear(WIDTH, 96), nn.LayerNorm(48), nn.Linear(48, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            up, gate = self.fc1(x).chunk(2, -1)
+            return self.fc2(self.norm(up * F.silu(gate)))
+
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w0, self.w1, self.w2 = nn.Linear(WIDTH, 48), nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w2(F.gelu(self.w0(x)) * self.w1(x))
+
+    assert roles(GLU()) == {"fc1": "up gate", "fc2": "down"}
+    assert roles(Three()) == {"w0": "gate", "w1": "up", "w2": "down"}, "w1 is a gate in other models"
+
+
+def test_a_feed_forward_block_whose_layers_lie_in_modules_of_their_own() -> None:
+    """As in SuperGlue: what its name says holds for both."""
+    inner = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())
+    block = nn.ModuleDict({"mlp": nn.ModuleList([inner, nn.Linear(8, 4)])})
+    assert roles(block) == {"mlp.0.0": "up", "mlp.1": "down"}
+    apart = nn.ModuleDict({"mlp": nn.ModuleList([nn.Sequential(nn.Linear(8, 6)), nn.Linear(8, 4)])})
+    assert set(roles(apart).values()) == {"other"}, "one does not fit the other"
