@@ -36,8 +36,8 @@ REASONS = {
     "(`enable_input_require_grads`), and train on one length only, `axial_pos_shape`",
     "transformers:rwkv": "between training and evaluation it scales weights of adapted layers in place; with "
     "`config.rescale_every = 0` it passes",
-    "transformers:squeezebert": "its attention and feed-forward layers are grouped convolutions, which cannot be "
-    "adapted; the pooler, which can, has no part in the output",
+    "transformers:squeezebert": "its attention and feed-forward layers are grouped convolutions, which "
+    "cannot be adapted; the pooler, which can, has no part in the output",
 }
 
 
