@@ -131,13 +131,15 @@ def _feed_forward(trial: Trial, run: Run, place: int) -> dict[str, Blocks]:
     down, given = run.seen[place]
     out, columns = _shape(trial, down)
     feeding = _fed_by(run, place)
-    if out >= columns or any((live(g, 1.0).sum(0) > 1).any() for g in feeding.values()):
+    if any((live(g, 1.0).sum(0) > 1).any() for g in feeding.values()):
         return {}
     if any(_shape(trial, name)[1] != out for name in feeding):
         return {}
     for earlier in range(place, -1, -1):
         if run.seen[earlier][1].shape == given.shape and _fed_by(run, earlier).keys() == feeding.keys():
-            if found := _gate_and_up(trial, run, earlier, columns):
+            found = _gate_and_up(trial, run, earlier, columns)
+            gated = any(role == Role.GATE for own in found.values() for role, _ in own)
+            if found and (gated or out < columns):  # two layers with an activation between may be anything
                 return {down: in_order([(Role.DOWN, out)]), **found}
     return {}
 

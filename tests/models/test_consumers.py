@@ -351,6 +351,18 @@ def test_gated_blocks_of_vision_models() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.w2(F.gelu(self.w0(x)) * self.w1(x))
 
+    class Narrow(nn.Module):
+        """Moshi: the layer behind the product need not narrow."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(WIDTH, 48), nn.Linear(24, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate, up = self.fc1(x).unflatten(-1, (2, -1)).unbind(-2)
+            return self.fc2(F.silu(gate) * up)
+
+    assert roles(Narrow()) == {"fc1": "gate up", "fc2": "down"}
     assert roles(GLU()) == {"fc1": "up gate", "fc2": "down"}
     assert roles(Three()) == {"w0": "gate", "w1": "up", "w2": "down"}, "w1 is a gate in other models"
 
