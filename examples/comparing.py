@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import lowrank
-from lowrank.plan import ranks_by_layer
+from lowrank.formats.layers import ranks_by_layer
 from lowrank.plots import LINES, STYLE
 
 
