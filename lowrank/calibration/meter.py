@@ -78,16 +78,23 @@ class Meter:
 
     @torch.no_grad()
     def see_input(
-        self, name: str, held: Sequence[Projection], x: Tensor, routed: Routed | None = None
+        self,
+        name: str,
+        held: Sequence[Projection],
+        x: Tensor,
+        routed: Routed | None = None,
+        *,
+        uses: int = 1,
     ) -> None:
         """``x`` (..., in) is what the projections ``held`` read; ``name`` is theirs alone.
 
-        ``routed`` says which of the example's tokens the rows of x are, where these are not all in order.
+        ``routed`` says which of the example's tokens the rows of x are, where these are not all in order;
+        in the backward pass their gradient comes in ``uses`` parts.
         Raises ValueError for NaN or Inf, and for siblings that no longer read the same tensor.
         """
         if self.sleeps:
             return
-        self.gradients.uses[name] += 1
+        self.gradients.uses[name] += uses
         if not self.counts_inputs:
             return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lowrank import presets
 from lowrank.layers import experts as experts_layer
 from lowrank.layers.weight import AdaptedWeight
 from lowrank.models.projections import Role
-from tests.helpers import frozen_logits, logits, perturb
+from tests.helpers import frozen_logits, logits, numbers, perturb
 from tests.zoo import DECODER
 
 SIZES = {**DECODER, "num_hidden_layers": 1}
@@ -66,6 +67,11 @@ def privacy_filter() -> nn.Module:
     return hf.OpenAIPrivacyFilterForTokenClassification(config)
 
 
+def aria() -> nn.Module:
+    config = hf.AriaTextConfig(**SIZES, head_dim=8, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
+    return hf.AriaTextForCausalLM(config)
+
+
 def llama4() -> nn.Module:
     config = hf.Llama4TextConfig(
         **SIZES, head_dim=8, intermediate_size_mlp=48, num_local_experts=4, num_experts_per_tok=1,
@@ -108,11 +114,13 @@ MODELS = {
         deepseek_v3,
         gpt_oss,
         privacy_filter,
+        aria,
         llama4,
         ungated,
     )
 }
 WAYS = ("eager", "grouped_mm", "batched_mm")
+TRANSPOSED = ("aria", "gpt_oss", "privacy_filter", "llama4")
 CASES = [(name, way) for name in MODELS for way in WAYS if name != "llama4" or way == "eager"]
 
 
@@ -259,3 +267,67 @@ def test_two_adapters_act_together() -> None:
     lowrank.combine_adapters(model, {"default": 0.5, "two": 2.0}, name="both")
     lowrank.set_adapters(model, "both")
     torch.testing.assert_close(logits(model, batch()), moved, rtol=1e-4, atol=1e-4)
+
+
+def total(model: nn.Module) -> Tensor:
+    output = model(**batch())
+    return (output if isinstance(output, Tensor) else output.logits).square().sum()
+
+
+@pytest.mark.parametrize("experts", ["each", "shared"])
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_gradients_are_those_of_the_weights_in_full(name: str, way: str, experts: str) -> None:
+    """dB = s·dW·Aᵀ and dA = s·Bᵀ·dW, summed over the experts that share an adapter."""
+    model = perturb(adapted(name, way, experts=experts))
+    full = lowrank.merge(copy.deepcopy(model)).requires_grad_()
+    total(model).backward()
+    total(full).backward()
+    for p, adapter in lowrank.adapters.adapters_of(model).items():
+        A, B = adapter.A.detach(), adapter.B.detach()
+        module = full.get_submodule(p.module)
+        gradient = module._parameters[p.param].grad
+        gradient = gradient.mT if name in TRANSPOSED else gradient
+        if p.shared > 1:
+            dW = gradient[:, numbers(p.rows)].sum(0)
+        else:
+            dW = gradient.reshape(-1, p.in_features)[numbers(p.rows)]
+        for got, wanted in (
+            (adapter.B.grad, adapter.scaling * dW @ A.T),
+            (adapter.A.grad, adapter.scaling * B.T @ dW),
+        ):
+            largest = float(wanted.abs().max())
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * largest + 1e-7, msg=p.name)
+
+
+@pytest.mark.parametrize("experts", ["each", "shared"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_compiled_code_adapts_the_products_too(name: str, experts: str) -> None:
+    """One graph, in which nothing but views has the size of a tensor of experts."""
+    model = perturb(adapted(name, "grouped_mm", experts=experts))
+    (layer,) = layers(model)
+    stored = {tuple(sorted(layer._parameters[param].shape)) for param in ("gate_up_proj", "down_proj")}
+    made: set[tuple[int, ...]] = set()
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            value = node.meta.get("example_value")
+            if node.op != "placeholder" and isinstance(value, Tensor) and not value._is_view():
+                made.add(tuple(sorted(value.shape)))
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    torch.testing.assert_close(logits(compiled, batch()), logits(model, batch()), rtol=1e-5, atol=1e-6)
+    assert made and not made & stored
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_compiled_gradients_are_those_of_ordinary_code(way: str) -> None:
+    model = perturb(adapted("qwen3_moe", way))
+    total(model).backward()
+    wanted = [parameter.grad for parameter in lowrank.adapter_parameters(model)]
+    model.zero_grad()
+    torch.compiler.reset()
+    total(torch.compile(model, backend="aot_eager", fullgraph=True)).backward()
+    for got, each in zip(lowrank.adapter_parameters(model), wanted, strict=True):
+        torch.testing.assert_close(got.grad, each, rtol=1e-3, atol=1e-4 * float(each.abs().max()))
