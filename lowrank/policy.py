@@ -50,7 +50,7 @@ class Policy:
         expert_rank: of experts: ``"rank"``, as of any projection, or ``"rank/active"``: divided by the number
             of experts that act on a token, and at least 1. Their scaling is that of the divided rank. Not
             beside a budget.
-        experts: ``"each"`` has an adapter of its own, or all experts of a tensor have one, which is ``"shared"``.
+        experts: ``"each"`` has an adapter of its own, or all experts of a tensor have one: ``"shared"``.
             That one starts from the inputs or gradients of all, or from neither, but not from a weight.
         dora: train the magnitude of each output row apart from its direction (DoRA, 2402.09353). Such an
             adapter acts alone, with weight 1. Its magnitudes, ``out`` for each projection, count in a budget.

@@ -110,7 +110,7 @@ def test_it_acts_beside_one_of_each_expert_and_is_combined_with_it() -> None:
         lowrank.remove_adapter(model, "both")
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_peft_gets_an_equal_slice_for_each_expert(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
