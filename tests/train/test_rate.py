@@ -46,7 +46,7 @@ def test_the_turning_step_of_a_quadratic() -> None:
     model = Point(x=[3.0, -1.0, 3.0])
     batches = [torch.tensor([1.0, 1.0, 1.0])]
     assert turning_step(model, batches, bowl) == pytest.approx(11 / 5.5, rel=1e-3)
-    assert turning_step(model, batches, bowl, distance=0.25) == pytest.approx(11 / 5.5, rel=1e-5)
+    assert turning_step(model, batches, bowl, distances=[0.25]) == pytest.approx(11 / 5.5, rel=1e-5)
 
 
 def test_it_is_that_of_the_mean_loss_over_the_first_batches() -> None:
@@ -54,6 +54,14 @@ def test_it_is_that_of_the_mean_loss_over_the_first_batches() -> None:
     model = Point(x=[3.0, -1.0, 3.0])
     batches = [torch.tensor([0.0, 2.0, 1.0]), torch.tensor([2.0, 0.0, 1.0]), torch.full((3,), 90.0)]
     assert turning_step(model, batches, bowl, count=2) == pytest.approx(2.0, rel=1e-3)
+
+
+def test_a_loss_that_bends_downward_at_first() -> None:
+    """L = 1250 x⁴ − x² from .005 turns at .02. The slope 5000 x³ − 2 x rises over .016, not over .004."""
+    slopes = [5000 * x**3 - 2 * x for x in (0.005, 0.009, 0.021)]
+    assert slopes[1] < slopes[0] < 0 < slopes[2]
+    step = turning_step(Point(x=[0.005]), [None], lambda m, batch: (1250 * m.x**4 - m.x**2).sum())
+    assert step == pytest.approx(0.016 * slopes[0] / (slopes[0] - slopes[2]), rel=1e-3)
 
 
 def test_entries_without_a_gradient_stay_where_they_are() -> None:
@@ -77,8 +85,8 @@ def test_half_precision_weights_are_measured_along_the_step_that_they_take() -> 
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda model, batch: -model.x.square().sum(), r"no positive curvature \(it is -6"),
-        (lambda model, batch: model.x.sum(), r"no positive curvature \(it is 0\)"),
+        (lambda model, batch: -model.x.square().sum(), r"not even over 1\.0 \(it bends by -6\)"),
+        (lambda model, batch: model.x.sum(), r"not even over 1\.0 \(it bends by 0\)"),
         (
             lambda model, batch: (model.x - model.x.detach()).square().sum(),
             "gradient of what trains is exactly",
@@ -282,8 +290,8 @@ def test_batches_count_by_their_labels() -> None:
 
     labels = torch.tensor([0, 1, 1])
     model = Point(x=[0.3, -0.1, 0.2])
-    apart = turning_step(model, [{"labels": labels[:2]}, {"labels": labels[2:]}], loss, distance=0.1)
-    assert apart == pytest.approx(turning_step(model, [{"labels": labels}], loss, distance=0.1), rel=1e-4)
+    apart = turning_step(model, [{"labels": labels[:2]}, {"labels": labels[2:]}], loss, distances=[0.1])
+    assert apart == pytest.approx(turning_step(model, [{"labels": labels}], loss, distances=[0.1]), rel=1e-4)
 
 
 def test_float16_is_measured_with_a_scaled_loss() -> None:
@@ -293,6 +301,6 @@ def test_float16_is_measured_with_a_scaled_loss() -> None:
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         return 1e-6 * model(batch).float().square().mean()
 
-    exact = turning_step(model, [x], loss, distance=0.05)
+    exact = turning_step(model, [x], loss, distances=[0.05])
     history = quiet(model, [x], loss, lr="auto", autocast=torch.float16)
     assert history.learning_rate == pytest.approx(SHARE * math.sqrt(exact), rel=0.05)
