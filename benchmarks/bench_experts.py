@@ -154,7 +154,7 @@ def markdown(facts: dict[str, str], cases: dict[str, list[dict[str, Any]]]) -> s
             spread = f"{1e3 * row['p10']:.1f} to {1e3 * row['p90']:.1f}"
             lines.append(
                 f"| {row['contender']} | {1e3 * row['seconds']:.1f} | {spread} | {row['ratio']:.2f} "
-                f"| {row['kept'] / 2**20:.1f} |"
+                f"| {row['kept'] / 2**20:.2f} |"
             )
         lines.append("")
     return "\n".join(lines)

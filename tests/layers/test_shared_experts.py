@@ -14,6 +14,7 @@ from lowrank import Plan, Policy, allocate, presets
 from lowrank.layers import experts as experts_layer
 from tests.helpers import frozen_logits, logits, perturb
 from tests.layers.test_experts import CASES, adapted, batch, build, layers
+from tests.peft_format.common import warnings_of_peft
 
 
 def shared(name: str = "qwen3_moe", way: str = "grouped_mm", **options: Any) -> nn.Module:
@@ -110,6 +111,7 @@ def test_it_acts_beside_one_of_each_expert_and_is_combined_with_it() -> None:
         lowrank.remove_adapter(model, "both")
 
 
+@warnings_of_peft
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_peft_gets_an_equal_slice_for_each_expert(name: str, tmp_path: Path) -> None:
