@@ -100,6 +100,7 @@ def test_resizing_beside_adapters_of_other_layers_keeps_them(tmp_path: Path) -> 
 
 @warnings_of_peft
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 @pytest.mark.parametrize("target", [("q_proj",), *TIED], ids="+".join)
 def test_peft_and_we_read_each_others_adapters_of_a_resized_base(
     target: tuple[str, ...], tmp_path: Path

@@ -25,10 +25,17 @@ from lowrank.models.projections import Projection
 
 
 def watch_experts(
-    stack: ExitStack, meter: Meter, path: str, module: nn.Module, held: Sequence[Projection]
+    stack: ExitStack,
+    meter: Meter,
+    path: str,
+    module: nn.Module,
+    held: Sequence[Projection],
+    above: nn.Module,
 ) -> None:
     """Until ``stack`` closes, ``meter`` sees what the experts in ``module`` read, and their gradients."""
-    original, own = module.forward, cast("dict[str, Any]", module._parameters)
+    stored_as = stack_of(module, held[0].param)
+    reader = above if stored_as is not None and stored_as.flat else module
+    original, own = reader.forward, cast("dict[str, Any]", module._parameters)
     config: Any = getattr(module, "config", None)
     if getattr(config, "_experts_implementation", None) is not None:  # a fused kernel would show nothing
         stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
@@ -54,7 +61,7 @@ def watch_experts(
             each.finish()
         return output
 
-    replace_forward(stack, module, forward)
+    replace_forward(stack, reader, forward)
 
 
 class _Seen:
@@ -87,7 +94,7 @@ class _Seen:
         return StackedWeight.show(self.weight.detach(), self, self.transposed, None)
 
     def whole(self) -> Tensor:
-        return self.weight.detach()
+        return self.stack.matrices(self.weight.detach())
 
     def one(self, x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
         return self._see(expert, x, F.linear(x, weight, bias), self.tokens.of(len(x)))

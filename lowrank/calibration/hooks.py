@@ -43,7 +43,7 @@ def watched(model: nn.Module, meter: Meter) -> Iterator[None]:
             elif is_linear(module):
                 _watch_linear(stack, meter, path, module, held)
             else:
-                watch_experts(stack, meter, path, module, held)
+                watch_experts(stack, meter, path, module, held, above)
         yield
 
 

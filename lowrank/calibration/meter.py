@@ -15,6 +15,7 @@ from lowrank.calibration.inputs import Inputs
 from lowrank.calibration.masks import Masks, Routed
 from lowrank.calibration.statistics import ProjectionStatistics, Statistics
 from lowrank.linalg.precision import is_half, symmetric, wide
+from lowrank.models.experts import stack_of
 from lowrank.models.projections import Projection
 from lowrank.processes import Processes
 
@@ -160,8 +161,7 @@ class Meter:
 
     def _nothing(self, p: Projection) -> Tensor:
         """What an expert reads that no token was routed to."""
-        stored = self.model.get_submodule(p.module)._parameters.get(p.param)
-        if stored is None or stored.dim() != 3:
+        if stack_of(self.model.get_submodule(p.module), p.param) is None:
             raise ValueError(
                 f"{p.name} was never called on the calibration batches, so its input is unknown "
                 "(another module may read its weight instead of calling it): leave it out with exclude="

@@ -27,7 +27,11 @@ Part = tuple[ExpertStacks, Tensor | None]  # what acts on a tensor, and the fact
 def adapted_experts(weight: Tensor, parts: Sequence[Part]) -> Tensor:
     """``weight`` for whatever multiplies by it; under `torch.func` W + ΔW in full."""
     low = LowRank(weight, parts)
-    return low.whole() if transformed() else StackedWeight.show(weight, low, low.transposed, None)
+    return (
+        low.whole().reshape(weight.shape)
+        if transformed()
+        else StackedWeight.show(weight, low, low.transposed, None)
+    )
 
 
 class LowRank:
@@ -63,9 +67,10 @@ class LowRank:
         return self._pairs[dtype]
 
     def whole(self) -> Tensor:
-        """W + ΔW as it is stored."""
+        """W + ΔW, stored as W is, but in three dimensions."""
         if self._whole is None:
-            weight = self.weight.mT if self.transposed else self.weight
+            weight = self.weight.view(self.experts, -1, self.weight.shape[-1])
+            weight = weight.mT if self.transposed else weight
             made = weight
             for part, factor in self.parts:
                 made = part.add_to(made, factor)

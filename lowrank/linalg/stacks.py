@@ -21,7 +21,7 @@ class Products(Protocol):
     transposed: bool
 
     def whole(self) -> Tensor:
-        """The values of the tensor, as it is stored, for whatever is no product."""
+        """The values of the tensor, in three dimensions, for whatever is no product."""
 
     def one(self, x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
         """``F.linear(x, weight, bias)`` of one expert's tokens, weight ``(out, in)``."""
@@ -75,7 +75,7 @@ class StackedWeight(Tensor):
             whole = self._low.whole()
             picked = whole if self._pick is None else whole[self._pick]
             picked = picked.mT if self._flip != self._low.transposed else picked
-            return picked.to(self.dtype)
+            return picked.reshape(self.shape).to(self.dtype)
 
     def plain(self) -> Tensor:
         """What is stored, whatever `Products.whole` says. It is kept: compilers know no way back."""
@@ -89,8 +89,22 @@ class StackedWeight(Tensor):
 # -- the ways to use it; called where torch functions see plain tensors ------------------------------------
 
 
+def _flat(w: Any) -> bool:
+    """Is it all experts, in two dimensions? Nothing but `_view` knows that."""
+    return isinstance(w, StackedWeight) and w._pick is None and w.dim() == 2
+
+
+def _view(func: Any, w: Any, *shape: Any) -> Any:
+    """A dimension for the experts, where they are stored in two."""
+    if not _flat(w):
+        return NotImplemented
+    seen = func(w.plain(), *shape)
+    apart = seen.dim() == 3 and seen.shape[0] == w._low.experts and seen.shape[2] == w.shape[1]
+    return StackedWeight.show(seen, w._low, w._flip, None) if apart else NotImplemented
+
+
 def _get(func: Any, w: Any, key: Any) -> Any:
-    if not isinstance(w, StackedWeight) or w._pick is not None:
+    if not isinstance(w, StackedWeight) or w._pick is not None or w.dim() != 3:
         return NotImplemented
     if isinstance(key, int) and not isinstance(key, bool):
         expert = key
@@ -105,17 +119,17 @@ def _get(func: Any, w: Any, key: Any) -> Any:
 
 def _flip(func: Any, w: StackedWeight, *dims: int, dim0: int = -2, dim1: int = -1) -> Any:
     first, second = dims or (dim0, dim1)
-    if {first % w.dim(), second % w.dim()} != {w.dim() - 2, w.dim() - 1}:
+    if _flat(w) or {first % w.dim(), second % w.dim()} != {w.dim() - 2, w.dim() - 1}:
         return NotImplemented
     return w.flipped()
 
 
 def _mT(func: Any, w: StackedWeight) -> Any:
-    return w.flipped()
+    return NotImplemented if _flat(w) else w.flipped()
 
 
 def _T(func: Any, w: StackedWeight) -> Any:
-    return w.flipped() if w.dim() == 2 else NotImplemented
+    return w.flipped() if w.dim() == 2 and not _flat(w) else NotImplemented
 
 
 def _cast(func: Any, w: StackedWeight, *args: Any, **kwargs: Any) -> Any:
@@ -169,6 +183,7 @@ def _grouped(func: Any, x: Any, w: Any, offs: Any = None, **options: Any) -> Any
 
 _PRODUCTS: dict[str, Callable[..., Any]] = {
     "getitem": _get,
+    "view": _view,
     "flip": _flip,
     "mT": _mT,
     "cast": _cast,
@@ -182,6 +197,7 @@ _PRODUCTS: dict[str, Callable[..., Any]] = {
 }
 _NAMES: dict[Any, str] = {
     Tensor.__getitem__: "getitem",
+    **dict.fromkeys((Tensor.view, Tensor.reshape), "view"),
     **dict.fromkeys((Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes), "flip"),
     Tensor.mT.__get__: "mT",  # type: ignore[attr-defined]
     **dict.fromkeys((Tensor.T.__get__, Tensor.t, torch.t), "T"),  # type: ignore[attr-defined]

@@ -144,6 +144,24 @@ def test_what_experts_share_is_measured_on_the_tokens_of_all(name: str) -> None:
     check(name, projections, ("covariance", "moment", "gradient"))
 
 
+def test_dbrx_is_measured_through_the_module_above() -> None:
+    model = build("dbrx").double()
+    projections = select(model, "experts.*").projections
+    assert len(projections) == 12
+    got = calibrate(model, projections, ("moment", "gradient"), examples(), progress=False)
+    model.requires_grad_()
+    for example in examples():
+        (model(**example).loss / len(LENGTHS)).backward()
+    mlp = model.transformer.blocks[0].ffn.experts.mlp
+    for p in projections:
+        e = int(p.block.split(".")[0])
+        gradient = mlp._parameters[p.param].grad.view(4, 48, 32)[e]
+        wanted = gradient.T if p.param == "w2" else gradient
+        largest = float(wanted.abs().max())  # DBRX computes its softmax in fp32
+        torch.testing.assert_close(got[p].gradient, wanted, rtol=1e-4, atol=1e-4 * largest)
+        assert got[p].moment.any()
+
+
 def test_the_weights_are_the_models_own_again() -> None:
     model, path = model_of("gpt_oss")
     experts = model.get_submodule(path)

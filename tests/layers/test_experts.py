@@ -72,6 +72,20 @@ def aria() -> nn.Module:
     return hf.AriaTextForCausalLM(config)
 
 
+def dbrx() -> nn.Module:
+    """Experts in two dimensions, which the module above them multiplies by."""
+    config = hf.DbrxConfig(
+        d_model=32, n_heads=4, n_layers=1, max_seq_len=64, vocab_size=64,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    )  # fmt: skip
+    model = hf.DbrxForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".w1", ".v1", ".w2")):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 def llama4() -> nn.Module:
     config = hf.Llama4TextConfig(
         **SIZES, head_dim=8, intermediate_size_mlp=48, num_local_experts=4, num_experts_per_tok=1,
@@ -115,13 +129,15 @@ MODELS = {
         gpt_oss,
         privacy_filter,
         aria,
+        dbrx,
         llama4,
         ungated,
     )
 }
 WAYS = ("eager", "grouped_mm", "batched_mm")
+EAGER = ("llama4", "dbrx")  # they have one form of their own
 TRANSPOSED = ("aria", "gpt_oss", "privacy_filter", "llama4")
-CASES = [(name, way) for name in MODELS for way in WAYS if name != "llama4" or way == "eager"]
+CASES = [(name, way) for name in MODELS for way in WAYS if name not in EAGER or way == "eager"]
 
 
 def build(name: str, way: str = "grouped_mm") -> nn.Module:
@@ -131,7 +147,7 @@ def build(name: str, way: str = "grouped_mm") -> nn.Module:
         for parameter in module.parameters(recurse=False):
             if parameter.dim() == 3 and not parameter.any():
                 nn.init.normal_(parameter, std=0.05)
-    if name != "llama4":
+    if name not in EAGER:
         model.set_experts_implementation(way)
     return model
 
@@ -176,7 +192,7 @@ def test_unwrapping_gives_the_base_back(name: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("preset", [presets.lora, presets.pissa])
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4", "ungated"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4", "ungated", "dbrx"])
 def test_saving_and_loading(name: str, preset: Any, tmp_path: Path) -> None:
     way = "eager" if name == "llama4" else "grouped_mm"
     model = build(name, way)
@@ -217,6 +233,17 @@ def test_gpt_oss_has_gate_and_up_in_turn() -> None:
         assert len(own) == 4
         for expert, p in enumerate(own):
             assert torch.equal(p.weight(model), weight[expert].T[first::2])
+
+
+def test_dbrx_has_its_roles_by_name_and_each_expert_its_rows() -> None:
+    model = build("dbrx")
+    mlp = model.transformer.blocks[0].ffn.experts.mlp
+    for name, role in (("w1", Role.GATE), ("v1", Role.UP), ("w2", Role.DOWN)):
+        own = [p for p in lowrank.find_projections(model) if p.param == name]
+        assert len(own) == 4 and {p.role for p in own} == {role}
+        for expert, p in enumerate(own):
+            rows = mlp._parameters[name][48 * expert : 48 * (expert + 1)]
+            assert torch.equal(p.weight(model), rows.T if name == "w2" else rows)
 
 
 def test_experts_of_different_ranks(tmp_path: Path) -> None:
@@ -286,7 +313,8 @@ def test_gradients_are_those_of_the_weights_in_full(name: str, way: str, experts
         A, B = adapter.A.detach(), adapter.B.detach()
         module = full.get_submodule(p.module)
         gradient = module._parameters[p.param].grad
-        gradient = gradient.mT if name in TRANSPOSED else gradient
+        gradient = gradient.view(4, -1, gradient.shape[-1])
+        gradient = gradient.mT if name in TRANSPOSED or p.param == "w2" else gradient
         if p.shared > 1:
             dW = gradient[:, numbers(p.rows)].sum(0)
         else:
