@@ -157,7 +157,7 @@ def test_dbrx_is_measured_through_the_module_above() -> None:
         e = int(p.block.split(".")[0])
         gradient = mlp._parameters[p.param].grad.view(4, 48, 32)[e]
         wanted = gradient.T if p.param == "w2" else gradient
-        largest = float(wanted.abs().max())  # DBRX computes its softmax in fp32
+        largest = float(wanted.abs().max())  # DBRX rotates in fp32
         torch.testing.assert_close(got[p].gradient, wanted, rtol=1e-4, atol=1e-4 * largest)
         assert got[p].moment.any()
 
