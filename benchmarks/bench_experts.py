@@ -1,7 +1,7 @@
 """Experts: a grouped product adapted by us, by forming W + ΔW, and frozen; and a step of a small Qwen3-MoE.
 
-Contenders run in turn within one process; the table has medians in ms and ratios to the first. PEFT's
-`target_parameters` is beside ours.
+Contenders run in turn within one process; the table has medians in ms, ratios to the first, and what is kept
+for backward beside parameters. PEFT's `target_parameters` is beside ours. About a minute on two cores.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,20 @@ from benchmarks.timing import result_name, surroundings, write_results
 from lowrank import presets
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.expert_stack import ExpertStacks, Layout
-from lowrank.layers.expert_weight import adapted_experts
+from lowrank.layers.experts import adapted_experts
 
 RESULTS = Path(__file__).parent / "results"
 EXPERTS, IN, OUT, RANK, TOKENS = 64, 512, 1024, 8, 1024
 
 
-def product(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+class Contender(NamedTuple):
+    """One step, and the tensors that are there without it."""
+
+    step: Callable[[], None]
+    own: list[Tensor]
+
+
+def product(dtype: torch.dtype) -> dict[str, Contender]:
     """Forward and backward of one grouped product: 64 experts, 512 → 1024, rank 8, 1024 tokens."""
     torch.manual_seed(0)
     weight = torch.randn(EXPERTS, OUT, IN).div_(IN**0.5).to(dtype)
@@ -42,18 +49,21 @@ def product(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
         for e in range(EXPERTS)
     ]
     stacks = ExpertStacks(adapters, Layout(EXPERTS, OUT, False))
+    one = ExpertStacks(adapters[:1], Layout(EXPERTS, OUT, False, shared=True))
 
-    def run(read: Callable[[], Tensor]) -> Callable[[], None]:
+    def run(read: Callable[[], Tensor]) -> Contender:
         def step() -> None:
             F.grouped_mm(x, read().transpose(-2, -1), offs=offs).backward(dy)
             x.grad = None
             stacks.zero_grad()
+            one.zero_grad()
 
-        return step
+        return Contender(step, [weight, x, offs, *stacks.parameters(), *one.parameters()])
 
     return {
         "frozen": run(lambda: weight),
         "ours": run(lambda: adapted_experts(weight, [(stacks, None)])),
+        "ours, shared": run(lambda: adapted_experts(weight, [(one, None)])),
         "W + ΔW formed": run(lambda: stacks.add_to(weight, None).to(dtype)),
     }
 
@@ -70,12 +80,14 @@ def model() -> nn.Module:
     return hf.Qwen3MoeForCausalLM(config).train()
 
 
-def steps() -> dict[str, Callable[[], None]]:
+def steps() -> dict[str, Contender]:
     """Forward and backward of a Qwen3-MoE, 256 wide, 32 experts, 4 active, 512 tokens, fp32."""
     targets = ["experts.*", "q_proj", "v_proj"]
+    shared = presets.lora(target=targets, experts="shared")
     made = {
         "attention alone": lowrank.wrap_model(model(), presets.lora(target=targets[1:]), progress=False),
         "ours": lowrank.wrap_model(model(), presets.lora(target=targets), progress=False),
+        "ours, shared": lowrank.wrap_model(model(), shared, progress=False),
     }
     try:
         import peft
@@ -87,23 +99,39 @@ def steps() -> dict[str, Callable[[], None]]:
         made["PEFT"] = peft.get_peft_model(model(), config)
     ids = torch.randint(512, (2, 256))
 
-    def run(each: nn.Module) -> Callable[[], None]:
+    def run(each: nn.Module) -> Contender:
         def step() -> None:
             each(input_ids=ids, labels=ids).loss.backward()
             each.zero_grad()
 
-        return step
+        return Contender(step, [ids, *each.parameters(), *each.buffers()])
 
     return {name: run(each) for name, each in made.items()}
 
 
-def measured(contenders: dict[str, Callable[[], None]], repeats: int) -> list[dict[str, Any]]:
-    """The times of each, in turn: median and the 10th and 90th percentile, in seconds."""
+def kept(contender: Contender) -> int:
+    """Bytes kept for backward, each storage once, without the tensors that are there anyway."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in contender.own}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        contender.step()
+    return sum(sizes.values())
+
+
+def measured(contenders: dict[str, Contender], repeats: int) -> list[dict[str, Any]]:
+    """The times of each, in turn: median and the 10th and 90th percentile, in seconds; and bytes kept."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(repeats + 2):
-        for name, step in contenders.items():
+        for name, contender in contenders.items():
             start = time.perf_counter()
-            step()
+            contender.step()
             if i > 1:
                 times[name].append(time.perf_counter() - start)
     rows: list[dict[str, Any]] = []
@@ -112,6 +140,7 @@ def measured(contenders: dict[str, Callable[[], None]], repeats: int) -> list[di
             torch.tensor([0.1, 0.5, 0.9]).double()
         )
         row = {"contender": name, "seconds": float(middle), "p10": float(low), "p90": float(high)}
+        row["kept"] = kept(contenders[name])
         rows.append({**row, "ratio": row["seconds"] / rows[0]["seconds"] if rows else 1.0})
     return rows
 
@@ -119,11 +148,13 @@ def measured(contenders: dict[str, Callable[[], None]], repeats: int) -> list[di
 def markdown(facts: dict[str, str], cases: dict[str, list[dict[str, Any]]]) -> str:
     lines = [*(f"- {key}: {value}" for key, value in facts.items()), ""]
     for what, rows in cases.items():
-        lines += [f"## {what}", "", "| contender | ms | p10 to p90 | ratio |", "|---|---|---|---|"]
+        lines += [f"## {what}", "", "| contender | ms | p10 to p90 | ratio | MiB kept |"]
+        lines.append("|---|---|---|---|---|")
         for row in rows:
             spread = f"{1e3 * row['p10']:.1f} to {1e3 * row['p90']:.1f}"
             lines.append(
-                f"| {row['contender']} | {1e3 * row['seconds']:.1f} | {spread} | {row['ratio']:.2f} |"
+                f"| {row['contender']} | {1e3 * row['seconds']:.1f} | {spread} | {row['ratio']:.2f} "
+                f"| {row['kept'] / 2**20:.2f} |"
             )
         lines.append("")
     return "\n".join(lines)

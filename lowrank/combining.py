@@ -83,12 +83,16 @@ def combine_adapters(
                 "cannot be added up: combine adapters without them"
             )
     shares = {each: float(factors.get(each, 1.0)) for each in names}
+    # What experts share stays shared where all of the terms are.
+    apart = {(p.module, p.param) for plan in plans.values() for p in plan.adapted if p.shared == 1}
     by_weight: dict[tuple[str, str, int], list[Term]] = {}
     for each, share in shares.items():
         for p, adapter in adapters_of(root, each).items():
             stack = stack_of(holder(root, p), p.param)
-            expert = p.rows[0] // stack.out if stack else 0
-            by_weight.setdefault((p.module, p.param, expert), []).append((p, adapter, share))
+            out = stack.out if stack else weight_shape(holder(root, p), p.param)[0]
+            for own in p.apart(out) if (p.module, p.param) in apart else [p]:
+                place = p.module, p.param, own.rows[0] // out
+                by_weight.setdefault(place, []).append((own, adapter, share))
     dropouts = {plan.dropout for plan in plans.values()}
     rows, offsets = combined_rows(root, shares)
     with bare(root) as fittings:

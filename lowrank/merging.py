@@ -151,7 +151,8 @@ def _merge_weight(
     weight = stored_weight(root, p)
     stack = stack_of(holder(root, p), p.param)
     if stack is not None:
-        _merge_experts(weight, stack, [block for _, block in held])
+        every = [(each, block) for p, block in held for each in p.apart(stack.out)]
+        _merge_experts(weight, stack, [block._replace(rows=p.rows) for p, block in every])
         return False
     rows = as_rows(holder(root, p), p.param)
     for start, stop, update in updates([block for _, block in held]):

@@ -10,14 +10,14 @@ from typing import Any
 
 from lowrank.allocate import Allocator, Uniform
 from lowrank.formats.strategies import decode, encode
+from lowrank.formats.values import are_ids, is_number, is_rows, is_whole
 from lowrank.init import Initializer, Kaiming
-from lowrank.models.fused import GROUPS
 from lowrank.models.projections import Role
 from lowrank.models.targets import Target
 
 FORMAT, VERSION = "lowrank-policy", 1
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
-EXPERT_RANKS = ("rank", "rank/active")
+EXPERT_RANKS, EXPERTS = ("rank", "rank/active"), ("each", "shared")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Policy:
         expert_rank: of experts: ``"rank"``, as of any projection, or ``"rank/active"``: divided by the number
             of experts that act on a token, and at least 1. Their scaling is that of the divided rank. Not
             beside a budget.
+        experts: ``"each"`` has an adapter of its own, or all experts of a tensor have one: ``"shared"``.
+            That one starts from the inputs or gradients of all, or from neither, but not from a weight.
         dora: train the magnitude of each output row apart from its direction (DoRA, 2402.09353). Such an
             adapter acts alone, with weight 1. Its magnitudes, ``out`` for each projection, count in a budget.
         train: modules trained in full and saved with the adapter, such as a new classifier head.
@@ -86,35 +88,36 @@ class Policy:
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
     expert_rank: str = "rank"
+    experts: str = "each"
 
     def __post_init__(self) -> None:
         for name in ("target", "exclude", "train"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_overrides()
-        if not _whole(self.rank) or self.rank < 1:
+        if not is_whole(self.rank) or self.rank < 1:
             raise ValueError(f"rank must be a whole number, at least 1: {self.rank!r}")
-        if not _number(self.alpha) or not isfinite(self.alpha) or self.alpha <= 0:
+        if not is_number(self.alpha) or not isfinite(self.alpha) or self.alpha <= 0:
             raise ValueError(f"alpha must be positive: {self.alpha!r}")
         if self.scaling not in SCALINGS and not (
-            _number(self.scaling) and isfinite(self.scaling) and self.scaling > 0  # type: ignore[arg-type,operator]
+            is_number(self.scaling) and isfinite(self.scaling) and self.scaling > 0  # type: ignore[arg-type,operator]
         ):
             choices = ", ".join(f'"{name}"' for name in SCALINGS)
             raise ValueError(f"scaling must be {choices} or a positive number: {self.scaling!r}")
-        if not _number(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1: {self.dropout!r}")
         if not isinstance(self.dora, bool):
             raise ValueError(f"dora must be True or False: {self.dora!r}")
-        if not _whole(self.seed):
+        if not is_whole(self.seed):
             raise ValueError(f"seed must be a whole number: {self.seed!r}")
-        counted = _whole(self.budget) and self.budget >= 1  # type: ignore[operator]
+        counted = is_whole(self.budget) and self.budget >= 1  # type: ignore[operator]
         fraction = isinstance(self.budget, float) and 0 < self.budget < 1
         if not (self.budget is None or counted or fraction):
             raise ValueError(
                 "budget is a count of trainable parameters (a whole number) or a fraction of the model's "
                 f"(between 0 and 1): {self.budget!r}"
             )
-        if not isinstance(self.fused, Mapping) or not all(map(_is_rows, self.fused.values())):
+        if not isinstance(self.fused, Mapping) or not all(map(is_rows, self.fused.values())):
             raise ValueError(
                 'fused says rows by role for each name, such as {"qkv_proj": {"query": 64, "key": 16, '
                 f'"value": 16}}}}: {self.fused!r}'
@@ -126,7 +129,7 @@ class Policy:
                 f'roles says the role of each name, such as {{"mixer.theta": "query"}}, one of '
                 f"{', '.join(Role)}: {self.roles!r}"
             )
-        if not isinstance(self.rows, Mapping) or not all(map(_are_ids, self.rows, self.rows.values())):
+        if not isinstance(self.rows, Mapping) or not all(map(are_ids, self.rows, self.rows.values())):
             raise ValueError(
                 'rows says which rows of which embedding train, each once, such as {"embed_tokens": [7, 8]}: '
                 f"{self.rows!r:.200}"
@@ -145,17 +148,17 @@ class Policy:
 
     def _check_overrides(self) -> None:
         """Brings ``layers`` into one form, and raises ValueError where it, ranks or alphas are wrong."""
-        layers: Any = (self.layers,) if _whole(self.layers) else self.layers
+        layers: Any = (self.layers,) if is_whole(self.layers) else self.layers
         if isinstance(layers, str):
             right = re.fullmatch(r"\d*:\d*", layers) is not None and layers != ":"
         else:
             right = layers is None or (
-                isinstance(layers, Sequence) and bool(layers) and all(_whole(n) and n >= 0 for n in layers)
+                isinstance(layers, Sequence) and bool(layers) and all(is_whole(n) and n >= 0 for n in layers)
             )
             object.__setattr__(self, "layers", tuple(layers) if right and layers is not None else layers)
         if not right:
             raise ValueError(f'layers takes numbers, range(8, 24) or "8:24", got {self.layers!r}')
-        for name, fits in (("ranks", _whole), ("alphas", _number)):
+        for name, fits in (("ranks", is_whole), ("alphas", is_number)):
             said = getattr(self, name)
             if not isinstance(said, Mapping) or not all(
                 isinstance(key, str) and key and fits(n) and 0 < n < float("inf") for key, n in said.items()
@@ -163,8 +166,10 @@ class Policy:
                 raise ValueError(
                     f'{name} says a positive number by name, such as {{"q_proj": 32}}, got {said!r}'
                 )
-        if self.expert_rank not in EXPERT_RANKS:
-            raise ValueError(f'expert_rank must be "rank" or "rank/active", got {self.expert_rank!r}')
+        for name, choices in (("expert_rank", EXPERT_RANKS), ("experts", EXPERTS)):
+            if getattr(self, name) not in choices:
+                one, other = choices
+                raise ValueError(f'{name} must be "{one}" or "{other}", got {getattr(self, name)!r}')
         if self.expert_rank != "rank" and self.budget is not None:
             raise ValueError(
                 'expert_rank="rank/active" divides a rank: leave budget=None, or expert_rank out'
@@ -226,23 +231,3 @@ class Policy:
             return cls(**said)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is not a policy: {type(error).__name__}: {error}") from error
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_rows(said: object) -> bool:
-    return isinstance(said, Mapping) and all(
-        role in {*Role, GROUPS} and _whole(n) for role, n in said.items()
-    )
-
-
-def _are_ids(name: object, ids: object) -> bool:
-    if not (isinstance(name, str) and name and isinstance(ids, Sequence) and ids):
-        return False
-    return all(_whole(i) and i >= 0 for i in ids) and len(set(ids)) == len(ids)

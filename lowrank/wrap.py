@@ -26,11 +26,12 @@ from lowrank.policy import Policy
 from lowrank.progress import bar
 from lowrank.wrapping.agreement import agreed
 from lowrank.wrapping.checks import check_beside, check_layers, check_unwrapped
-from lowrank.wrapping.install import bare, make_adapter
+from lowrank.wrapping.install import bare, device_beside, make_adapter
 from lowrank.wrapping.magnitudes import magnitude_of
 from lowrank.wrapping.new_heads import warn_of_new_heads
 from lowrank.wrapping.overrides import in_layers
 from lowrank.wrapping.planning import fitted_plan, make_plan, named_errors
+from lowrank.wrapping.sharing import shared_experts
 
 # -- planning -----------------------------------------------------------------------------------------
 
@@ -78,6 +79,7 @@ def measure(
         model, policy.target, policy.exclude, policy.train, policy.fused, policy.roles
     ).projections
     projections, _ = in_layers(projections, policy)
+    projections, _ = shared_experts(model, projections, policy)
     needs = {p: policy.allocate.needs | needs_of(policy.init, p.role) for p in projections}
     return Source(batches, loss, mask, progress=progress).measure(model, needs)
 
@@ -217,7 +219,7 @@ def _shown(model: nn.Module, p: Projection) -> tuple[Tensor, str]:
 
     It is all NaN then: a start that takes no more than the shape from it works, any other is noticed.
     """
-    nothing = torch.full((), torch.nan).expand(p.shape)
+    nothing = torch.full((), torch.nan, device=device_beside(model, p)).expand(p.shape)
     try:
         weight = p.weight(model)
     except ValueError as error:

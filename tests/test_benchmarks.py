@@ -156,10 +156,13 @@ def check_scale(results: dict[str, Any]) -> None:
 
 def check_experts(results: dict[str, Any]) -> None:
     *products, step = results["cases"].values()
-    assert all([r["contender"] for r in each] == ["frozen", "ours", "W + ΔW formed"] for each in products)
-    assert [r["contender"] for r in step] == ["attention alone", "ours", "PEFT"]
+    contenders = ["frozen", "ours", "ours, shared", "W + ΔW formed"]
+    assert all([r["contender"] for r in each] == contenders for each in products)
+    assert [r["contender"] for r in step] == ["attention alone", "ours", "ours, shared", "PEFT"]
     for case in (*products, step):
         assert all(in_order(record, "seconds") for record in case) and case[0]["ratio"] == 1
+    for _, ours, shared, formed in products:
+        assert max(ours["kept"], shared["kept"]) < formed["kept"] / 20
 
 
 CHECKS = {

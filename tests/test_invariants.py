@@ -45,6 +45,9 @@ TOKENS = {
     "llama+rows": ("llama", {"embed_tokens": (5, 20, 41)}),
     "tied+rows": ("tied_llama", {"embed_tokens": (5, 20, 41)}),
 }
+# One adapter for all experts of a tensor: layout, then the family.
+SHARED = {"mixtral+shared": "mixtral"}
+WITHOUT_WEIGHTS = ["lora", "lora_fa", "rslora", "eva", "lora_ga"]
 WITHOUT_BATCHES = ["lora", "pissa", "milora", "olora", "lora_fa", "rslora"]
 PAIRS = [
     (preset, layout)
@@ -54,6 +57,7 @@ PAIRS = [
 ]
 ROWS = PAIRS + [(preset, layout) for preset in WITHOUT_BATCHES for layout in (*BESIDES, *TOKENS)]
 ROWS += [("dora", layout) for layout in TOKENS]
+ROWS += [(preset, layout) for preset in WITHOUT_WEIGHTS for layout in SHARED]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -64,17 +68,23 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 def policy_for(preset: str, layout: str) -> lowrank.Policy:
     if layout in TOKENS:
         return PRESETS[preset](rank=4, rows=TOKENS[layout][1])
+    if layout in SHARED:
+        return PRESETS[preset](rank=4, experts="shared")
     if layout in BESIDES:
         return PRESETS[preset](rank=4, target=BESIDES[layout][1])
     return PRESETS[preset](rank=4, train=(HEADS[layout],) if layout in HEADS else ())
 
 
+def family_of(layout: str) -> str:
+    return SHARED.get(layout) or (BESIDES | TOKENS).get(layout, (layout,))[0]
+
+
 def build(layout: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return zoo.build((BESIDES | TOKENS).get(layout, (layout,))[0], dtype)
+    return zoo.build(family_of(layout), dtype)
 
 
 def batch_of(layout: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
-    return zoo.batch((BESIDES | TOKENS).get(layout, (layout,))[0], dtype, seed)
+    return zoo.batch(family_of(layout), dtype, seed)
 
 
 def wrap(model: nn.Module, preset: str, layout: str, dtype: torch.dtype) -> nn.Module:
@@ -135,7 +145,8 @@ def test_wrap_train_save_and_take_out(preset: str, layout: str, dtype: torch.dty
 def test_a_second_adapter_beside_a_trained_one(
     preset: str, layout: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    first = "pissa" if preset in ("lora", "lora_fa") else "lora"
+    other = "eva" if layout in SHARED else "pissa"
+    first = other if preset in ("lora", "lora_fa") else "lora"
     model, batch = build(layout, dtype), batch_of(layout, dtype)
     before, base = snapshot(model), frozen_logits(model, batch)
     modules = dict(model.named_modules())

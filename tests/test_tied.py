@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import lowrank
 from lowrank import Policy
 from tests import zoo
 from tests.helpers import frozen_logits, logits, perturb
+from tests.peft_format.common import warnings_of_peft
 
 TIED = ("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")
 
@@ -67,3 +69,59 @@ def test_tokens_added_by_resizing_are_adapted_with_the_others(tmp_path: Path) ->
     assert torch.equal(logits(fresh, batch), logits(model, batch))
     with pytest.raises(lowrank.AdapterError):
         lowrank.load_adapter(zoo.build("tied_llama"), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target": ("embed_tokens",)}, {"target": ("lm_head",)}, {"rows": {"embed_tokens": (3, 4)}}],
+    ids=["embedding", "head", "rows"],
+)
+def test_resizing_what_is_adapted_is_refused_and_changes_nothing(options: dict[str, Any]) -> None:
+    model, batch = zoo.build("tied_llama"), zoo.batch("tied_llama")
+    lowrank.wrap_model(model, Policy(**{"target": "q_proj", **options}, rank=4), progress=False)
+    trained = logits(perturb(model), batch)
+    with pytest.raises(ValueError, match="resize_token_embeddings would drop .* resize before wrap_model"):
+        model.resize_token_embeddings(zoo.VOCABULARY + 3)
+    assert torch.equal(logits(model, batch), trained)
+    lowrank.unwrap(model).resize_token_embeddings(zoo.VOCABULARY + 3)
+    assert logits(model, batch).shape[-1] == zoo.VOCABULARY + 3
+
+
+def test_resizing_beside_adapters_of_other_layers_keeps_them(tmp_path: Path) -> None:
+    model, batch = zoo.build("tied_llama"), zoo.batch("tied_llama")
+    lowrank.wrap_model(model, Policy(target="q_proj", rank=4), progress=False)
+    trained = logits(perturb(model), batch)
+    model.resize_token_embeddings(zoo.VOCABULARY + 3)
+    assert torch.equal(logits(model, batch)[..., : zoo.VOCABULARY], trained)
+    lowrank.save_adapter(model, tmp_path)
+    with pytest.raises(lowrank.AdapterError, match=r"expected the shape \(67, 32\), got \(64, 32\)"):
+        lowrank.load_adapter(zoo.build("tied_llama"), tmp_path)
+
+
+@warnings_of_peft
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("target", [("q_proj",), *TIED], ids="+".join)
+def test_peft_and_we_read_each_others_adapters_of_a_resized_base(
+    target: tuple[str, ...], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+
+    def resized() -> torch.nn.Module:
+        model = zoo.build("tied_llama")
+        model.resize_token_embeddings(zoo.VOCABULARY + 3, mean_resizing=False)
+        if state:
+            model.load_state_dict(state)
+        return model
+
+    state: dict[str, torch.Tensor] = {}
+    model, batch = resized(), zoo.batch("tied_llama")
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    batch["input_ids"][0, 0] = zoo.VOCABULARY + 1
+    perturb(lowrank.wrap_model(model, Policy(target=target, rank=4), progress=False))
+    lowrank.export_peft(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(resized(), tmp_path / "ours").eval()
+    assert (logits(theirs, batch) - logits(model, batch)).abs().max() < 1e-5
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lowrank.import_peft(resized(), tmp_path / "theirs")
+    assert (logits(ours, batch) - logits(model, batch)).abs().max() < 1e-5

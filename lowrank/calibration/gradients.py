@@ -12,6 +12,7 @@ from lowrank.batches import model_device
 from lowrank.linalg.precision import fast_precision, full_precision, is_half, wide
 from lowrank.linalg.rows import shifted, take
 from lowrank.models.projections import Projection
+from lowrank.models.storage import rows_of
 from lowrank.processes import Processes
 
 
@@ -141,7 +142,7 @@ class Gradients:
 
     def zeros(self, p: Projection, shape: tuple[int, int] | None = None) -> Tensor:
         """What a projection shows that no gradient, or no input, reached; by default as its weight is."""
-        weight = p.weight(self.model)
+        weight = rows_of(self.model.get_submodule(p.module), p.param, p.rows)
         home = self.device or (model_device(self.model) if weight.is_meta else weight.device)
         return torch.zeros(shape or p.shape, dtype=wide(weight), device=home)
 

@@ -1,8 +1,8 @@
 """Where inputs and gradients are seen: hooks on the modules that hold the projections, while it lasts.
 
 Linear layers are hooked; where other code reads their weight instead of calling them, its gradient is seen.
-Attention and experts, whose weights no Linear holds, are watched in ways of their own. Nothing of the base is
-made to require grad.
+Attention, whose weights no Linear holds, is watched in a way of its own; so are experts, by `experts`.
+Nothing of the base is made to require grad.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from lowrank.calibration.masks import Routed
+from lowrank.calibration.experts import watch_experts
 from lowrank.calibration.meter import Meter
+from lowrank.calibration.taps import replace_forward, tapped
 from lowrank.models.projections import Projection, read_by_weight
 from lowrank.models.storage import is_linear, quantized, stored_transposed
 
@@ -43,7 +43,7 @@ def watched(model: nn.Module, meter: Meter) -> Iterator[None]:
             elif is_linear(module):
                 _watch_linear(stack, meter, path, module, held)
             else:
-                _watch_experts(stack, meter, path, module, held)
+                watch_experts(stack, meter, path, module, held, above)
         yield
 
 
@@ -55,7 +55,7 @@ def _watch_linear(
     ) -> Tensor | None:
         x = args[0] if args else next(iter(kwargs.values()))
         meter.see_input(path, held, x)
-        return _tapped(meter, path, held, x, output)
+        return tapped(meter, path, held, x, output)
 
     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
     weight = module._parameters.get("weight")
@@ -91,32 +91,6 @@ def _watch_reading(
     own["weight"] = stand_in
     stack.callback(module.register_forward_pre_hook(before).remove)
     stack.callback(module.register_forward_hook(after, always_call=True).remove)
-
-
-def _tapped(
-    meter: Meter, name: str, held: Sequence[Projection], x: Tensor, output: Tensor, first: int = 0
-) -> Tensor | None:
-    """Lets ``meter`` see the gradient of ``output``; returns what is to take its place, or None."""
-    if not (meter.gradients.wants(held) and torch.is_grad_enabled()):
-        return None
-    replaced = None
-    if not output.requires_grad or output._is_view():
-        # The graph starts here: at a zero that requires grad, and not at the output itself, so that code
-        # which then writes into the output still may. A hook on a view would be lost by such writing.
-        anchor = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        output = replaced = output + anchor
-    x, version = x.detach(), x._version
-
-    def see(dy: Tensor) -> None:
-        if x._version != version:
-            raise ValueError(
-                f"the input of {name} was overwritten after it was read, so its gradient is lost; "
-                "let that operation make a new tensor, or leave the projection out with exclude="
-            )
-        meter.gradients.see(name, held, x, dy.detach(), first)
-
-    output.register_hook(see)
-    return replaced
 
 
 def _watch_attention(
@@ -163,85 +137,7 @@ def _watch_attention_output(
             own["weight"], own["bias"] = weight, bias
         y = F.linear(x, weight, bias)
         meter.see_input(path, held, x)
-        tapped = _tapped(meter, path, held, x, y)
-        return y if tapped is None else tapped, attention_weights
+        seen = tapped(meter, path, held, x, y)
+        return y if seen is None else seen, attention_weights
 
-    _replace_forward(stack, attention, forward)
-
-
-def _watch_experts(
-    stack: ExitStack, meter: Meter, path: str, module: nn.Module, held: Sequence[Projection]
-) -> None:
-    """Experts call ``F.linear`` with slices of their tensors: each call shows one expert and its tokens."""
-    original = module.forward
-    config: Any = getattr(module, "config", None)
-    if getattr(config, "_experts_implementation", None) is not None:  # a fused kernel would show nothing
-        stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
-        config._experts_implementation = "eager"
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        calls = _LinearCalls(meter, path, module, held, [*args, *kwargs.values()][0])
-        with calls:
-            output = original(*args, **kwargs)
-        if not calls.seen:
-            raise ValueError(
-                f"{path} cannot be calibrated: it does not use its weights by torch.nn.functional.linear; "
-                "choose an initializer and an allocator that need no batches, or leave it out with exclude="
-            )
-        return output
-
-    _replace_forward(stack, module, forward)
-
-
-class _LinearCalls(TorchFunctionMode):
-    """Shows ``meter`` each ``F.linear`` whose weight is a slice of one of the module's tensors.
-
-    An expert's tokens are those that were indexed last from ``hidden`` (..., features), if they are as many.
-    """
-
-    def __init__(
-        self, meter: Meter, path: str, module: nn.Module, held: Sequence[Projection], hidden: Tensor
-    ) -> None:
-        super().__init__()
-        self.meter, self.path, self.held = meter, path, held
-        self.tensors = {module._parameters[p.param].data_ptr(): p.param for p in held}  # type: ignore[union-attr]
-        self.hidden, self.number = hidden.data_ptr(), hidden.shape[:-1].numel()
-        self.tokens = torch.empty(0, dtype=torch.long)
-        self.seen = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is Tensor.__getitem__ and args[0].data_ptr() == self.hidden and _is_index(args[1]):
-            self.tokens = args[1]
-        if func is not F.linear:
-            return output
-        x, weight = args[0], args[1]
-        param = self.tensors.get(weight.untyped_storage().data_ptr())
-        if param is None:
-            return output
-        self.seen = True
-        first = weight.storage_offset() // weight.shape[1]
-        rows = range(first, first + weight.shape[0])
-        own = [p for p in self.held if p.param == param and p.rows[0] in rows]
-        if not own or not len(x):
-            return output
-        name = f"{self.path}.{param}[{own[0].block.split('.')[0]}]"
-        known = len(self.tokens) == len(x)
-        self.meter.see_input(name, own, x, Routed(self.tokens, self.number if known else 0))
-        tapped = _tapped(self.meter, name, own, x, output, first)
-        return output if tapped is None else tapped
-
-
-def _is_index(key: Any) -> bool:
-    return (
-        isinstance(key, Tensor) and key.ndim == 1 and not key.is_floating_point() and key.dtype != torch.bool
-    )
-
-
-def _replace_forward(stack: ExitStack, module: nn.Module, forward: Any) -> None:
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    if before is None:
-        stack.callback(module.__dict__.pop, "forward")
-    else:
-        stack.callback(module.__dict__.__setitem__, "forward", before)
+    replace_forward(stack, attention, forward)

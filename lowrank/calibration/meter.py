@@ -15,6 +15,7 @@ from lowrank.calibration.inputs import Inputs
 from lowrank.calibration.masks import Masks, Routed
 from lowrank.calibration.statistics import ProjectionStatistics, Statistics
 from lowrank.linalg.precision import is_half, symmetric, wide
+from lowrank.models.experts import stack_of
 from lowrank.models.projections import Projection
 from lowrank.processes import Processes
 
@@ -78,16 +79,23 @@ class Meter:
 
     @torch.no_grad()
     def see_input(
-        self, name: str, held: Sequence[Projection], x: Tensor, routed: Routed | None = None
+        self,
+        name: str,
+        held: Sequence[Projection],
+        x: Tensor,
+        routed: Routed | None = None,
+        *,
+        uses: int = 1,
     ) -> None:
         """``x`` (..., in) is what the projections ``held`` read; ``name`` is theirs alone.
 
-        ``routed`` says which of the example's tokens the rows of x are, where these are not all in order.
+        ``routed`` says which of the example's tokens the rows of x are, where these are not all in order;
+        in the backward pass their gradient comes in ``uses`` parts.
         Raises ValueError for NaN or Inf, and for siblings that no longer read the same tensor.
         """
         if self.sleeps:
             return
-        self.gradients.uses[name] += 1
+        self.gradients.uses[name] += uses
         if not self.counts_inputs:
             return
 
@@ -153,8 +161,7 @@ class Meter:
 
     def _nothing(self, p: Projection) -> Tensor:
         """What an expert reads that no token was routed to."""
-        stored = self.model.get_submodule(p.module)._parameters.get(p.param)
-        if stored is None or stored.dim() != 3:
+        if stack_of(self.model.get_submodule(p.module), p.param) is None:
             raise ValueError(
                 f"{p.name} was never called on the calibration batches, so its input is unknown "
                 "(another module may read its weight instead of calling it): leave it out with exclude="

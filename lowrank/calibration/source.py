@@ -122,6 +122,11 @@ class Source:
 def _check_measurable(wanted: Mapping[Projection, frozenset[str]]) -> None:
     """Raises ValueError for projections that calibration does not watch: it does so for linear ones only."""
     for p, needs in wanted.items():
+        if p.shared > 1 and "sensitivity" in needs:
+            raise ValueError(
+                f"{p.name}: sensitivity is of one weight, and {p.shared} experts share this adapter: choose "
+                'an allocator that needs none, as Uniform(), or experts="each"'
+            )
         if p.role in (Role.EMBEDDING, Role.CONV):
             raise ValueError(
                 f"{p.name}: {' and '.join(sorted(needs))} cannot be measured of a projection of role "

@@ -97,6 +97,7 @@ def _projection(row: Mapping[str, Any]) -> Projection:
         in_features=typed(row["in_features"], int),
         out_features=typed(row["out_features"], int),
         block=typed(row["block"], str),
+        shared=typed(row.get("shared", 1), int),
     )
 
 

@@ -19,21 +19,28 @@ from lowrank.linalg.rows import Rows, shifted, spread
 
 
 class Layout(NamedTuple):
-    """A tensor ``(experts, out, in)``, or ``(experts, in, out)`` where it is stored ``transposed``."""
+    """A tensor ``(experts, out, in)``, or ``(experts, in, out)`` where it is stored ``transposed``.
+
+    ``shared``: one adapter is for all experts.
+    """
 
     experts: int
     out: int
     transposed: bool
+    shared: bool = False
 
 
 class ExpertStack(nn.Module):
     """``ΔW[e][rows] = scaling_e · B[e]·A[e]``: A ``(experts, r, in)`` and B ``(experts, rows, r)``.
 
+    Where the experts share one adapter these are A ``(1, r, in)`` and B ``(1, rows, r)``.
+
     An expert of lower rank is padded with zeros, which a mask keeps out of every product; rank 0 is no
     adapter. Anchors are those of `Adapter`.
 
     Args:
-        adapters: by expert; all have the same ``frozen`` and the same rows within their expert.
+        adapters: by expert; all have the same ``frozen`` and the same rows within their expert. One that is
+            shared is that of expert 0.
         rows: these rows, counted within one expert.
     """
 
@@ -43,8 +50,11 @@ class ExpertStack(nn.Module):
     B0: Tensor | None
     mask: Tensor | None
 
-    def __init__(self, adapters: Mapping[int, Adapter], rows: Rows, experts: int) -> None:
+    def __init__(
+        self, adapters: Mapping[int, Adapter], rows: Rows, experts: int, shared: bool = False
+    ) -> None:
         super().__init__()
+        self.experts, experts = experts, 1 if shared else experts
         first = next(iter(adapters.values()))
         self.rows, self.frozen = rows, first.frozen
         self.ranks = tuple(adapters[e].rank if e in adapters else 0 for e in range(experts))
@@ -107,10 +117,11 @@ class ExpertStack(nn.Module):
             none if B0 is None else B0.unbind(),
             strict=True,
         )
-        return [
+        made = [
             Block(self.rows, a, b, self.scalings[e], a0, b0) if self.ranks[e] else None
             for e, (a, b, a0, b0) in enumerate(every)
         ]
+        return made * (self.experts // len(made))
 
     def held(self, expert: int, out: int) -> Adapter:
         """The adapter of one expert, whose tensors, and gradients where there are any, are views."""
@@ -129,7 +140,8 @@ class ExpertStack(nn.Module):
     def extra_repr(self) -> str:
         low, high = min(rank for rank in self.ranks if rank), max(self.ranks)
         rank = str(high) if low == high else f"{low} to {high}"
-        return f"experts={len(self.ranks)}, ({self.B.shape[1]}, {self.A.shape[2]}), rank={rank}"
+        shared = "" if len(self.ranks) == self.experts else "shared by "
+        return f"{shared}experts={self.experts}, ({self.B.shape[1]}, {self.A.shape[2]}), rank={rank}"
 
 
 class ExpertStacks(nn.ModuleList):
@@ -144,7 +156,7 @@ class ExpertStacks(nn.ModuleList):
             rows = shifted(adapter.rows, -expert * layout.out)
             kinds.setdefault((rows, adapter.frozen), {})[expert] = adapter
         for (rows, _), held in kinds.items():
-            self.append(ExpertStack(held, rows, layout.experts))
+            self.append(ExpertStack(held, rows, layout.experts, layout.shared))
 
     def stacks(self) -> list[ExpertStack]:
         return cast("list[ExpertStack]", list(self._modules.values()))
@@ -155,16 +167,23 @@ class ExpertStacks(nn.ModuleList):
         return self.layout.experts * self.layout.out
 
     def held(self) -> list[Adapter]:
-        """One adapter for each expert and kind of rows, views of the stacks."""
-        places = ((e, stack) for e in range(self.layout.experts) for stack in self.stacks())
+        """One adapter for each expert, or one for all, and kind of rows, views of the stacks."""
+        experts = 1 if self.layout.shared else self.layout.experts
+        places = ((e, stack) for e in range(experts) for stack in self.stacks())
         return [stack.held(e, self.layout.out) for e, stack in places if stack.ranks[e]]
+
+    def blocks(self) -> list[Block]:
+        """What is added to each expert, with its rows in the whole tensor."""
+        every = ((e, block) for stack in self.stacks() for e, block in enumerate(stack.blocks()))
+        out = self.layout.out
+        return [block._replace(rows=shifted(block.rows, e * out)) for e, block in every if block is not None]
 
     def add_to(self, weight: Tensor, factor: Tensor | None) -> Tensor:
         """W + ΔW in full, ``(experts, out, in)``, added in fp32 (fp64 for fp64 factors); differentiable."""
         for stack in self.stacks():
             A, B, scaling = stack.pair(factor, torch.promote_types(torch.float32, stack.A.dtype))
             with torch.autocast(weight.device.type, enabled=False):
-                if stack.rows == (0, self.layout.out):
+                if stack.rows == (0, self.layout.out) and not self.layout.shared:
                     weight = torch.baddbmm(weight.to(A.dtype), B, A, alpha=scaling)
                 else:
                     update = spread(torch.bmm(B, A).mT, stack.rows, self.layout.out).mT

@@ -1,12 +1,12 @@
 """Adapts the products with a tensor of experts, so that their cost and memory follow the tokens.
 
 The product with one expert's slice, grouped products, batched ones: the base's own call comes first, and the
-update of the tokens that it has is added. `expert_weight` says which calls these are.
+update of the tokens that it has is added. `linalg.stacks` says which calls these are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.layers.expert_stack import ExpertStacks, Layout, padded
-from lowrank.layers.functional import Block, fused_lora
+from lowrank.layers.functional import Block, fused_lora, transformed
 from lowrank.layers.gemm import differentiable_once
 from lowrank.layers.grouped_mm import grouped, outer
 from lowrank.linalg.rows import Rows, spread, take, view
+from lowrank.linalg.stacks import StackedWeight
 
+Pair = tuple[Rows, Tensor, Tensor, float]  # rows within an expert, A, B and the scaling
 Part = tuple[ExpertStacks, Tensor | None]  # what acts on a tensor, and the factor of its ΔW
+
+
+def adapted_experts(weight: Tensor, parts: Sequence[Part]) -> Tensor:
+    """``weight`` for whatever multiplies by it; under `torch.func` W + ΔW in full."""
+    low = LowRank(weight, parts)
+    return (
+        low.whole().reshape(weight.shape)
+        if transformed()
+        else StackedWeight.show(weight, low, low.transposed, None)
+    )
 
 
 class LowRank:
@@ -27,9 +39,10 @@ class LowRank:
 
     def __init__(self, weight: Tensor, parts: Sequence[Part]) -> None:
         self.weight, self.parts = weight, parts
-        self.layout: Layout = parts[0][0].layout
+        layout: Layout = parts[0][0].layout
+        self.experts, self.transposed = layout.experts, layout.transposed
         self._blocks: list[list[Block]] | None = None
-        self._pairs: dict[torch.dtype, list[tuple[Rows, Tensor, Tensor, float]]] = {}
+        self._pairs: dict[torch.dtype, list[Pair]] = {}
         self._whole: Tensor | None = None
 
     def blocks(self, expert: int) -> list[Block]:
@@ -40,8 +53,11 @@ class LowRank:
             ]
         return self._blocks[expert]
 
-    def pairs(self, dtype: torch.dtype) -> list[tuple[Rows, Tensor, Tensor, float]]:
-        """Rows within an expert, A ``(experts, R, in)``, B ``(experts, rows, R)`` and the scaling."""
+    def pairs(self, dtype: torch.dtype) -> list[Pair]:
+        """Rows within an expert, A ``(experts, R, in)``, B ``(experts, rows, R)`` and the scaling.
+
+        In place of the experts there is 1 where they share one adapter.
+        """
         if dtype not in self._pairs:
             self._pairs[dtype] = [
                 (stack.rows, *stack.pair(factor, dtype))
@@ -51,14 +67,15 @@ class LowRank:
         return self._pairs[dtype]
 
     def whole(self) -> Tensor:
-        """W + ΔW as it is stored."""
+        """W + ΔW, stored as W is, but in three dimensions."""
         if self._whole is None:
-            weight = self.weight.mT if self.layout.transposed else self.weight
+            weight = self.weight.view(self.experts, -1, self.weight.shape[-1])
+            weight = weight.mT if self.transposed else weight
             made = weight
             for part, factor in self.parts:
                 made = part.add_to(made, factor)
             made = made.to(weight.dtype)
-            self._whole = made.mT if self.layout.transposed else made
+            self._whole = made.mT if self.transposed else made
         return self._whole
 
     def one(self, x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
@@ -68,21 +85,45 @@ class LowRank:
 
     def batch(self, y: Tensor, x: Tensor, pick: Tensor | None) -> Tensor:
         """``y`` (n, tokens, out) plus the updates of x (n, tokens, in): of expert i, or of ``pick[i]``."""
+        x = x.to(y.dtype)
         for rows, A, B, scaling in self.pairs(y.dtype):
-            if pick is not None:
-                A, B = A[pick], B[pick]
-            update = scaling * torch.bmm(torch.bmm(x.to(y.dtype), A.mT), B.mT)
-            y = y + spread(update, rows, y.shape[-1])
+            if len(A) == 1:
+                update = F.linear(F.linear(x, A[0]), B[0])
+            else:
+                A, B = (A, B) if pick is None else (A[pick], B[pick])
+                update = torch.bmm(torch.bmm(x, A.mT), B.mT)
+            y = y + spread(scaling * update, rows, y.shape[-1])
         return y
 
-    def group(self, y: Tensor, x: Tensor, offs: Tensor, native: bool) -> Tensor:
+    def group(self, y: Tensor, x: Tensor, offs: Tensor, multiply: Callable[..., Tensor]) -> Tensor:
         """``y`` (tokens, out), written to, plus the updates of x (tokens, in), sorted by expert."""
-        spans: list[tuple[Rows, float]] = []
-        factors: list[Tensor] = []
-        for rows, A, B, scaling in self.pairs(y.dtype):
-            spans.append((rows, scaling))
-            factors += padded(A, B)
-        return _GroupedUpdate.apply(y, x.to(y.dtype), offs, native, spans, *factors)
+        x, pairs = x.to(y.dtype), self.pairs(y.dtype)
+        add = _composed if torch.compiler.is_compiling() else _added
+        for some, ends in (
+            ([pair for pair in pairs if len(pair[1]) > 1], offs),
+            ([pair for pair in pairs if len(pair[1]) == 1], offs[-1:]),  # all tokens are one group
+        ):
+            if some:
+                y = add(y, x, ends, multiply, some)
+        return y
+
+
+def _added(y: Tensor, x: Tensor, offs: Tensor, multiply: Callable[..., Tensor], pairs: list[Pair]) -> Tensor:
+    factors = [factor for _, A, B, _ in pairs for factor in padded(A, B)]
+    native = "fallback" not in str(multiply)
+    spans = [(rows, scaling) for rows, _, _, scaling in pairs]
+    return _GroupedUpdate.apply(y, x, offs, native, spans, *factors)
+
+
+def _composed(
+    y: Tensor, x: Tensor, offs: Tensor, multiply: Callable[..., Tensor], pairs: list[Pair]
+) -> Tensor:
+    """The same of the base's own grouped product, which compilers know."""
+    for rows, A, B, scaling in pairs:
+        A, B = padded(A, B)
+        update = multiply(multiply(x, A.mT, offs=offs), B.mT, offs=offs)
+        y = y + spread(scaling * update, rows, y.shape[-1])
+    return y
 
 
 class _GroupedUpdate(torch.autograd.Function):

@@ -3,7 +3,7 @@
 The module keeps its place, its parameters and their names; its class is exchanged for a subclass on which the
 adapted name reads as W + ΔW. Unlike `torch.nn.utils.parametrize` the subclass is never changed afterwards, so
 copies do not depend on each other, and it pickles. For `nn.MultiheadAttention` the price is a full ΔW
-(out, in) for each forward; a tensor of experts adapts the products with it: see `expert_weight`.
+(out, in) for each forward; a tensor of experts adapts the products with it: see `experts`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter, RowBlocks, full_delta, updates
 from lowrank.layers.expert_stack import ExpertStacks, Layout
-from lowrank.layers.expert_weight import adapted_experts
+from lowrank.layers.experts import adapted_experts
 from lowrank.layers.functional import Block
 
 ADAPTERS = "lora"  # the child module that holds them, in state dicts too
@@ -83,7 +83,9 @@ class AdaptedWeight:
         (name,) = [name] if name else self.lora.keys()
         (param,) = [param] if param else cast(nn.ModuleDict, self.lora[name]).keys()
         weight, part = self._parameters[param], cast(Any, self.lora[name])[param]  # type: ignore[attr-defined]
-        rows = part.height if isinstance(part, ExpertStacks) else weight.numel() // weight.shape[-1]
+        if isinstance(part, ExpertStacks):
+            return full_delta(part.blocks(), part.height)
+        rows = weight.numel() // weight.shape[-1]
         return full_delta([adapter.block for adapter in part.held()], rows)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

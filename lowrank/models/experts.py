@@ -16,6 +16,7 @@ from lowrank.linalg.rows import Rows, repeating
 from lowrank.models.families import Role
 
 GATED, UNGATED = ("gate_up_proj", "down_proj"), ("up_proj", "down_proj")
+FLAT = ("w1", "v1", "w2")  # DBRX: gate, up and down, each with the experts' rows one after the other
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Stack:
 
     Args:
         bands: what the output rows of each expert are for, counted within one expert.
+        flat: stored in two dimensions, as ``(experts · out, in)``, or ``(experts · in, out)``. The module
+            above the one that holds it multiplies by it.
     """
 
     experts: int
@@ -31,6 +34,11 @@ class Stack:
     columns: int
     transposed: bool
     bands: tuple[tuple[Role, Rows], ...]
+    flat: bool = False
+
+    def matrices(self, stored: Tensor) -> Tensor:
+        """``stored`` with the experts in a dimension of their own: a view."""
+        return stored.view(self.experts, -1, stored.shape[-1]) if self.flat else stored
 
 
 def stacks_of(module: nn.Module) -> dict[str, Stack]:
@@ -39,12 +47,11 @@ def stacks_of(module: nn.Module) -> dict[str, Stack]:
         up, down = (module._parameters.get(name) for name in names)
         if up is not None and down is not None and up.dim() == down.dim() == 3:
             return _pair(module, names, up, down)
-    return {}
+    return _flat(module)
 
 
 def stack_of(module: nn.Module, param: str) -> Stack | None:
-    stored = module._parameters.get(param)
-    return stacks_of(module).get(param) if stored is not None and stored.dim() == 3 else None
+    return None if module._parameters.get(param) is None else stacks_of(module).get(param)
 
 
 def within_experts(model: nn.Module, path: str, param: str) -> bool:
@@ -89,6 +96,22 @@ def _pair(module: nn.Module, names: tuple[str, str], up: Tensor, down: Tensor) -
                 names[1]: Stack(experts, columns, hidden, transposed, ((Role.DOWN, (0, columns)),)),
             }
     return {}
+
+
+def _flat(module: nn.Module) -> dict[str, Stack]:
+    experts = getattr(module, "moe_num_experts", None)
+    held = [module._parameters.get(name) for name in FLAT]
+    shapes = {None if each is None else tuple(each.shape) for each in held}
+    shape = shapes.pop()
+    if shapes or shape is None or len(shape) != 2 or not isinstance(experts, int) or shape[0] % experts:
+        return {}
+    hidden, width = shape[0] // experts, shape[1]
+    made = (
+        Stack(experts, hidden, width, False, ((Role.GATE, (0, hidden)),), True),
+        Stack(experts, hidden, width, False, ((Role.UP, (0, hidden)),), True),
+        Stack(experts, width, hidden, True, ((Role.DOWN, (0, width)),), True),
+    )
+    return dict(zip(FLAT, made, strict=True))
 
 
 def _gate_up(hidden: int, *, interleaved: bool) -> tuple[tuple[Role, Rows], ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowrank.linalg.rows import view
 from lowrank.models.experts import stack_of
 from lowrank.models.projections import Projection
-from lowrank.models.storage import as_rows, packed, rows_of
+from lowrank.models.storage import as_rows, packed, rows_of, weight_shape
 from lowrank.processes import is_sharded, whole
 
 OF_PROJECTION = 64  # values of an adapted or measured weight, evenly spread
@@ -62,6 +62,13 @@ def of_projection(module: nn.Module, p: Projection) -> Sample:
     dtype, weight = _dtype(stored), _read_rows(module, p)
     if weight is None:
         return Sample(dtype, None, None)
+    if p.shared > 1:  # some values of each expert
+        each = [
+            _read_rows(module, expert) for expert in p.apart(weight_shape(module, p.param)[0] // p.shared)
+        ]
+        places = spread(weight.numel(), max(OF_PROJECTION, p.shared))
+        taken = [_values(w, places[e :: p.shared]) for e, w in enumerate(each) if w is not None]
+        return Sample(dtype, None, torch.cat([values for values in taken if values is not None]))
     return Sample(dtype, None, _values(weight, spread(weight.numel(), OF_PROJECTION)))
 
 

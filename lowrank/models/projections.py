@@ -32,6 +32,7 @@ class Projection:
     tensor laid out as ``(rows, in_features)``: a stack of experts ``(experts, out, in)`` is read as
     ``(experts · out, in)``. They are ``(start, stop)``, or, where heads are interleaved,
     ``(start, stop, size, stride)``: see `linalg.rows`. ``block`` only labels it among its siblings.
+    ``shared`` is how many experts share one adapter: its rows are then those of the first.
     """
 
     module: str
@@ -41,6 +42,7 @@ class Projection:
     in_features: int
     out_features: int
     block: str = field(default="", compare=False)
+    shared: int = 1
 
     @property
     def name(self) -> str:
@@ -53,8 +55,22 @@ class Projection:
         return self.out_features, self.in_features
 
     def weight(self, model: nn.Module) -> Tensor:
-        """The matrix as ``(out, in)``: a view of the model's, a copy where it is interleaved or quantized."""
+        """The matrix as ``(out, in)``: a view of the model's, a copy where it is interleaved or quantized.
+
+        Raises ValueError where experts share the adapter, since there is no one weight then.
+        """
+        if self.shared > 1:
+            text = 'experts share an adapter; experts="each" gives each its own'
+            raise ValueError(f"{self.name} has no one weight: {self.shared} {text}")
         return rows_of(model.get_submodule(self.module), self.param, self.rows)
+
+    def apart(self, out: int) -> list[Projection]:
+        """The projection of each expert, of ``out`` rows, that shares this one; itself where none does."""
+        if self.shared == 1:
+            return [self]
+        each = (f"{e}.{self.block.removeprefix('shared.')}" for e in range(self.shared))
+        rows = (shifted(self.rows, e * out) for e in range(self.shared))
+        return [replace(self, rows=r, block=b, shared=1) for r, b in zip(rows, each, strict=True)]
 
 
 # -- names ------------------------------------------------------------------------------------------

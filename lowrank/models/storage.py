@@ -35,8 +35,9 @@ def as_rows(module: nn.Module, param: str) -> Tensor:
     kind = kind_of(module)
     if kind is not None:
         return kind.rows(tensor)
+    stack = stack_of(module, param)
+    tensor = tensor if stack is None else stack.matrices(tensor)
     if tensor.dim() == 3:
-        stack = stack_of(module, param)
         tensor = tensor.mT if stack is not None and stack.transposed else tensor
         return tensor.reshape(-1, tensor.shape[-1])
     return tensor.T if stored_transposed(module) else tensor
@@ -54,7 +55,8 @@ def rows_of(module: nn.Module, param: str, rows: Rows) -> Tensor:
 
 def one_expert(stored: Tensor, stack: Stack, expert: int) -> Tensor:
     """``(out, in)`` of one expert, a view of ``stored``."""
-    return stored[expert].T if stack.transposed else stored[expert]
+    own = stack.matrices(stored)[expert]
+    return own.T if stack.transposed else own
 
 
 def quantized(stored: Tensor) -> bool:

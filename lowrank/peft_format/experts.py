@@ -139,6 +139,8 @@ def of_all(blocks: Sequence[tuple[Rows, Pair]], stack: Stack) -> Pair:
 
 def problem(experts: Experts) -> str:
     """Why PEFT would compute something else; empty where it does not."""
+    if experts.stack.flat:
+        return "PEFT takes a tensor of experts in two dimensions for one matrix"
     if experts.stack.experts == 1 and experts.stack.transposed:
         return "PEFT adds the update of a single expert the wrong way round"
     return ""

@@ -71,7 +71,8 @@ def export_peft(
     Row blocks of a fused weight become one block-structured pair. An anchored adapter of rank r becomes
     plain LoRA of rank 2r, ``[b, B₀]·[A₀ + a; a]``: the same product as ``[B, −B₀]·[A; A₀]``, but nothing in
     it cancels. A tensor of experts becomes a target parameter (PEFT 0.19 or later), of one rank for all
-    experts: the largest, to which the others are padded with zeros. Modules trained in full become PEFT's
+    experts: the largest, to which the others are padded with zeros; what experts share is written for each.
+    Modules trained in full become PEFT's
     ``modules_to_save``, rows of embeddings its ``trainable_token_indices``. The written files are read
     again; if they do not give every ΔW to 1e-5, the export fails and nothing is left behind.
 
@@ -118,7 +119,9 @@ def export_peft(
             written[p] = plain(adapter, adapter.A.dtype)
     blocks: dict[str, list[tuple[Rows, Pair]]] = {}
     for p, pair in written.items():
-        blocks.setdefault(place_of(p), []).append((p.rows, pair))
+        place = place_of(p)
+        out = experts[place].stack.out if place in experts else p.out_features
+        blocks.setdefault(place, []).extend((each.rows, pair) for each in p.apart(out))
     pairs = {
         place: of_all(each, experts[place].stack)
         if place in experts

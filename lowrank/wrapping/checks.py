@@ -103,8 +103,9 @@ def check_whole(model: nn.Module, what: str) -> None:
 
 def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> list[str]:
     """A line for each of ``projections`` that ``model`` does not have in that shape."""
-    problems = []
+    problems, projections = [], list(projections)
     modules = dict(model.named_modules())
+    shared = {(p.module, p.param) for p in projections if p.shared != 1}
     for p in projections:
         module = modules.get(p.module)
         tensor = None if module is None else module._parameters.get(p.param)
@@ -115,6 +116,13 @@ def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> 
         stack = stack_of(module, p.param)
         if stack and p.rows[0] // stack.out != (p.rows[1] - 1) // stack.out:
             problems.append(f"{p.name}: rows {p.rows} of more than one expert, which have {stack.out} each")
+            continue
+        if p.shared != 1 and (stack is None or p.shared != stack.experts or p.rows[1] > stack.out):
+            there = stack.experts if stack else "no"
+            problems.append(f"{p.name}: shared by {p.shared} experts, and the weight has {there}")
+            continue
+        if p.shared == 1 and (p.module, p.param) in shared:
+            problems.append(f"{p.name}: another adapter of this plan is shared by all experts of the weight")
             continue
         fit = lie_within(p.rows, rows) and height(p.rows) == p.out_features
         if columns != p.in_features or not fit:

@@ -67,7 +67,7 @@ def plan_problems(model: nn.Module, plan: Plan) -> list[str]:
     problems = [f"{p.name}: the model has no such weight" for p in strange]
     problems += projection_problems(model, [p for p in plan.adapted if p not in strange])
     if not problems:  # all rows are there
-        problems += _overlaps(plan)
+        problems += _overlaps(model, plan)
     problems += [
         f"{p.name}: scaling {plan[p].scaling}" for p in plan.adapted if not abs(plan[p].scaling) < 1e30
     ]
@@ -86,11 +86,13 @@ def plan_problems(model: nn.Module, plan: Plan) -> list[str]:
     return problems
 
 
-def _overlaps(plan: Plan) -> list[str]:
+def _overlaps(model: nn.Module, plan: Plan) -> list[str]:
     """A line for each projection that has rows of another one."""
     held: dict[tuple[str, str], list[tuple[int, int, Projection]]] = {}
     for p in plan.adapted:
-        held.setdefault((p.module, p.param), []).extend((*block, p) for block in pieces(p.rows))
+        out = weight_shape(model.get_submodule(p.module), p.param)[0] // p.shared
+        blocks_of_p = (block for each in p.apart(out) for block in pieces(each.rows))
+        held.setdefault((p.module, p.param), []).extend((*block, p) for block in blocks_of_p)
     shared: dict[Projection, None] = {}
     for blocks in held.values():
         blocks.sort(key=lambda each: each[:2])
@@ -147,7 +149,7 @@ def samples_of_the_rest(root: nn.Module, plan: Plan) -> dict[str, Sample]:
     """Samples of what of the base is neither adapted nor trained in full, by name; shared tensors once."""
     rows: Counter[tuple[str, str]] = Counter()
     for p in plan.adapted:
-        rows[p.module, p.param] += p.out_features
+        rows[p.module, p.param] += p.out_features * p.shared
     found: dict[str, Sample] = {}
     seen: set[int] = set()
     aside = left_aside(root, plan)

@@ -124,6 +124,7 @@ class Fittings:
         state.plans[name], self.installed = plan, name
         layers: dict[nn.Module, list[Adapter]] = {}
         weights: dict[nn.Module, dict[str, list[Adapter]]] = {}
+        shared = {(root.get_submodule(p.module), p.param) for p in adapters if p.shared > 1}
         for p, adapter in adapters.items():
             module = root.get_submodule(p.module)
             if on_weight(root, p):
@@ -145,7 +146,7 @@ class Fittings:
             self.layers[module].put(name, held, plan.dropout, moved)
         for module, by_param in weights.items():
             layouts = {
-                param: Layout(stack.experts, stack.out, stack.transposed)
+                param: Layout(stack.experts, stack.out, stack.transposed, (module, param) in shared)
                 for param, stack in stacks_of(module).items()
             }
             self.weights.setdefault(module, WeightAdapters(state.acting)).put(name, by_param, layouts)

@@ -26,6 +26,7 @@ from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.wrapping.checks import check_layers, check_unwrapped, projection_problems
 from lowrank.wrapping.overrides import divided, divisors, in_layers, matched, overridden
+from lowrank.wrapping.sharing import shared_experts
 
 
 def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) -> tuple[Plan, Statistics]:
@@ -38,6 +39,7 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
         model, policy.target, policy.exclude, policy.train, policy.fused, policy.roles
     )
     projections, outside = in_layers(projections, policy)
+    projections, shared = shared_experts(model, projections, policy)
     check_layers(model, projections, train, policy.dropout, dora=policy.dora)
     check_rows(rows, projections, train)
     cost = _costs(policy.init, projections)
@@ -60,6 +62,7 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
     notes = [
         *notes,
         *outside,
+        *shared,
         *limits(projections, cost, rank, policy.init),
         *divided(active),
         *([] if policy.ranks or active else unspent(allocations, cost, budget, policy.allocate)),

@@ -24,6 +24,7 @@ from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import AdaptedWeight
 from lowrank.models.storage import is_linear, quantized
 from lowrank.notices import LowrankWarning
+from lowrank.wrapping.resizing import allow_resizing, refuse_resizing
 
 ADAPTED = (AdaptedLayer, AdaptedWeight, TrainedModule)
 SAVE = "save_pretrained"
@@ -41,6 +42,7 @@ def attach(root: nn.Module) -> None:
 
     A quantized model is accepted by a Trainer, as one with PEFT's adapters is, where its quantizer says that
     gradients pass through its layers. ``save_pretrained`` warns, and keeps the names that the model has.
+    ``resize_token_embeddings`` is refused where it would drop an adapter.
     """
     for module in root.modules():
         quantizer = module.__dict__.get("hf_quantizer")
@@ -51,6 +53,7 @@ def attach(root: nn.Module) -> None:
         saves = callable(getattr(type(module), SAVE, None)) and SAVE not in module.__dict__
         if saves and any(isinstance(part, ADAPTED) for part in module.modules()):
             module.__dict__[SAVE] = _SavePretrained(module)
+    refuse_resizing(root, ADAPTED)
 
 
 def detach(root: nn.Module) -> None:
@@ -61,6 +64,7 @@ def detach(root: nn.Module) -> None:
             module.__dict__["hf_quantizer"] = quantizer.original
         if isinstance(module.__dict__.get(SAVE), _SavePretrained):
             del module.__dict__[SAVE]
+    allow_resizing(root)
 
 
 # -- quantization -----------------------------------------------------------------------------------------

@@ -251,7 +251,9 @@ def test_experts_that_show_nothing_are_refused() -> None:
             return torch.einsum("nh,eoh->no", x, self.gate_up_proj)
 
     model = nn.Sequential(Experts())
-    with pytest.raises(ValueError, match="0 cannot be calibrated: it does not use its weights by"):
+    with pytest.raises(
+        ValueError, match="0 cannot be calibrated: it has no product with its weights that is known"
+    ):
         calibrate(
             model, select(model, "all-linear").projections, ["moment"], [torch.randn(3, 4)], progress=False
         )

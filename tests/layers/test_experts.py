@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lowrank import presets
 from lowrank.layers import experts as experts_layer
 from lowrank.layers.weight import AdaptedWeight
 from lowrank.models.projections import Role
-from tests.helpers import frozen_logits, logits, perturb
+from tests.helpers import frozen_logits, logits, numbers, perturb
 from tests.zoo import DECODER
 
 SIZES = {**DECODER, "num_hidden_layers": 1}
@@ -66,6 +67,25 @@ def privacy_filter() -> nn.Module:
     return hf.OpenAIPrivacyFilterForTokenClassification(config)
 
 
+def aria() -> nn.Module:
+    config = hf.AriaTextConfig(**SIZES, head_dim=8, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
+    return hf.AriaTextForCausalLM(config)
+
+
+def dbrx() -> nn.Module:
+    """Experts in two dimensions, which the module above them multiplies by."""
+    config = hf.DbrxConfig(
+        d_model=32, n_heads=4, n_layers=1, max_seq_len=64, vocab_size=64,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    )  # fmt: skip
+    model = hf.DbrxForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".w1", ".v1", ".w2")):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 def llama4() -> nn.Module:
     config = hf.Llama4TextConfig(
         **SIZES, head_dim=8, intermediate_size_mlp=48, num_local_experts=4, num_experts_per_tok=1,
@@ -108,12 +128,16 @@ MODELS = {
         deepseek_v3,
         gpt_oss,
         privacy_filter,
+        aria,
+        dbrx,
         llama4,
         ungated,
     )
 }
 WAYS = ("eager", "grouped_mm", "batched_mm")
-CASES = [(name, way) for name in MODELS for way in WAYS if name != "llama4" or way == "eager"]
+EAGER = ("llama4", "dbrx")  # they have one form of their own
+TRANSPOSED = ("aria", "gpt_oss", "privacy_filter", "llama4")
+CASES = [(name, way) for name in MODELS for way in WAYS if name not in EAGER or way == "eager"]
 
 
 def build(name: str, way: str = "grouped_mm") -> nn.Module:
@@ -123,7 +147,7 @@ def build(name: str, way: str = "grouped_mm") -> nn.Module:
         for parameter in module.parameters(recurse=False):
             if parameter.dim() == 3 and not parameter.any():
                 nn.init.normal_(parameter, std=0.05)
-    if name != "llama4":
+    if name not in EAGER:
         model.set_experts_implementation(way)
     return model
 
@@ -168,7 +192,7 @@ def test_unwrapping_gives_the_base_back(name: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("preset", [presets.lora, presets.pissa])
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4", "ungated"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4", "ungated", "dbrx"])
 def test_saving_and_loading(name: str, preset: Any, tmp_path: Path) -> None:
     way = "eager" if name == "llama4" else "grouped_mm"
     model = build(name, way)
@@ -209,6 +233,17 @@ def test_gpt_oss_has_gate_and_up_in_turn() -> None:
         assert len(own) == 4
         for expert, p in enumerate(own):
             assert torch.equal(p.weight(model), weight[expert].T[first::2])
+
+
+def test_dbrx_has_its_roles_by_name_and_each_expert_its_rows() -> None:
+    model = build("dbrx")
+    mlp = model.transformer.blocks[0].ffn.experts.mlp
+    for name, role in (("w1", Role.GATE), ("v1", Role.UP), ("w2", Role.DOWN)):
+        own = [p for p in lowrank.find_projections(model) if p.param == name]
+        assert len(own) == 4 and {p.role for p in own} == {role}
+        for expert, p in enumerate(own):
+            rows = mlp._parameters[name][48 * expert : 48 * (expert + 1)]
+            assert torch.equal(p.weight(model), rows.T if name == "w2" else rows)
 
 
 def test_experts_of_different_ranks(tmp_path: Path) -> None:
@@ -259,3 +294,68 @@ def test_two_adapters_act_together() -> None:
     lowrank.combine_adapters(model, {"default": 0.5, "two": 2.0}, name="both")
     lowrank.set_adapters(model, "both")
     torch.testing.assert_close(logits(model, batch()), moved, rtol=1e-4, atol=1e-4)
+
+
+def total(model: nn.Module) -> Tensor:
+    output = model(**batch())
+    return (output if isinstance(output, Tensor) else output.logits).square().sum()
+
+
+@pytest.mark.parametrize("experts", ["each", "shared"])
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_gradients_are_those_of_the_weights_in_full(name: str, way: str, experts: str) -> None:
+    """dB = s·dW·Aᵀ and dA = s·Bᵀ·dW, summed over the experts that share an adapter."""
+    model = perturb(adapted(name, way, experts=experts))
+    full = lowrank.merge(copy.deepcopy(model)).requires_grad_()
+    total(model).backward()
+    total(full).backward()
+    for p, adapter in lowrank.adapters.adapters_of(model).items():
+        A, B = adapter.A.detach(), adapter.B.detach()
+        module = full.get_submodule(p.module)
+        gradient = module._parameters[p.param].grad
+        gradient = gradient.view(4, -1, gradient.shape[-1])
+        gradient = gradient.mT if name in TRANSPOSED or p.param == "w2" else gradient
+        if p.shared > 1:
+            dW = gradient[:, numbers(p.rows)].sum(0)
+        else:
+            dW = gradient.reshape(-1, p.in_features)[numbers(p.rows)]
+        for got, wanted in (
+            (adapter.B.grad, adapter.scaling * dW @ A.T),
+            (adapter.A.grad, adapter.scaling * B.T @ dW),
+        ):
+            largest = float(wanted.abs().max())
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * largest + 1e-7, msg=p.name)
+
+
+@pytest.mark.parametrize("experts", ["each", "shared"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_compiled_code_adapts_the_products_too(name: str, experts: str) -> None:
+    """One graph, in which nothing but views has the size of a tensor of experts."""
+    model = perturb(adapted(name, "grouped_mm", experts=experts))
+    (layer,) = layers(model)
+    stored = {tuple(sorted(layer._parameters[param].shape)) for param in ("gate_up_proj", "down_proj")}
+    made: set[tuple[int, ...]] = set()
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            value = node.meta.get("example_value")
+            if node.op != "placeholder" and isinstance(value, Tensor) and not value._is_view():
+                made.add(tuple(sorted(value.shape)))
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    torch.testing.assert_close(logits(compiled, batch()), logits(model, batch()), rtol=1e-5, atol=1e-6)
+    assert made and not made & stored
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_compiled_gradients_are_those_of_ordinary_code(way: str) -> None:
+    model = perturb(adapted("qwen3_moe", way))
+    total(model).backward()
+    wanted = [parameter.grad for parameter in lowrank.adapter_parameters(model)]
+    model.zero_grad()
+    torch.compiler.reset()
+    total(torch.compile(model, backend="aot_eager", fullgraph=True)).backward()
+    for got, each in zip(lowrank.adapter_parameters(model), wanted, strict=True):
+        torch.testing.assert_close(got.grad, each, rtol=1e-3, atol=1e-4 * float(each.abs().max()))

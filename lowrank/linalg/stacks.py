@@ -1,46 +1,58 @@
-"""A tensor of experts as a module that multiplies by it finds it, where adapters act on it.
+"""A tensor of matrices, as experts are stored, that hands the products with it to whoever watches them.
 
-It knows the usual ways to use one and hands them to `experts`. Whatever else is done with it meets W + ΔW.
+It knows the usual ways to multiply by one. Whatever else is done with it meets its values in full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lowrank.layers.experts import LowRank, Part
-from lowrank.layers.functional import transformed
+
+class Products(Protocol):
+    """What is made of the products with a tensor ``(experts, out, in)``, or ``(experts, in, out)``."""
+
+    experts: int
+    transposed: bool
+
+    def whole(self) -> Tensor:
+        """The values of the tensor, in three dimensions, for whatever is no product."""
+
+    def one(self, x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+        """``F.linear(x, weight, bias)`` of one expert's tokens, weight ``(out, in)``."""
+
+    def batch(self, y: Tensor, x: Tensor, pick: Tensor | None) -> Tensor:
+        """``y`` (n, tokens, out), made of x (n, tokens, in): by expert i, or by ``pick[i]``."""
+
+    def group(self, y: Tensor, x: Tensor, offs: Tensor, multiply: Callable[..., Tensor]) -> Tensor:
+        """``y`` (tokens, out), which may be written to, made of x (tokens, in), sorted by expert.
+
+        ``multiply(a, b, offs=offs)`` is the grouped product that made it.
+        """
 
 
-def adapted_experts(weight: Tensor, parts: Sequence[Part]) -> Tensor:
-    """``weight`` for whatever multiplies by it; in compiled code and under `torch.func` W + ΔW in full."""
-    low = LowRank(weight, parts)
-    if torch.compiler.is_compiling() or transformed():
-        return low.whole()
-    return ExpertWeight.show(weight, low, low.layout.transposed, None)
-
-
-class ExpertWeight(Tensor):
-    """A tensor of experts, or what is picked of it, that knows its update.
+class StackedWeight(Tensor):
+    """A tensor of experts, or what is picked of it, that knows who sees its products.
 
     ``_flip``: the last two dimensions are (in, out) and not (out, in). ``_pick``: one expert, or ``(n,)``
     experts, or None for all.
     """
 
-    _low: LowRank
+    _plain: Tensor
+    _low: Products
     _flip: bool
     _pick: int | Tensor | None
 
     @staticmethod
-    def show(plain: Tensor, low: LowRank, flip: bool, pick: int | Tensor | None) -> ExpertWeight:
+    def show(plain: Tensor, low: Products, flip: bool, pick: int | Tensor | None) -> StackedWeight:
         with torch._C.DisableTorchFunctionSubclass():
-            shown = plain.as_subclass(ExpertWeight)
-        shown._low, shown._flip, shown._pick = low, flip, pick
+            shown = plain.as_subclass(StackedWeight)
+        shown._plain, shown._low, shown._flip, shown._pick = plain, low, flip, pick
         return shown
 
     @classmethod
@@ -54,68 +66,83 @@ class ExpertWeight(Tensor):
                     return made
             elif func in _METADATA or getattr(func, "__name__", "") == "__get__":
                 return func(*args, **kwargs)
-            args, kwargs = tree_map_only(ExpertWeight, ExpertWeight.values, (args, kwargs))
+            args, kwargs = tree_map_only(StackedWeight, StackedWeight.values, (args, kwargs))
             return func(*args, **kwargs)
 
     def values(self) -> Tensor:
-        """W + ΔW of what is picked, an ordinary tensor."""
+        """The values of what is picked, an ordinary tensor."""
         with torch._C.DisableTorchFunctionSubclass():
             whole = self._low.whole()
             picked = whole if self._pick is None else whole[self._pick]
-            picked = picked.mT if self._flip != self._low.layout.transposed else picked
-            return picked.to(self.dtype)
+            picked = picked.mT if self._flip != self._low.transposed else picked
+            return picked.reshape(self.shape).to(self.dtype)
 
     def plain(self) -> Tensor:
-        """The base's numbers."""
-        return self.as_subclass(Tensor)
+        """What is stored, whatever `Products.whole` says. It is kept: compilers know no way back."""
+        return self._plain
 
-    def flipped(self) -> ExpertWeight:
-        return ExpertWeight.show(self.plain().mT, self._low, not self._flip, self._pick)
+    def flipped(self) -> StackedWeight:
+        # `.mT` is an attribute, which a compiler does not take for a tensor of its own.
+        return StackedWeight.show(self.plain().transpose(-2, -1), self._low, not self._flip, self._pick)
 
 
 # -- the ways to use it; called where torch functions see plain tensors ------------------------------------
 
 
+def _flat(w: Any) -> bool:
+    """Is it all experts, in two dimensions? Nothing but `_view` knows that."""
+    return isinstance(w, StackedWeight) and w._pick is None and w.dim() == 2
+
+
+def _view(func: Any, w: Any, *shape: Any) -> Any:
+    """A dimension for the experts, where they are stored in two."""
+    if not _flat(w):
+        return NotImplemented
+    seen = func(w.plain(), *shape)
+    apart = seen.dim() == 3 and seen.shape[0] == w._low.experts and seen.shape[2] == w.shape[1]
+    return StackedWeight.show(seen, w._low, w._flip, None) if apart else NotImplemented
+
+
 def _get(func: Any, w: Any, key: Any) -> Any:
-    if not isinstance(w, ExpertWeight) or w._pick is not None:
+    if not isinstance(w, StackedWeight) or w._pick is not None or w.dim() != 3:
         return NotImplemented
     if isinstance(key, int) and not isinstance(key, bool):
         expert = key
     elif isinstance(key, Tensor) and key.dtype in (torch.int64, torch.int32) and key.dim() < 2:
         if key.dim() == 1:
-            return ExpertWeight.show(w.plain()[key], w._low, w._flip, key)
+            return StackedWeight.show(w.plain()[key], w._low, w._flip, key)
         expert = int(key)
     else:
         return NotImplemented
-    return ExpertWeight.show(w.plain()[expert], w._low, w._flip, expert % w._low.layout.experts)
+    return StackedWeight.show(w.plain()[expert], w._low, w._flip, expert % w._low.experts)
 
 
-def _flip(func: Any, w: ExpertWeight, *dims: int, dim0: int = -2, dim1: int = -1) -> Any:
+def _flip(func: Any, w: StackedWeight, *dims: int, dim0: int = -2, dim1: int = -1) -> Any:
     first, second = dims or (dim0, dim1)
-    if {first % w.dim(), second % w.dim()} != {w.dim() - 2, w.dim() - 1}:
+    if _flat(w) or {first % w.dim(), second % w.dim()} != {w.dim() - 2, w.dim() - 1}:
         return NotImplemented
     return w.flipped()
 
 
-def _mT(func: Any, w: ExpertWeight) -> Any:
-    return w.flipped()
+def _mT(func: Any, w: StackedWeight) -> Any:
+    return NotImplemented if _flat(w) else w.flipped()
 
 
-def _T(func: Any, w: ExpertWeight) -> Any:
-    return w.flipped() if w.dim() == 2 else NotImplemented
+def _T(func: Any, w: StackedWeight) -> Any:
+    return w.flipped() if w.dim() == 2 and not _flat(w) else NotImplemented
 
 
-def _cast(func: Any, w: ExpertWeight, *args: Any, **kwargs: Any) -> Any:
+def _cast(func: Any, w: StackedWeight, *args: Any, **kwargs: Any) -> Any:
     """The same experts in another precision, as some multiply by them."""
     plain = func(w.plain(), *args, **kwargs)
     moved = plain.device != w.device or plain.shape != w.shape or not plain.is_floating_point()
-    return NotImplemented if moved else ExpertWeight.show(plain, w._low, w._flip, w._pick)
+    return NotImplemented if moved else StackedWeight.show(plain, w._low, w._flip, w._pick)
 
 
 def _linear(func: Any, x: Any, w: Any, bias: Any = None) -> Any:
     if (
-        isinstance(x, ExpertWeight)
-        or not isinstance(w, ExpertWeight)
+        isinstance(x, StackedWeight)
+        or not isinstance(w, StackedWeight)
         or w._flip
         or not isinstance(w._pick, int)
     ):
@@ -125,8 +152,8 @@ def _linear(func: Any, x: Any, w: Any, bias: Any = None) -> Any:
 
 def _matmul(func: Any, a: Any, b: Any) -> Any:
     if (
-        isinstance(b, ExpertWeight)
-        and not isinstance(a, ExpertWeight)
+        isinstance(b, StackedWeight)
+        and not isinstance(a, StackedWeight)
         and b._flip
         and isinstance(b._pick, int)
     ):
@@ -135,28 +162,28 @@ def _matmul(func: Any, a: Any, b: Any) -> Any:
 
 
 def _bmm(func: Any, a: Any, b: Any) -> Any:
-    if isinstance(b, ExpertWeight) and not isinstance(a, ExpertWeight) and b._flip:
+    if isinstance(b, StackedWeight) and not isinstance(a, StackedWeight) and b._flip:
         return b._low.batch(func(a, b.plain()), a, _index(b))
-    if isinstance(a, ExpertWeight) and not isinstance(b, ExpertWeight) and not a._flip:
+    if isinstance(a, StackedWeight) and not isinstance(b, StackedWeight) and not a._flip:
         return a._low.batch(func(a.plain(), b).mT, b.mT, _index(a)).mT
     return NotImplemented
 
 
-def _index(w: ExpertWeight) -> Tensor | None:
+def _index(w: StackedWeight) -> Tensor | None:
     assert not isinstance(w._pick, int)
     return w._pick
 
 
 def _grouped(func: Any, x: Any, w: Any, offs: Any = None, **options: Any) -> Any:
-    usable = isinstance(w, ExpertWeight) and not isinstance(x, ExpertWeight) and w._flip and w._pick is None
+    usable = isinstance(w, StackedWeight) and not isinstance(x, StackedWeight) and w._flip and w._pick is None
     if not usable or offs is None or x.dim() != 2 or any(each is not None for each in options.values()):
         return NotImplemented
-    native = "fallback" not in str(func)
-    return w._low.group(func(x, w.plain(), offs=offs), x, offs, native)
+    return w._low.group(func(x, w.plain(), offs=offs), x, offs, func)
 
 
 _PRODUCTS: dict[str, Callable[..., Any]] = {
     "getitem": _get,
+    "view": _view,
     "flip": _flip,
     "mT": _mT,
     "cast": _cast,
@@ -170,6 +197,7 @@ _PRODUCTS: dict[str, Callable[..., Any]] = {
 }
 _NAMES: dict[Any, str] = {
     Tensor.__getitem__: "getitem",
+    **dict.fromkeys((Tensor.view, Tensor.reshape), "view"),
     **dict.fromkeys((Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes), "flip"),
     Tensor.mT.__get__: "mT",  # type: ignore[attr-defined]
     **dict.fromkeys((Tensor.T.__get__, Tensor.t, torch.t), "T"),  # type: ignore[attr-defined]
