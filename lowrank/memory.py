@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,9 +20,12 @@ from lowrank.init import Kaiming
 from lowrank.init.base import frozen_factors, starts_anchored
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
+from lowrank.layers.expert_stack import ExpertStack
 from lowrank.layers.magnitude import Magnitude
 from lowrank.plan import Plan
-from lowrank.train.memory import Optimizers, StandIn, optimizer_factory
+from lowrank.train.known_integers import is_known
+from lowrank.train.memory import Optimizers, StandIn, optimizer_factory, plain
+from lowrank.train.memory_helps import lighter, with_helps
 from lowrank.train.memory_table import MemoryReport
 from lowrank.wrapping.install import bare
 from lowrank.wrapping.planning import fitted_plan
@@ -46,6 +49,7 @@ def memory_report(
     precision: torch.dtype | str | None = None,
     optimizer: str | Optimizers = "adamw",
     loss: Loss | None = None,
+    available: int | None = None,
 ) -> MemoryReport:
     """What a training step of ``model`` with the adapters of ``plan`` holds, in bytes, part by part.
 
@@ -56,12 +60,14 @@ def memory_report(
     Args:
         model: wrapped or not.
         plan: what is to be adapted. For a wrapped model None, or the plan that it was wrapped by.
-        batch: how many examples a batch has, or a batch as the loss takes it, of which shapes count.
+        batch: how many examples a batch has, or a batch as the loss takes it, of which shapes and integers
+            count: masks, and where packed sequences begin.
         tokens: in each example, where ``batch`` is a number.
         precision: torch.float32, torch.bfloat16, torch.float16, or their names: the base in that dtype.
             "bfloat16-mixed", "float16-mixed": the base as it is, under autocast. None: the base as it is.
         optimizer: "adamw", "adam", "sgd", or a function from parameters to an optimizer.
         loss: as for `fit`.
+        available: the bytes that it must fit into, as for another machine; by default what the device has free.
 
     Raises:
         ValueError: an option is not known, the plan is another model's, or sizes depend on numbers, as
@@ -82,8 +88,14 @@ def memory_report(
         assert plan is not None
         plan = fitted_plan(model, plan)
 
+    title = _title(model, batch, tokens, precision)
+    batch = _inputs(model, batch, tokens) if isinstance(batch, int) else plain(batch)
+
     def measured(
-        batch: Any, precision: Any, change: Callable[[nn.Module], object] | None = None
+        batch: Any,
+        precision: Any,
+        change: Callable[[nn.Module], object] | None = None,
+        accumulate: bool = False,
     ) -> MemoryReport:
         dtype, autocast = PRECISIONS[precision]
         outline = _outline(model, dtype, keep=_beside(model))
@@ -93,49 +105,33 @@ def memory_report(
         if change is not None:
             change(outline)
         return StandIn(outline, model_device(model)).step(
-            _inputs(model, batch, tokens) if isinstance(batch, int) else batch,
+            batch,
             loss or output_loss,
             autocast=autocast,
             optimizer=factory,
             beside=_beside(outline),
-            title=_title(model, batch, tokens, precision),
+            accumulate=accumulate,
+            available=available,
+            title=title,
         )
 
-    report = measured(batch, precision)
-    return report if report.fits else replace(report, helps=tuple(_helps(measured, model, batch, precision)))
+    return with_helps(measured(batch, precision), _tries(measured, model, batch, precision))
 
 
-def _helps(
+def _tries(
     measured: Callable[..., MemoryReport], model: nn.Module, batch: Any, precision: Any
-) -> Iterator[tuple[str, int]]:
-    """Other choices and their peaks, the least intrusive first."""
-    if _checkpointing(model) is not None:
-        yield "gradient checkpointing", measured(batch, precision, _checkpointed).peak
-    if isinstance(batch, int) and batch > 1:
-        yield f"batches of {batch // 2}, two for a step", measured(batch // 2, precision).peak
-        if batch > 2:
-            yield f"batches of 1, {batch} for a step", measured(1, precision).peak
+) -> Iterator[tuple[str, Callable[[], MemoryReport]]]:
+    """Other choices, the least intrusive first."""
+    for what, smaller, change in lighter(model, batch):
+        yield what, partial(measured, smaller, precision, change, smaller is not batch)
     if PRECISIONS[precision] == (torch.float32, None) or precision is None:
-        yield "the base in bfloat16", measured(batch, torch.bfloat16).peak
-    yield "A frozen, as in presets.tlora()", measured(batch, precision, _freeze_A).peak
-
-
-def _checkpointing(model: nn.Module) -> Callable[..., Any] | None:
-    """What switches gradient checkpointing on in a model of transformers, by its newer and its older name."""
-    newer = getattr(model, "activation_checkpointing_enable", None)
-    return newer or getattr(model, "gradient_checkpointing_enable", None)
-
-
-def _checkpointed(model: nn.Module) -> None:
-    enable = _checkpointing(model)
-    assert enable is not None
-    # What dropout draws does not matter here, and stand-ins have no state of a generator to keep.
-    enable({"use_reentrant": False, "preserve_rng_state": False})
+        yield "the base in bfloat16", partial(measured, batch, torch.bfloat16)
+    yield "A frozen, as in presets.tlora()", partial(measured, batch, precision, _freeze_A)
 
 
 def _freeze_A(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, Adapter):
+        if isinstance(module, (Adapter, ExpertStack)):
             module.A.requires_grad_(False)
             module.A0 = module.B0 = None
 
@@ -145,7 +141,7 @@ def _outline(model: nn.Module, dtype: torch.dtype | None, keep: Iterable[Tensor]
     kept = {id(tensor) for tensor in keep}
     made: dict[int, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):
-        if type(tensor) in (nn.Parameter, Tensor):
+        if type(tensor) in (nn.Parameter, Tensor) and not is_known(tensor):
             cast = dtype is not None and tensor.is_floating_point() and tensor.itemsize > 1
             to = dtype if cast and id(tensor) not in kept else None
             held = torch.empty_like(tensor, dtype=to, device="meta")

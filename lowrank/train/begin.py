@@ -17,6 +17,7 @@ from lowrank.train.data import Cursor
 from lowrank.train.groups import Groups
 from lowrank.train.history import History
 from lowrank.train.late import can_skip
+from lowrank.train.memory import told
 from lowrank.train.optim import Schedule, make_optimizer, parameter_groups
 from lowrank.train.options import Options
 from lowrank.train.parallel import SingleProcess
@@ -76,6 +77,10 @@ def begun(
     if asked.measures:
         rate = None if state is None else state["run"].get("learning_rate")
         if rate is None:
+            if asked.report and parallel.writes:  # measuring takes as much as a step, so it is told before
+                first, several = cursor.first(1)[0], asked.accumulate > 1
+                aim = make(asked.optimizer, lr=1.0)
+                history.memory = told(model, first, asked.loss, asked.autocast, aim, several)
             rate = measured_rate(turning(gradients(model, optimizer, None), cursor.first(BATCHES), moved))
         history.learning_rate = rate
         optimizer = make(asked.optimizer, lr=rate)

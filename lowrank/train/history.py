@@ -14,6 +14,7 @@ from typing import Any, overload
 
 from lowrank.files import write
 from lowrank.plots import curves
+from lowrank.train.memory_table import MemoryReport
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,18 @@ class History(Sequence[Record]):
 
     learning_rate: the peak rate of the groups without an ``lr`` of their own, given or measured; None where
         it is not known, as in a history that was read from a file.
+    memory: what a step was to take, where ``fit(report=True)`` told it; else None.
     """
 
-    def __init__(self, records: Sequence[Record] = (), learning_rate: float | None = None) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record] = (),
+        learning_rate: float | None = None,
+        memory: MemoryReport | None = None,
+    ) -> None:
         self.records = list(records)
         self.learning_rate = learning_rate
+        self.memory = memory
 
     @property
     def losses(self) -> list[float]:
@@ -83,7 +91,13 @@ class History(Sequence[Record]):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write JSON lines, the format of ``fit(log=...)`` too."""
-        write(Path(path), "".join(record.to_json() + "\n" for record in self.records).encode())
+        write(Path(path), "".join(line + "\n" for line in self.lines()).encode())
+
+    def lines(self) -> Iterator[str]:
+        """The lines of its file: the memory, where it is known, and the records."""
+        if self.memory is not None:
+            yield memory_line(self.memory)
+        yield from (record.to_json() for record in self.records)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> History:
@@ -95,14 +109,19 @@ class History(Sequence[Record]):
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
         records = []
+        memory = None
         for number, line in enumerate(lines, start=1):
             try:
-                records.append(Record.from_json(line))
-            except (ValueError, TypeError, AttributeError) as error:
+                data = json.loads(line)
+                if data.keys() == {"memory"}:
+                    memory = MemoryReport.from_json(data["memory"])
+                else:
+                    records.append(Record.from_json(line))
+            except (ValueError, TypeError, AttributeError, LookupError) as error:
                 raise ValueError(
                     f"{path}, line {number}, is not a record of a training run: {error}"
                 ) from error
-        return cls(records)
+        return cls(records, memory=memory)
 
     def to_csv(self, path: str | PathLike[str]) -> None:
         """Write a table with a line for each step; each score of ``evaluate`` has a column of its own.
@@ -152,7 +171,7 @@ class History(Sequence[Record]):
     def __getitem__(self, index: slice) -> History: ...
     def __getitem__(self, index: int | slice) -> Record | History:
         if isinstance(index, slice):
-            return History(self.records[index], self.learning_rate)
+            return History(self.records[index], self.learning_rate, self.memory)
         return self.records[index]
 
     def __eq__(self, other: object) -> bool:
@@ -165,6 +184,11 @@ class History(Sequence[Record]):
             return "History(no steps)"
         first, last = self.records[0], self.records[-1]
         return f"History({len(self)} steps, loss {first.loss:.4g} → {last.loss:.4g}, {last.seconds:.1f} s)"
+
+
+def memory_line(report: MemoryReport) -> str:
+    """The line of a history's file that has the memory of a step."""
+    return json.dumps({"memory": report.to_json()})
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lowrank.batches import Loss, output_loss
-from lowrank.notices import logger, show
+from lowrank.notices import logger
 from lowrank.train.begin import begun
 from lowrank.train.callbacks import Callback
 from lowrank.train.checkpoints import Checkpoints
@@ -108,8 +108,9 @@ def fit(
     gradient_checkpointing: for models that have ``gradient_checkpointing_enable``, as transformers' do.
     compile: run forward through ``torch.compile``; a mapping has its options.
     allow_unused: let the first step's loss reach only some of the parameters (experts, say).
-    report: show what memory a step on the first batch will take, before it is run: see `step_memory`. It is
-        logged as INFO by the logger "lowrank", or written to stderr where logging does not show that.
+    report: show what memory a step on the first batch will take, before it is run, and what would help where
+        it does not fit: see `step_memory`. It is logged as INFO by the logger "lowrank", or written to stderr
+        where logging does not show that; ``history.memory`` and the log have it too.
     check: "step" waits in each step for its loss and gradient, to see that they are finite. "late" does not:
         the optimizer skips a step where they are not and all steps after it, and a step later that is read
         and raised. Callbacks, bar and log are a step behind then, but for steps that evaluate or save. By
@@ -154,6 +155,7 @@ def fit(
             compile=compile,
             allow_unused=allow_unused,
             check=check,
+            report=report,
         )
         run, folder, asked = begun(model, batches, asked, callbacks, history, parallel, scope)
         shown = scope.enter_context(
@@ -174,8 +176,9 @@ def fit(
         run.clear()
         run.start_clock()
         for epoch, place, group in () if run.over else run.cursor:
-            if report and parallel.writes:
-                show(told(model, group[0], loss, autocast, run.optimizer))
+            if report and parallel.writes and history.memory is None:
+                history.memory = told(model, group[0], loss, autocast, run.optimizer, len(group) > 1)
+                shown.memory(history.memory)
                 report = False
                 run.start_clock()
             run.take(epoch, place, group)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lowrank.batches import Loss, model_device, output_loss, scalar_loss
+from lowrank.notices import show
 from lowrank.train.grouped_shapes import GroupedShapes
+from lowrank.train.known_integers import MOST, KnownIntegers, is_known
+from lowrank.train.memory_helps import lighter, with_helps
 from lowrank.train.memory_table import MemoryReport
 from lowrank.train.storages import Storages, bytes_of, free_bytes
 
@@ -40,7 +44,8 @@ def step_memory(
     *,
     autocast: torch.dtype | None = None,
     optimizer: str | Optimizers = "adamw",
-    beside: Iterable[Tensor] = (),
+    accumulate: bool = False,
+    available: int | None = None,
     title: str = "a training step",
 ) -> MemoryReport:
     """What a step of training ``model`` on ``batch`` holds: forward, backward, and the optimizer's update.
@@ -52,7 +57,8 @@ def step_memory(
     Args:
         batch, loss, autocast: as for `fit`.
         optimizer: "adamw", "adam", "sgd", or a function from parameters to an optimizer.
-        beside: frozen tensors that count among the adapters; no others of the frozen ones do.
+        accumulate: is the batch one of several of a step? Then the gradients of those before it are held.
+        available: the bytes that it must fit into; by default what the device has free.
 
     Raises:
         ValueError: nothing is to be trained, the optimizer is not known, or the step cannot be told from
@@ -61,10 +67,27 @@ def step_memory(
     factory = optimizer_factory(optimizer)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("nothing requires grad, so there is nothing to train: wrap the model first")
-    stand_in = StandIn(model)
-    return stand_in.step(
-        batch, loss or output_loss, autocast=autocast, optimizer=factory, beside=beside, title=title
+
+    def measured(batch: Any, accumulate: bool, change: Callable[[nn.Module], object] | None) -> MemoryReport:
+        stand_in = StandIn(model)
+        if change is not None:
+            change(stand_in.model)
+        return stand_in.step(
+            batch,
+            loss or output_loss,
+            autocast=autocast,
+            optimizer=factory,
+            accumulate=accumulate,
+            available=available,
+            title=title,
+        )
+
+    batch = plain(batch)
+    tries = (
+        (what, partial(measured, smaller, accumulate or smaller is not batch, change))
+        for what, smaller, change in lighter(model, batch)
     )
+    return with_helps(measured(batch, accumulate, None), tries)
 
 
 def told(
@@ -73,17 +96,21 @@ def told(
     loss: Loss | None,
     autocast: torch.dtype | None,
     optimizer: torch.optim.Optimizer,
-) -> str:
-    """The table of `step_memory` for an optimizer of this class and its groups, or why there is none."""
+    accumulate: bool,
+) -> MemoryReport | None:
+    """Shows `step_memory` for an optimizer of this class and its groups, or why there is none."""
     cls: Any = type(optimizer)
 
     def made(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return cls(list(parameters), **{k: v for k, v in optimizer.defaults.items() if k in _arguments(cls)})
 
     try:
-        return str(step_memory(model, batch, loss, autocast=autocast, optimizer=made))
+        report = step_memory(model, batch, loss, autocast=autocast, optimizer=made, accumulate=accumulate)
     except (ValueError, TypeError) as error:
-        return f"no report of memory: {error}"
+        show(f"no report of memory: {error}")
+        return None
+    show(str(report))
+    return report
 
 
 def _arguments(cls: type) -> set[str]:
@@ -120,7 +147,7 @@ class StandIn:
         log = logging.getLogger("torch._subclasses.fake_tensor")
         before, log.disabled = log.disabled, True
         try:
-            with self.mode, GroupedShapes(), warnings.catch_warnings():
+            with self.mode, GroupedShapes(), KnownIntegers(), warnings.catch_warnings():
                 # deepcopy asks a tensor where its numbers are, and models warn of what matters in a real run.
                 warnings.simplefilter("ignore")
                 yield
@@ -128,6 +155,8 @@ class StandIn:
             log.disabled = before
 
     def _made(self, tensor: Tensor) -> Tensor:
+        if is_known(tensor) and tensor.numel() <= MOST:
+            return tensor.detach().clone()
         device = self.device if tensor.is_meta else tensor.device
         with self.mode:
             made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
@@ -143,9 +172,14 @@ class StandIn:
         autocast: torch.dtype | None,
         optimizer: Optimizers,
         beside: Iterable[Tensor] = (),
+        accumulate: bool = False,
+        available: int | None = None,
         title: str = "a training step",
     ) -> MemoryReport:
-        """See `step_memory`."""
+        """See `step_memory`.
+
+        beside: frozen tensors that count among the adapters; no others of the frozen ones do.
+        """
         model, device = self.model, self.device
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         frozen = [t for t in chain(model.parameters(), model.buffers()) if not t.requires_grad]
@@ -154,7 +188,11 @@ class StandIn:
         with ExitStack() as scope:
             scope.enter_context(self.inside())
             scope.enter_context(torch.random.fork_rng(devices=[]))
-            batch = tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), _plain(batch))
+            batch = tree_map_only(
+                Tensor,
+                lambda t: t.detach().to(device) if is_known(t) else torch.empty_like(t, device=device),
+                plain(batch),
+            )
             model.train()
             updates = optimizer(trained)
             for parameter in trained:
@@ -162,10 +200,13 @@ class StandIn:
             updates.step()
             updates.zero_grad()
             storages = scope.enter_context(Storages())
+            for parameter in trained if accumulate else ():
+                parameter.grad = torch.zeros_like(parameter)
             try:
                 with torch.autocast(device.type, autocast, enabled=autocast is not None):
                     value = scalar_loss(loss, model, batch)
-                kept = storages.alive()
+                before = [parameter.grad for parameter in trained if parameter.grad is not None]
+                kept = storages.alive() - storages.numbers(before)
                 value.backward()
                 del value
             except Exception as error:
@@ -189,12 +230,12 @@ class StandIn:
             gradients=bytes_of(gradients),
             activations=storages.size(kept),
             at_peak={**held, **at_peak},
-            free=free_bytes(device),
+            free=free_bytes(device) if available is None else available,
             title=title,
         )
 
 
-def _plain(batch: Any) -> Any:
+def plain(batch: Any) -> Any:
     """A mapping as a dict, which is walked whatever kind it was."""
     return dict(batch) if isinstance(batch, Mapping) else batch
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,24 @@ class MemoryReport:
         """Is the peak no more than what is free? True where that is not known."""
         return self.free is None or self.peak <= self.free
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, in bytes; each of ``helps`` has what it is, the peak then, and what that saves."""
+        helps = [{"what": what, "peak": peak, "saves": self.peak - peak} for what, peak in self.helps]
+        return {
+            **asdict(self),
+            "at_peak": dict(self.at_peak),
+            "peak": self.peak,
+            "fits": self.fits,
+            "helps": helps,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> MemoryReport:
+        """What `to_json` gave. Raises LookupError or TypeError where it is something else."""
+        given = {field.name: data[field.name] for field in fields(cls)}
+        helps = tuple((help["what"], help["peak"]) for help in given["helps"])
+        return cls(**{**given, "at_peak": dict(given["at_peak"]), "helps": helps})
+
     def __str__(self) -> str:
         """A table: what each part takes in all, and at the peak."""
         rows = [("MiB", "in all", "at the peak")]
@@ -63,8 +82,11 @@ class MemoryReport:
             verdict = "it fits" if self.fits else "it does not fit"
             lines.append(f"free on the device: {_mebibytes(self.free)} MiB: {verdict}")
         if self.helps:
-            lines.append("what would help, and the peak then:")
-            lines += [f"  {what}: {_mebibytes(peak)} MiB" for what, peak in self.helps]
+            lines.append("what would help, each alone, the peak then, and what that saves:")
+            lines += [
+                f"  {what}: {_mebibytes(peak)} MiB, {_mebibytes(self.peak - peak)} less"
+                for what, peak in self.helps
+            ]
         return "\n".join(line.rstrip() for line in lines)
 
 

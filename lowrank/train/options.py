@@ -51,6 +51,7 @@ class Options:
     compile: bool | Mapping[str, Any]
     allow_unused: bool
     check: str | None
+    report: bool = False
     last: int = 0
     usual: int = 0
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from lowrank.progress import bar
-from lowrank.train.history import Record
+from lowrank.train.history import Record, memory_line
+from lowrank.train.memory_table import MemoryReport
 from lowrank.train.run import Run
 
 
@@ -25,7 +26,7 @@ class Reports:
             path = Path(log)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._scope.enter_context(path.open("w", buffering=1, encoding="utf-8"))
-            self._file.writelines(record.to_json() + "\n" for record in run.history)
+            self._file.writelines(line + "\n" for line in run.history.lines())
         self.bar = self._scope.enter_context(
             bar(total=run.schedule.steps, initial=run.step, unit="step", shown=progress)
         )
@@ -41,6 +42,11 @@ class Reports:
             refresh=False,
         )
         self.bar.update()
+
+    def memory(self, report: MemoryReport | None) -> None:
+        """Puts the memory of a step into the log, where it is known."""
+        if self._file is not None and report is not None:
+            self._file.write(memory_line(report) + "\n")
 
     def close(self) -> None:
         self._scope.close()
