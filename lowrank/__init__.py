@@ -4,6 +4,7 @@ from lowrank import allocate, init, layers, presets, train
 from lowrank.adapters import adapted_layers, adapter_names, adapter_parameters, plan_of
 from lowrank.allocate.base import Allocation
 from lowrank.calibration import calibrate
+from lowrank.calibration.roles import FoundRoles, find_roles
 from lowrank.calibration.statistics import Statistics
 from lowrank.checkpoint import AdapterError, load_adapter, save_adapter
 from lowrank.choosing import adapters_for_rows, disable_adapters, set_adapters, use_adapters
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterError",
     "Allocation",
     "Factors",
+    "FoundRoles",
     "FrozenHeadWarning",
     "LoRALinear",
     "LowrankWarning",
@@ -58,6 +60,7 @@ __all__ = [
     "export_diffusers",
     "export_peft",
     "find_projections",
+    "find_roles",
     "import_diffusers",
     "import_peft",
     "init",

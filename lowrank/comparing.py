@@ -5,7 +5,8 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-from lowrank.plan import Plan, ranks_by_layer
+from lowrank.formats.layers import ranks_by_layer
+from lowrank.plan import Plan
 from lowrank.plots import by_layer
 
 

@@ -6,7 +6,6 @@ It is data. It can be printed, saved, compared, and carried to another tool; it 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf, isfinite
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from lowrank.allocate.base import Allocation
 from lowrank.files import write
+from lowrank.formats.layers import ranks_by_layer
 from lowrank.formats.patterns import peft_patterns
 from lowrank.formats.plan_table import plan_cells, plan_remarks, plan_total
 from lowrank.formats.plans import plan_arguments, plan_to_json
@@ -39,6 +39,8 @@ class Plan(Mapping[Projection, Allocation]):
         notes: what a reader should know and the rows do not show: what was left out or limited, and why.
         left_out: what "all-linear" does not adapt, modules and weights by name, each with why; the notes
             say the same in short.
+        matches: the policy's patterns in the user's spelling, such as ``target='vision:all-linear'`` and
+            ``ranks['q_proj']=32``, each with the projections that it is for.
         dora: the magnitude of each output row is trained too (2402.09353).
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
@@ -63,6 +65,7 @@ class Plan(Mapping[Projection, Allocation]):
         energies: Mapping[Projection, float] | None = None,
         notes: Sequence[str] = (),
         left_out: Mapping[str, str] | None = None,
+        matches: Mapping[str, Sequence[Projection]] | None = None,
         reference_rank: int | None = None,
         dora: bool = False,
         learning_rate: float | None = None,
@@ -92,6 +95,7 @@ class Plan(Mapping[Projection, Allocation]):
         self.energies = dict(energies or {})
         self.notes = tuple(notes)
         self.left_out = dict(left_out or {})
+        self.matches = {spelled: tuple(hits) for spelled, hits in (matches or {}).items()}
         self.reference_rank = reference_rank
         self.dora = dora
         self.learning_rate = learning_rate
@@ -204,16 +208,3 @@ class Plan(Mapping[Projection, Allocation]):
         if self.rows:
             more["trainable_token_indices"] = {rows.module: list(rows.ids) for rows in self.rows}
         return {"target_modules": sorted(ranks), **peft_patterns(ranks, alphas), **more}
-
-
-def ranks_by_layer(plan: Plan) -> dict[tuple[str, str], int]:
-    """(role, layer) → the sum of the ranks there."""
-    ranks: Counter[tuple[str, str]] = Counter()
-    for p, allocation in plan.items():
-        ranks[p.role.value, layer_of(p)] += allocation.rank
-    return dict(ranks)
-
-
-def layer_of(projection: Projection) -> str:
-    """The first number in its module's path; "–" where there is none."""
-    return next((part for part in projection.module.split(".") if part.isdigit()), "–")

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from lowrank.adapters import adapters_of, plan_of, wrapped_root
 from lowrank.calibration.source import Source
 from lowrank.calibration.statistics import ProjectionStatistics, Statistics
+from lowrank.formats.layers import layer_of
 from lowrank.linalg import closest_product
 from lowrank.models.projections import Projection
 from lowrank.peft_format.pairs import Pair, plain
-from lowrank.plan import Plan, layer_of
+from lowrank.plan import Plan
 from lowrank.plots import spectra
 from lowrank.wrapping.install import bare
 

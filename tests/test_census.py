@@ -56,6 +56,23 @@ def test_a_matrix_that_the_plan_does_not_name_is_seen() -> None:
     assert checks.not_named(model, plan) == ["lstm.weight_hh_l0"]
 
 
+def test_no_large_matrix_is_left_out_without_a_word_whatever_it_is_called() -> None:
+    """Positions and tokens are listed where they hold more than 1 % of the model."""
+
+    class Positions(nn.Module):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.pos_embed, self.body = nn.Parameter(torch.zeros(1, count, 8)), nn.Linear(8, 200)
+
+    for count, said in ((200, ["pos_embed"]), (2, [])):
+        model = Positions(count)
+        plan = lowrank.plan_model(model, presets.lora(rank=2))
+        assert list(plan.left_out) == said
+        assert checks.not_named(model, plan) == []
+        plan.left_out.clear()
+        assert checks.not_named(model, plan) == said
+
+
 def test_an_output_that_differs_is_seen() -> None:
     here = [torch.tensor([1.0, torch.nan]), torch.tensor([1, 2])]
     assert checks.unlike(here, [tensor.clone() for tensor in here]) == ""
@@ -84,4 +101,4 @@ def test_rows_are_kept_and_told_in_a_table(tmp_path: Path) -> None:
     )
     told = census.table(census.read(path))
     assert "| a | 3 | 2 | 2 | 2 | 1 | 50.0% |" in told
-    assert "| a:wrong | wraps: ValueError: a \\| b |" in told
+    assert "| a:wrong | wraps: ValueError: a \\| b |  |" in told

@@ -149,7 +149,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "does not hold a whole adapter",
     ),
     "a projection too few": (
-        lambda f: edit(f, lambda c: c["plan"]["projections"].pop()),
+        lambda f: edit(f, lambda c: c["plan"].update(projections=c["plan"]["projections"][:-1], matches={})),
         "tensors that its plan does not name",
     ),
     "an initializer of no kind": (

@@ -24,11 +24,10 @@ WITHOUT_ROLE = re.compile(
     r"(rel|pos|bias|gate|gating|router|wg|weight|scale|lora|decay|time|conv|sampling|offset|indexer|index|"
     r"x_proj|dt_proj|in_proj|kv_a|kv_b|kv_proj|latent|adaln|modulation|ada|cpb|norm|talking|head|relative|"
     r"hash|cond|embed|[fgb]_proj|[abg]_?proj|[fg]_[ab]|in_proj_[ab]|score|r_net|coef|"
-    r"r_proj|sink|expert_proj)",
+    r"r_proj|sink|expert_proj|proj_[lw]$|^attn$|query_key$)",
     re.IGNORECASE,
 )
 ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(wg|shared_expert_gate|indexer)(\.|$)")
-NO_PROJECTION = re.compile(r"pos|token|embed|bias|latents|A_log")  # positions, tokens, decays
 
 
 def check(make: Callable[[], Made]) -> dict[str, Any]:
@@ -175,7 +174,9 @@ def without_role(plan: lowrank.Plan) -> list[str]:
     """Adapted projections in an attention or a feed-forward block whose role is not known."""
     paths = {_pattern(p.module) for p in plan if p.role == Role.OTHER and BLOCK.search(p.module)}
     return sorted(
-        path for path in paths if not WITHOUT_ROLE.search(path.rpartition(".")[2]) and "position" not in path
+        path
+        for path in paths
+        if not WITHOUT_ROLE.search(path.rpartition(".")[2]) and not re.search("position|cpb", path)
     )
 
 
@@ -188,12 +189,7 @@ def not_named(base: nn.Module, plan: lowrank.Plan) -> list[str]:
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}".lstrip(".")
             matrix = sum(size > 1 for size in parameter.shape) > 1
-            if (
-                isinstance(module, nn.Embedding)
-                or not matrix
-                or NO_PROJECTION.search(name)
-                or parameter.numel() <= 0.01 * whole
-            ):
+            if isinstance(module, nn.Embedding) or not matrix or parameter.numel() <= 0.01 * whole:
                 continue
             if (path, name) not in adapted and path not in said and full not in said:
                 found.append(_pattern(full))

@@ -1,11 +1,11 @@
-"""The models that a census counts: transformers' types, timm's where it is installed, and diffusers'."""
+"""The models that a census counts: transformers' types, and timm's and diffusers' where these are there."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,9 +38,9 @@ def names() -> list[str]:
 
     found = [f"transformers:{name}" for name in CONFIG_MAPPING]
     if importlib.util.find_spec("timm"):
-        import timm
+        from benchmarks.censuses import vision
 
-        found += [f"timm:{name}" for name in _families(timm.list_models())]
+        found += [f"timm:{file}" for file in vision.files()]
     if importlib.util.find_spec("diffusers"):
         from benchmarks.censuses.denoisers import DENOISERS
 
@@ -56,6 +56,26 @@ def make(name: str) -> Made:
     """
     library, _, kind = name.partition(":")
     return {"transformers": _transformers, "timm": _timm, "diffusers": _diffusers}[library](kind)
+
+
+def _timm(kind: str) -> Made:
+    from benchmarks.censuses import vision
+
+    built, last = False, "no model"
+    try:
+        for model, batch in vision.models(kind):
+            built = True
+            _settle(model)
+            try:
+                vision.settle(model, batch)
+                with torch.no_grad():
+                    model(**batch)
+                return model, batch
+            except Exception as error:  # whatever a stranger's code raises
+                last = f"{type(error).__name__}: {error}"
+    except Exception as error:
+        last = f"{type(error).__name__}: {error}" if not built else last
+    raise (NotRun if built else NotBuilt)(last)
 
 
 def _diffusers(kind: str) -> Made:
@@ -77,7 +97,11 @@ def _transformers(kind: str) -> Made:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     built, last, tried, since = False, "no configuration", set(), time.process_time()
-    for config in configs(CONFIG_MAPPING[kind]):
+    try:
+        offered = list(configs(CONFIG_MAPPING[kind]))
+    except Exception as error:  # its own default
+        raise NotBuilt(f"its default configuration: {type(error).__name__}: {error}") from error
+    for config in offered:
         try:
             said, classes = str(config), list(_classes(type(config)))
         except Exception as error:  # it does not hold together
@@ -115,7 +139,8 @@ def _transformers(kind: str) -> Made:
 def _settle(model: nn.Module) -> None:
     """Numbers for what a checkpoint would fill.
 
-    Weights that start as zeros hide what depends on them, and a signal vanishes in many small convolutions.
+    Weights and codebooks that start as zeros hide what depends on them, and a signal vanishes in many small
+    convolutions.
     """
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -124,7 +149,7 @@ def _settle(model: nn.Module) -> None:
                 weight = module.weight
                 weight.copy_(torch.randn(weight.shape, generator=draw))
                 weight.mul_(GAIN / max(1, weight[0].numel()) ** 0.5)
-        for parameter in model.parameters():
+        for parameter in model.state_dict(keep_vars=True).values():
             if parameter.is_floating_point() and parameter.dim() > 1 and not parameter.any():
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
             elif parameter.is_floating_point() and not parameter.isfinite().all():
@@ -157,33 +182,3 @@ def _classes(config_class: type) -> Iterator[type]:
             if isinstance(each, type) and issubclass(each, PreTrainedModel):
                 if getattr(each, "config_class", None) is config_class and "forward" in vars(each):
                     yield each
-
-
-# -- timm ---------------------------------------------------------------------------------------------
-
-
-def _families(listed: list[str]) -> list[str]:
-    """One name of each family: the first part of a name."""
-    return list({name.partition("_")[0]: name for name in reversed(listed)}.values())
-
-
-def _timm(kind: str) -> Made:
-    import timm
-
-    attempts: list[Callable[[], nn.Module]] = [
-        lambda: timm.create_model(kind, pretrained=False, num_classes=5, img_size=64),
-        lambda: timm.create_model(kind, pretrained=False, num_classes=5),
-    ]
-    last = ""
-    for attempt in attempts:
-        try:
-            torch.manual_seed(0)
-            model = attempt().eval()
-            side = model.default_cfg["input_size"][-1] if attempt is attempts[1] else 64
-            batch = {"x": torch.randn(2, 3, side, side)}
-            with torch.no_grad():
-                model(**batch)
-            return model, batch
-        except Exception as error:
-            last = f"{type(error).__name__}: {error}"
-    raise NotBuilt(last)

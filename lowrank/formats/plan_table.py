@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from lowrank.models.listing import listed
 
 
 def plan_cells(plan: Any) -> list[list[str]]:
@@ -43,7 +46,13 @@ def plan_remarks(plan: Any) -> list[str]:
         lines.append(f"trained in full: {', '.join(plan.train)}")
     if plan.learning_rate is not None:
         lines.append(f"learning rate {plan.learning_rate:.2e}, measured")
+    if [*plan.matches] != ["target='all-linear'"]:
+        lines += [f"{spelled}: {_counted(plan, hits)}" for spelled, hits in plan.matches.items()]
     return lines + [f"note: {note}" for note in plan.notes]
+
+
+def _counted(plan: Any, hits: Sequence[Any]) -> str:
+    return f"{len(hits)} of {len(plan)} projections ({listed(p.name for p in hits)})" if hits else "none"
 
 
 def _spent(plan: Any) -> int:

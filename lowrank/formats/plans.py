@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +16,8 @@ FORMAT, VERSION = "lowrank-plan", 1
 
 
 def plan_to_json(plan: Any) -> dict[str, Any]:
-    """Plain data of a `Plan`."""
+    """Plain data of a `Plan`; projections that a pattern is for are numbers of rows."""
+    place = {p: i for i, p in enumerate(plan)}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -30,6 +31,7 @@ def plan_to_json(plan: Any) -> dict[str, Any]:
         "dora": plan.dora,
         "notes": list(plan.notes),
         "left_out": plan.left_out,
+        "matches": {spelled: [place[p] for p in hits] for spelled, hits in plan.matches.items()},
         **({"rows": [asdict(rows) for rows in plan.rows]} if plan.rows else {}),
         "projections": [
             {
@@ -76,6 +78,7 @@ def plan_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
             "energies": energies,
             "notes": [typed(note, str) for note in data.get("notes", ())],
             "left_out": {name: typed(why, str) for name, why in data.get("left_out", {}).items()},
+            "matches": _matches(data.get("matches", {}), list(allocations)),
             "reference_rank": _whole(data.get("reference_rank")),
             "learning_rate": None if (rate := data.get("learning_rate")) is None else _number(rate),
             "rows": [_token_rows(row) for row in data.get("rows", ())],
@@ -95,6 +98,13 @@ def _projection(row: Mapping[str, Any]) -> Projection:
         out_features=typed(row["out_features"], int),
         block=typed(row["block"], str),
     )
+
+
+def _matches(said: Mapping[str, Any], projections: Sequence[Projection]) -> dict[str, list[Projection]]:
+    places = {typed(spelled, str): [typed(i, int) for i in hits] for spelled, hits in said.items()}
+    if any(not 0 <= i < len(projections) for hits in places.values() for i in hits):
+        raise ValueError(f"matches names a projection that is not there; there are {len(projections)}")
+    return {spelled: [projections[i] for i in hits] for spelled, hits in places.items()}
 
 
 def _token_rows(row: Mapping[str, Any]) -> TokenRows:

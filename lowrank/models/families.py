@@ -43,6 +43,7 @@ ROLES_BY_NAME = {
     }.items()
     for name in names.split()
 }
+UNSURE = frozenset(["w1"])  # a gate beside w3, an up beside w0
 # Below an attention, these are its output.
 ATTENTION_OUTPUTS = frozenset(
     "out_proj o out_lin wo to_out c_proj dense proj output_proj linear_out projection projection_layer "
@@ -120,7 +121,8 @@ def is_feed_forward(name: str) -> bool:
 
 def is_named(path: str) -> bool:
     """Is the name itself known, and not only words of it?"""
-    return path.rpartition(".")[2].lower() in ROLES_BY_NAME
+    name = path.rpartition(".")[2].lower()
+    return name in ROLES_BY_NAME and name not in UNSURE
 
 
 def in_attention(path: str) -> bool:

@@ -11,11 +11,11 @@ from torch import nn
 from lowrank.linalg.rows import height, pieces
 from lowrank.models.families import WRAPPERS, Role, in_attention, is_attention, is_named, role_of
 from lowrank.models.fused_beside import made_of
-from lowrank.models.guesses import likely_blocks
 from lowrank.models.layouts import (
     FUSED_NAMES,
     GATED_NAMES,
     LATENT,
+    QKV,
     Blocks,
     gate_up,
     in_order,
@@ -23,8 +23,7 @@ from lowrank.models.layouts import (
     layout_of,
 )
 from lowrank.models.storage import declared_shape, is_linear
-from lowrank.models.structure import role_by_structure
-from lowrank.models.trials import divides
+from lowrank.models.structure import blocks_by_structure, blocks_by_trial
 
 Fused = Mapping[str, Mapping[str, int]]
 GROUPS = "groups"  # among the roles: how many times their rows follow each other
@@ -89,9 +88,9 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
         return in_order([(role_of(path), rows)])  # a state-space block's has none
     if leaf in FUSED_NAMES:
         holds = FUSED_NAMES[leaf]
-        for likely in likely_blocks(parent, leaf, rows):
-            if divides(parent, name, columns, likely):
-                return likely
+        shown = blocks_by_trial(model, path)
+        if shown and set(holds) <= {role for role, _ in shown}:
+            return shown
         return Doubt(_ask_for_rows(model, path, rows, holds), frozenset(holds))
     if leaf in GATED_NAMES and rows % 2 == 0:
         return gate_up(parent, rows)
@@ -100,10 +99,30 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
         if getattr(output, "in_features", None) == rows // 2:
             return gate_up(parent, rows)
     role = role_of(path, attends=_attends(model, parent_path))
+    if role == Role.UP and _holds_two(parent, rows, columns):
+        holds = (Role.GATE, Role.UP)
+        return blocks_by_trial(model, path) or Doubt(
+            _ask_for_rows(model, path, rows, holds), frozenset(holds)
+        )
     if not is_named(path):  # what a block computes goes before the words of a name
-        shown = role_by_structure(model, path)
-        role = role if shown == Role.OTHER else shown
+        shown = blocks_by_structure(model, path)
+        if shown and credible(model, path, shown):
+            return shown
     return in_order([(role, rows)])
+
+
+def _holds_two(parent: nn.Module, rows: int, columns: int) -> bool:
+    """Is there a layer beside an up of ``rows`` that takes half as many, so that it holds a gate, too?"""
+    beside = {declared_shape(child) for child in parent.children() if is_linear(child)}
+    return (columns, rows // 2) in beside and (columns, rows) not in beside and rows % 2 == 0
+
+
+def credible(model: nn.Module, path: str, shown: Blocks) -> bool:
+    """Beside a layer that is named query, key or value, no other is that too: it may be for positions."""
+    parent = path.rpartition(".")[0]
+    beside = {f"{parent}.{name}": child for name, child in model.get_submodule(parent).named_children()}
+    named = {role_of(other) for other, child in beside.items() if is_linear(child)}
+    return named.isdisjoint({role for role, _ in shown}.intersection(QKV))
 
 
 def _attends(model: nn.Module, path: str) -> bool:

@@ -1,7 +1,7 @@
 """How fused weights are laid out: which of their rows are the query's, the key's, the value's.
 
-By the name of the weight and the class of the module that holds it. What no table knows is in
-`guesses`. It looks at names and attributes, and changes nothing.
+By the name of the weight and the class of the module that holds it. What no table knows is tried out: see
+`structure`. It looks at names and attributes, and changes nothing.
 """
 
 from __future__ import annotations
@@ -125,6 +125,16 @@ def _gated_delta_net_by_heads(parent: Any, rows: int) -> Blocks:
     return interleaved(parent.num_k_heads, sizes)
 
 
+def _davit(parent: Any, rows: int) -> Blocks:
+    """DaViT calls query what its attention is multiplied with: softmax(keyᵀ·value)·query."""
+    return in_order([(role, rows // 3) for role in (Role.VALUE, Role.QUERY, Role.KEY)])
+
+
+def _global_context(parent: Any, rows: int) -> Blocks:
+    """GCViT: the query may come from the whole image."""
+    return (halves if parent.use_global else thirds)(parent, rows)
+
+
 def whole_up(parent: Any, rows: int) -> Blocks:
     return in_order([(Role.UP, rows)])
 
@@ -151,9 +161,9 @@ def _kv_heads(parent: Any) -> int:
 
 # -- the table ----------------------------------------------------------------------------------------
 
-# By name of the weight and class of the module that holds it, read in transformers 5.23 and diffusers 0.42.
-# A class whose name says too little has its folder or its file before it. tests/models/test_divisions.py and
-# test_diffusers.py try every row.
+# By name of the weight and class of the module that holds it, read in transformers 5.23, diffusers 0.42 and
+# timm 1.0. A class whose name says too little has its folder or its file before it. tests/models/ has
+# test_divisions.py, test_diffusers.py and test_timm.py, which try every row.
 _TABLE: dict[str, dict[Layout, str]] = {
     "qkv": {
         thirds: "Blip2Attention BlipAttention CohereCompassVisionAttention "
@@ -167,7 +177,12 @@ _TABLE: dict[str, dict[Layout, str]] = {
         "Qwen3VLMoeVisionAttention Qwen3VLVisionAttention Qwen3_5MoeVisionAttention "
         "Qwen3_5VisionAttention Qwen4ExpVisionAttention SLANeXtVisionAttention Sam2MultiScaleAttention "
         "SamHQVisionAttention SamVisionAttention SegGptAttention TimesformerSelfAttention "
-        "UnlimitedOcrSamVisionAttention VitDetAttention qwen2_vl.VisionAttention",
+        "UnlimitedOcrSamVisionAttention VitDetAttention qwen2_vl.VisionAttention "
+        # timm: channels attend to channels, heads are mixed, or the tokens lie in an order of their own
+        "xcit.XCA edgenext.CrossCovarianceAttn davit.ChannelAttentionV2 "
+        "cait.TalkingHeadAttn hiera.MaskUnitAttention mvitv2.MultiScaleAttention",
+        _davit: "davit.ChannelAttention",
+        _global_context: "gcvit.WindowAttentionGlobal",
         grouped(_kv_heads): "Exaone4_5_VisionAttention",
     },
     "qkv_proj": {

@@ -18,6 +18,7 @@ from lowrank.models.families import INDEXERS, ROUTERS, Role
 from lowrank.models.fused import Doubt, Fused, blocks_of
 from lowrank.models.fused_beside import fused_beside
 from lowrank.models.kinds import kind_of
+from lowrank.models.listing import large_weights
 from lowrank.models.roles import Roles, told_role
 from lowrank.models.storage import declared_shape, is_linear, rows_of, weight_shape
 from lowrank.models.trials import try_layer
@@ -214,7 +215,8 @@ def further(model: nn.Module) -> dict[Projection, Doubt | None]:
 def unheld(model: nn.Module, projections: Iterable[Projection]) -> dict[str, str]:
     """Matrices that none of ``projections`` covers, such as an LSTM's: names, each with its module's path.
 
-    Embeddings, convolutions and what is called a bias, a position or a token do not count.
+    Embeddings and convolutions do not count, nor does what is called a bias, a position or a token, unless it
+    is large.
     """
     covered = {(p.module, p.param) for p in projections}
     found = {}
@@ -222,11 +224,13 @@ def unheld(model: nn.Module, projections: Iterable[Projection]) -> dict[str, str
         if kind_of(module) is not None or isinstance(module, nn.modules.conv._ConvNd):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if (path, name) in covered or any(
-                word in name for word in ("bias", "pos", "token", "embed", "A_log")
-            ):
-                continue
             lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
-            if not lazy and sum(size > 1 for size in parameter.shape) > 1:
+            if (path, name) not in covered and not lazy and sum(size > 1 for size in parameter.shape) > 1:
                 found[f"{path}.{name}".lstrip(".")] = path
-    return found
+    large = large_weights(model, found)
+    return {name: path for name, path in found.items() if name in large or not _is_minor(name)}
+
+
+def _is_minor(name: str) -> bool:
+    leaf = name.rpartition(".")[2]
+    return any(word in leaf for word in ("bias", "pos", "token", "embed", "A_log"))

@@ -12,10 +12,14 @@ Roles = Mapping[str, str]  # dotted-suffix pattern → role
 
 def told_role(path: str, roles: Roles) -> Role | None:
     """The role that ``roles`` say of the module ``path``; of several patterns the longest counts."""
+    pattern = telling(path, roles)
+    return None if pattern is None else Role(roles[pattern])
+
+
+def telling(path: str, roles: Roles) -> str | None:
+    """The pattern of ``roles`` that says the role of the module ``path``: of several the longest."""
     patterns = [pattern for pattern in roles if matches(path, pattern)]
-    if not patterns:
-        return None
-    return Role(roles[max(patterns, key=lambda each: (each.count("."), len(each)))])
+    return max(patterns, key=lambda each: (each.count("."), len(each)), default=None)
 
 
 def unnamed(paths: Iterable[str], roles: Roles) -> list[str]:

@@ -1,104 +1,116 @@
-"""Roles of feed-forward blocks whose names say nothing: by the shapes of their layers, and by a trial.
+"""Roles that no name tells: by the shapes of a block's layers, and by who consumes whose output.
 
-A block of two layers that widens and narrows again has an up and a down; of three, the down is the one that
-narrows, and of the two others the gate is the one that the output does not depend on in proportion.
+A block of two layers that widens and narrows again has an up and a down. All else is tried out on a copy of
+the block, or of the module around it, with random numbers: see `consumers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lowrank.models.calls import likely_calls
+from lowrank.models.consumers import roles_by_use
 from lowrank.models.families import Role, in_attention, is_feed_forward
+from lowrank.models.influence import Call, Trial, can_be_copied, refilled
+from lowrank.models.layouts import Blocks, in_order
 from lowrank.models.storage import declared_shape, is_linear
-from lowrank.models.trials import copied, is_plain, once, unnoticed
+from lowrank.models.trials import once, unnoticed
 
-TOKENS = 4
-LINEAR, BENT = 1e-6, 1e-3  # relative, in fp64
-
-
-def role_by_structure(model: nn.Module, path: str) -> Role:
-    """The role of the linear layer ``path`` in its block; `Role.OTHER` where its structure tells none."""
-    parent_path, _, leaf = path.rpartition(".")
-    if in_attention(parent_path):
-        return Role.OTHER
-    said = is_feed_forward(parent_path.rpartition(".")[2])
-    return _roles(model.get_submodule(parent_path), said=said).get(leaf, Role.OTHER)
+LAYERS = 16  # a block that is tried has no more linear layers than this,
+TIMES, SMALL = 16, 4_000_000  # and no more parameters than this times those of the layer in question, or this
 
 
-def _roles(block: nn.Module, *, said: bool) -> Mapping[str, Role]:
-    """Roles of the layers of ``block``, if these are all that it holds and it is a feed-forward block.
+def blocks_by_structure(model: nn.Module, path: str) -> Blocks | None:
+    """Roles and rows of the linear layer ``path``; None where its structure tells nothing."""
+    parent = path.rpartition(".")[0]
+    if not in_attention(parent):
+        for around in (parent, *_feed_forwards(parent)):
+            said = is_feed_forward(around.rpartition(".")[2])
+            roles = _up_and_down(model.get_submodule(around), said=said)
+            if (role := roles.get(path[len(around) :].lstrip("."))) is not None:
+                return in_order([(role, _rows(model, path))])
+    return blocks_by_trial(model, path)
+
+
+def _feed_forwards(path: str) -> list[str]:
+    """The nearest path above that is called a feed-forward block, if there is one."""
+    parts = path.split(".")
+    above = [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
+    return [each for each in above if is_feed_forward(each.rpartition(".")[2])][:1]
+
+
+def blocks_by_trial(model: nn.Module, path: str) -> Blocks | None:
+    """What `consumers` finds of the linear layer ``path`` in the smallest block that shows it; else None."""
+    for around in blocks_around(model, path):
+        found = tried(model.get_submodule(around)).get(path[len(around) :].lstrip("."))
+        if found:
+            return found
+    return None
+
+
+def blocks_around(model: nn.Module, path: str) -> Iterator[str]:
+    """Paths of the modules around the layer ``path`` that may be tried, the smallest first."""
+    weight = model.get_submodule(path).weight
+    above, levels = path, 2
+    while above and levels:
+        above = above.rpartition(".")[0]
+        block = model.get_submodule(above)
+        if isinstance(block, nn.ModuleList | nn.ModuleDict):
+            continue
+        levels -= not isinstance(block, nn.Sequential)
+        few = sum(1 for _ in islice(filter(is_linear, block.modules()), LAYERS + 1)) <= LAYERS
+        if few and sum(p.numel() for p in block.parameters()) <= max(SMALL, TIMES * weight.numel()):  # type: ignore[operator]
+            yield above
+
+
+def tried(block: nn.Module) -> Mapping[str, Blocks]:
+    """Roles and rows of the layers of ``block`` by path, of the first call that shows any."""
+    if not can_be_copied(block) or type(block).forward is nn.Module.forward:
+        return {}
+    shapes = tuple(declared_shape(module) for module in block.modules() if is_linear(module))
+    device = next(block.parameters()).device
+    return once(block, ("use", shapes), lambda: tried_with(block, likely_calls(block, device)))
+
+
+def tried_with(block: nn.Module, calls: Iterable[Call]) -> Mapping[str, Blocks]:
+    """What the first of ``calls`` shows that shows any; they get a copy of ``block`` in fp64."""
+    device = next(block.parameters()).device
+    with unnoticed(device), torch.inference_mode(False):
+        copy = refilled(block)
+        for call in calls:
+            try:
+                found = roles_by_use(Trial(copy, call))
+            except Exception:  # whatever a stranger's code raises: nothing was seen
+                continue
+            if found:
+                return found
+    return {}
+
+
+def _rows(model: nn.Module, path: str) -> int:
+    shape = declared_shape(model.get_submodule(path))
+    assert shape is not None
+    return shape[0]
+
+
+def _up_and_down(block: nn.Module, *, said: bool) -> Mapping[str, Role]:
+    """Roles of the two layers of ``block``, if these are all that it holds and it is a feed-forward block.
 
     Args:
-        said: its name says that it is one: of two layers the first is the up, whatever their widths.
+        said: its name says that it is one: the first is the up, whatever their widths.
     """
-    linear = (named for named in block.named_children() if is_linear(named[1]))
-    shapes = {name: declared_shape(child) for name, child in islice(linear, 4)}  # of many, 4 say enough
-    if len(shapes) not in (2, 3) or sum(map(is_linear, block.modules())) != len(shapes):
+    linear = ((path, module) for path, module in block.named_modules() if path and is_linear(module))
+    shapes = {path: declared_shape(module) for path, module in islice(linear, 3)}  # of many, 3 say enough
+    if len(shapes) != 2:
         return {}
-    if said and len(shapes) == 2:
-        return dict(zip(shapes, (Role.UP, Role.DOWN), strict=True))
-    narrow = [name for name, shape in shapes.items() if shape and shape[0] < shape[1]]
-    if len(narrow) != 1 or (len(shapes) == 2 and narrow != [*shapes][1:]):
+    (first, up), (last, down) = shapes.items()
+    if up is None or down is None:
         return {}
-    last, first = narrow[0], [name for name in shapes if name not in narrow]
-    narrows = shapes[last]
-    if narrows is None or any(shapes[name] != narrows[::-1] for name in first):
-        return {}
-    if len(first) == 1:
-        return {first[0]: Role.UP, last: Role.DOWN}
-    gate = _gate(block, first, narrows[0])
-    if gate is None:  # two branches of another kind
-        return {}
-    return {last: Role.DOWN} | {name: Role.GATE if name == gate else Role.UP for name in first}
-
-
-def _gate(block: nn.Module, names: list[str], columns: int) -> str | None:
-    """Which of two layers goes through an activation before they are multiplied; None if that is not seen."""
-    tensors = [*block.parameters(), *block.buffers()]
-    if not all(map(is_plain, tensors)):
-        return None
-    return once(block, ("gate", *names, columns), lambda: _try_gate(block, names, columns))
-
-
-def _try_gate(block: nn.Module, names: list[str], columns: int) -> str | None:
-    draw = torch.Generator().manual_seed(0)
-
-    def random(tensor: Tensor) -> Tensor:
-        numbers = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
-        return (numbers / max(1, tensor.shape[-1]) ** 0.5).to(tensor.device)
-
-    device = next(block.parameters()).device
-    with unnoticed(device):
-        copy = copied(block, random)
-        x = torch.randn(1, TOKENS, columns, generator=draw, dtype=torch.float64).to(device)
-        times = dict.fromkeys(names, 1.0)
-
-        def hook(name: str) -> Any:
-            return lambda module, args, y: y * times[name]
-
-        for name in names:
-            copy.get_submodule(name).register_forward_hook(hook(name))
-        try:
-            bends = {name: _bend(copy, x, times, name) for name in names}
-        except Exception:  # whatever a stranger's code raises: nothing was seen
-            return None
-    up, gate = sorted(names, key=lambda name: bends[name])
-    return gate if bends[up] <= LINEAR and bends[gate] > BENT else None
-
-
-def _bend(copy: Any, x: Tensor, times: dict[str, float], name: str) -> float:
-    """How far the output is from being in proportion to what the layer ``name`` gives; 0 where it is."""
-    outputs = []
-    for factor in (0.0, 1.0, 2.0, -1.0):  # ReLU is in proportion above 0, and a sigmoid less ½ is odd
-        times[name] = factor
-        outputs.append(copy(x))
-    times[name] = 1.0
-    none, as_is, twice, turned = outputs
-    change = as_is - none
-    bends = (twice - none - 2 * change).norm(), (turned - none + change).norm()
-    return float(max(bends) / change.norm())
+    inner = "." in first + last  # in modules of their own: one must fit the other
+    if (said and (not inner or up[0] == down[1])) or (not inner and up[0] > up[1] and up == down[::-1]):
+        return {first: Role.UP, last: Role.DOWN}
+    return {}

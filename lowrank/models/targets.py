@@ -14,6 +14,7 @@ from lowrank.models.listing import as_names, large_weights, listed, nearest, und
 from lowrank.models.projections import Projection, Role, further, scan, unheld
 from lowrank.models.roles import Roles, unnamed
 from lowrank.models.towers import within
+from lowrank.models.trained import trained_modules
 
 ROLE_UNKNOWN = "left out, since its role is not known: roles={pattern: role} says it"
 _ROLES = frozenset(role.value for role in Role)
@@ -27,6 +28,7 @@ class Selection(NamedTuple):
     projections: list[Projection]
     notes: list[str]
     left_out: dict[str, str]  # of "all-linear": modules and weights that it does not adapt, each with why
+    meant: dict[str, list[Projection]]  # what each name in the target means, as it is spelled
 
 
 def select(
@@ -69,6 +71,7 @@ def select(
     known = _Known(model, doubts, output_heads(model), unheld_, besides)
 
     excluded = {p for name in excludes for p in known.named(name, excluding=True)}
+    meant: dict[str, set[Projection]] = {}
     if callable(target):
         chosen = {p for p in doubts if target(p)}
         if not chosen:
@@ -78,11 +81,14 @@ def select(
         if not names:
             raise ValueError('no target: name projections, a role such as "query", or "all-linear"')
         by_role = [name for name in names if _is_role(name)]
-        chosen = {p for name in names if name not in by_role for p in known.named(name)}
+        meant = {name: known.named(name) for name in names if name not in by_role}
+        chosen = set().union(*meant.values())
         among = doubts.keys() - chosen - excluded
         for name in by_role:
             known.check_role(f"target={name!r}", name, among)
-            chosen |= known.named(name)
+            meant[name] = known.named(name)
+            chosen |= meant[name]
+        meant = {name: meant[name] for name in names}
     chosen -= excluded
     for name in excludes:
         known.check_role(f"exclude={name!r}", name, chosen)
@@ -95,7 +101,9 @@ def select(
     if broken:
         more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
         raise ValueError(f"{broken[0]}; it cannot be adapted: leave it out with exclude={more}")
-    return Selection([p for p in doubts if p in chosen], notes, left_out)
+    in_order = [p for p in doubts if p in chosen]
+    spelled = {name: [p for p in in_order if p in hits] for name, hits in meant.items()}
+    return Selection(in_order, notes, left_out, spelled)
 
 
 @dataclass(frozen=True)
@@ -223,25 +231,6 @@ def _nothing_left(target: Target, exclude: Sequence[str], train: Sequence[str], 
     by = f"{' and '.join(left)} leaves" if left else "the model has"
     why = f" ({'; '.join(notes)}); name what to adapt in target=" if notes else ""
     return f"{by} nothing of target={target!r}{why}"
-
-
-def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
-    """Paths of the modules that ``train`` names; a path below another of them is left out."""
-    paths = [path for path, _ in model.named_modules() if path]
-    found: list[str] = []
-    for pattern in as_names(train, "train"):
-        hits = [path for path in paths if matches(path, pattern)]
-        if not hits:
-            raise ValueError(f"train={pattern!r} names no module{nearest(pattern, paths)}")
-        for hit in hits:
-            kind = type(model.get_submodule(hit))
-            if kind.forward is nn.Module.forward:
-                raise ValueError(
-                    f"train={pattern!r} names {hit}, a {kind.__name__}, which is never called: "
-                    f"name what it holds, such as {pattern + '.*'!r}"
-                )
-        found += [hit for hit in hits if hit not in found]
-    return [path for path in found if not under([p for p in found if p != path])(path)]
 
 
 def _is_called(projection: Projection, name: str) -> bool:

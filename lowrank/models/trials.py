@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
@@ -17,10 +17,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-
-from lowrank.linalg.rows import Rows, copy_, height
-from lowrank.models.families import Role
-from lowrank.models.layouts import Blocks
 
 TOKENS = 6
 SAME, LINEAR, MOVED = 1e-6, 1e-4, 1e-3  # relative, in fp64
@@ -50,23 +46,6 @@ def try_layer(module: nn.Module, rows: int, columns: int) -> LayerTrial:
     if known or not is_plain(weight):
         return LayerTrial()
     return once(module, ("layer", rows, columns), lambda: _try_layer(module, weight, rows, columns))
-
-
-def divides(parent: nn.Module, leaf: str, columns: int, blocks: Blocks) -> bool:
-    """Does ``parent`` use the rows of its fused layer ``leaf`` as ``blocks`` say?
-
-    ``parent`` is called with one tensor ``(1, tokens, columns)``, its weights random. A query acts on its own
-    token only; a key and a value act on other tokens, the value in proportion. Each block is moved as a
-    whole, and its first and its last row alone. False where the call does not work, too.
-    """
-    tensors = [*parent.parameters(), *parent.buffers()]
-    if not all(is_plain(tensor) or not tensor.is_floating_point() for tensor in tensors):
-        return False
-    weight: Any = parent.get_submodule(leaf).weight
-    if any(tensor.is_meta for tensor in tensors) or sum(p.numel() for p in tensors) > 16 * weight.numel():
-        return False
-    key = ("blocks", leaf, columns, *blocks)
-    return once(parent, key, lambda: _divides(parent, leaf, columns, blocks))
 
 
 # -- layers -------------------------------------------------------------------------------------------
@@ -105,75 +84,6 @@ def _reads_transposed(copy: nn.Module, x: Tensor, y: Tensor) -> bool:
 
     as_rows, as_columns = miss(weight.T), miss(weight)
     return as_columns < as_rows and as_columns <= 0.05
-
-
-# -- fused attention ----------------------------------------------------------------------------------
-
-
-def _divides(parent: nn.Module, leaf: str, columns: int, blocks: Blocks) -> bool:
-    device = next(parent.parameters()).device
-    draw = torch.Generator().manual_seed(0)
-
-    def random(shape: Sequence[int]) -> Tensor:
-        return torch.randn(*shape, generator=draw, dtype=torch.float64)
-
-    def refilled(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor.clone()
-        if not isinstance(tensor, nn.Parameter):  # a buffer, such as a mask
-            return tensor.double()
-        return (random(tensor.shape) / max(1, tensor.shape[-1] if tensor.dim() else 1) ** 0.5).to(device)
-
-    with unnoticed(device):
-        copy = copied(parent, refilled)
-        x = random((1, TOKENS, columns)).to(device)
-        moved: dict[str, Any] = {"by": 0.0}
-        copy.get_submodule(leaf).register_forward_hook(lambda module, args, y: y + moved["by"])
-
-        def output(by: Any = 0.0) -> Tensor:
-            moved["by"] = by
-            y: Any = copy(x)
-            y = y if isinstance(y, Tensor) else y[0]
-            if y.shape[:2] != x.shape[:2]:
-                raise ValueError("the output has other tokens than the input")
-            return y.detach()
-
-        try:
-            still, width = output(), sum(height(own) for _, own in blocks)
-            for role, own in blocks:
-                start, stop = own[:2]
-                for rows in (own, (start, start + 1), (stop - 1, stop)):
-                    if not _acts_as(role, rows, width, output, still, random):
-                        return False
-        except Exception:  # whatever a stranger's code raises: nothing was proven
-            return False
-    return True
-
-
-def _acts_as(
-    role: Role,
-    rows: Rows,
-    width: int,
-    output: Callable[[Any], Tensor],
-    still: Tensor,
-    random: Callable[[Sequence[int]], Tensor],
-) -> bool:
-    """Do these rows, moved at one token, change the output as ``role`` would?"""
-    token = TOKENS - 1 if role == Role.QUERY else 0  # a causal mask shows the first to all, and the last all
-    by = torch.zeros(1, TOKENS, width, dtype=still.dtype, device=still.device)
-    copy_(by[0, token], rows, 3 * random((height(rows),)).sign())
-    size = still.abs().max()
-    change = output(by) - still
-    others = torch.arange(TOKENS, device=still.device) != token
-    spread = change[:, others].abs().max()
-    if role == Role.QUERY:
-        early = by.roll(1, dims=1)  # at the first token
-        unseen = (output(early) - still)[:, 1:].abs().max()
-        return bool(max(spread, unseen) <= SAME * size and change.abs().max() > LINEAR * size)
-    bend = (output(2 * by) - still - 2 * change)[:, others].abs().max()
-    if spread <= LINEAR * size:
-        return False
-    return bool(bend <= LINEAR * spread if role == Role.VALUE else bend > MOVED * spread)
 
 
 # -- copies -------------------------------------------------------------------------------------------

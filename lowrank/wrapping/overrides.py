@@ -1,11 +1,14 @@
-"""What a policy says of single layers and projections: `layers`, `ranks`, `alphas` and `expert_rank`."""
+"""What a policy says of single layers and projections: `layers`, `ranks`, `alphas` and `expert_rank`.
+
+And which of its patterns is for which projections.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import cast
 
 from torch import nn
 
@@ -14,9 +17,8 @@ from lowrank.allocate.budget import Costs
 from lowrank.models.experts import active_experts, within_experts
 from lowrank.models.fused import matches
 from lowrank.models.projections import Projection
+from lowrank.models.roles import telling
 from lowrank.policy import Policy
-
-T = TypeVar("T")
 
 
 def layer_number(p: Projection) -> int | None:
@@ -85,8 +87,9 @@ def overridden(
     Raises:
         ValueError: a pattern that matches no projection, or a rank that one cannot have.
     """
-    ranks = _by_pattern(policy.ranks, list(allocations), "ranks")
-    alphas = _by_pattern(policy.alphas, list(allocations), "alphas")
+    targeted = list(allocations)
+    ranks = {p: policy.ranks[pattern] for p, pattern in winning(policy.ranks, targeted, "ranks").items()}
+    alphas = {p: policy.alphas[pattern] for p, pattern in winning(policy.alphas, targeted, "alphas").items()}
     made = dict(allocations)
     own_reference = {p: max(1, reference // n) for p, n in active.items()}
     for p, n in active.items():
@@ -102,9 +105,12 @@ def overridden(
     return made
 
 
-def _by_pattern(said: Mapping[str, T], projections: Sequence[Projection], what: str) -> dict[Projection, T]:
-    """What ``said`` has for each projection; of several patterns that match it the longest counts."""
-    found: dict[Projection, T] = {}
+def winning(said: Iterable[str], projections: Sequence[Projection], what: str) -> dict[Projection, str]:
+    """The pattern of ``said`` that counts for each projection: of several that match it the longest.
+
+    Raises ValueError where one matches none.
+    """
+    found: dict[Projection, str] = {}
     for pattern in sorted(said, key=len):
         hits = [p for p in projections if pattern in (p.name, p.role.value) or matches(p.module, pattern)]
         if not hits:
@@ -112,5 +118,25 @@ def _by_pattern(said: Mapping[str, T], projections: Sequence[Projection], what: 
             raise ValueError(
                 f"{what}={pattern!r} matches no targeted projection; they are {', '.join(ends[:8])}"
             )
-        found |= dict.fromkeys(hits, said[pattern])
+        found |= dict.fromkeys(hits, pattern)
+    return found
+
+
+def matched(
+    policy: Policy, meant: Mapping[str, Sequence[Projection]], projections: Sequence[Projection]
+) -> dict[str, list[Projection]]:
+    """Which of ``projections`` each pattern of the policy is for, in the user's spelling.
+
+    Args:
+        meant: what each name in the target means.
+    """
+    kept = set(projections)
+    found = {f"target={name!r}": [p for p in hits if p in kept] for name, hits in meant.items()}
+    for what, said in (("ranks", policy.ranks), ("alphas", policy.alphas)):
+        counts = winning(said, projections, what)
+        for pattern, value in said.items():
+            found[f"{what}[{pattern!r}]={value}"] = [p for p in projections if counts.get(p) == pattern]
+    for pattern, role in policy.roles.items():
+        told = [p for p in projections if not p.block and telling(p.module, policy.roles) == pattern]
+        found[f"roles[{pattern!r}]={role}"] = told
     return found

@@ -19,12 +19,13 @@ from lowrank.init import Initializer, Kaiming
 from lowrank.init.base import frozen_factors, largest_rank, needs_of
 from lowrank.models.projections import Projection
 from lowrank.models.storage import is_linear, weight_shape
-from lowrank.models.targets import select, trained_modules
+from lowrank.models.targets import select
 from lowrank.models.tokens import check_rows, find_rows, row_problems
+from lowrank.models.trained import trained_modules
 from lowrank.plan import Plan
 from lowrank.policy import Policy
 from lowrank.wrapping.checks import check_layers, check_unwrapped, projection_problems
-from lowrank.wrapping.overrides import divided, divisors, in_layers, overridden
+from lowrank.wrapping.overrides import divided, divisors, in_layers, matched, overridden
 
 
 def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) -> tuple[Plan, Statistics]:
@@ -33,7 +34,7 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
     if not isinstance(policy, Policy):
         raise ValueError(f"expected a Policy, such as lowrank.presets.lora(), not {policy!r}")
     train, rows = trained_modules(model, policy.train), find_rows(model, policy.rows)
-    projections, notes, left_out = select(
+    projections, notes, left_out, meant = select(
         model, policy.target, policy.exclude, policy.train, policy.fused, policy.roles
     )
     projections, outside = in_layers(projections, policy)
@@ -74,6 +75,7 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
         seed=policy.seed,
         notes=notes,
         left_out=left_out,
+        matches=matched(policy, meant, projections),
         reference_rank=rank,
         dora=policy.dora,
         rows=rows,
@@ -207,6 +209,7 @@ def fitted_plan(model: nn.Module, plan: Plan) -> Plan:
         seed=plan.seed,
         notes=plan.notes,
         left_out=plan.left_out,
+        matches=plan.matches,
         reference_rank=plan.reference_rank,
         learning_rate=plan.learning_rate,
         dora=plan.dora,

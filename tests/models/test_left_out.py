@@ -345,7 +345,7 @@ def test_matrices_that_no_linear_layer_holds_are_said() -> None:
 
     model = chain(body=linear(), lstm=nn.LSTM(4, 4), conv=nn.Conv1d(4, 4, 3), embed=nn.Embedding(4, 4))
     model.experts = Ungated()
-    held = "lstm.weight_ih_l0, lstm.weight_hh_l0, experts.up_proj, experts.down_proj"
+    held = "lstm.weight_ih_l0, lstm.weight_hh_l0, experts.up_proj, experts.down_proj, experts.pos_embed"
     assert select(model, "all-linear").notes == [
         f"{held}: left out: no linear layer holds it",
         "conv: left out: convolutions are not adapted",

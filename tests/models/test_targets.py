@@ -8,7 +8,8 @@ import pytest
 from torch import nn
 
 from lowrank.models.projections import Role
-from lowrank.models.targets import select, trained_modules
+from lowrank.models.targets import select
+from lowrank.models.trained import trained_modules
 from tests import zoo
 
 
