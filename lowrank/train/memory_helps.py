@@ -14,9 +14,7 @@ from lowrank.train.memory_table import MemoryReport
 Change = Callable[[nn.Module], object]
 
 
-def with_helps(
-    report: MemoryReport, tries: Iterable[tuple[str, Callable[[], MemoryReport]]]
-) -> MemoryReport:
+def with_helps(report: MemoryReport, tries: Iterable[tuple[str, Callable[[], MemoryReport]]]) -> MemoryReport:
     """``report``, with the peaks of what is smaller where it does not fit; else nothing is tried."""
     if report.fits:
         return report
