@@ -328,10 +328,10 @@ def batches_of(case: Case, model: nn.Module, tokenizer: Any) -> list[Batch]:
 
 
 def review_text() -> str:
-    from examples.reviews import FILE, load_reviews
+    from examples.texts import REVIEWS, reviews
 
-    folder = Path(__file__).parents[1] / ".cache" / "data"
-    return " ".join(review.text for review in load_reviews(folder)[0]) if (folder / FILE).exists() else ""
+    file = Path(__file__).parents[1] / ".cache" / "data" / REVIEWS
+    return " ".join(text for _, text, _ in reviews(file)) if file.exists() else ""
 
 
 def starts(case: Case, targets: Sequence[str]) -> Iterator[Start]:

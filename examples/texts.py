@@ -36,9 +36,9 @@ class Texts:
 def load_texts(folder: Path) -> Texts:
     """What is in ``folder``: WordNet's definitions with their fields, 45 in all, or the reviews."""
     if (folder / WORDNET / "data.noun").exists():
-        task, rows = "the field of a definition (WordNet)", _definitions(folder / WORDNET)
+        task, rows = "the field of a definition (WordNet)", definitions(folder / WORDNET)
     elif (folder / REVIEWS).exists():
-        task, rows = "fresh or rotten (film reviews)", _reviews(folder / REVIEWS)
+        task, rows = "fresh or rotten (film reviews)", reviews(folder / REVIEWS)
     else:
         raise SystemExit(f"no texts in {folder}: run `make demo`, which fetches them")
     parts: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
@@ -49,7 +49,7 @@ def load_texts(folder: Path) -> Texts:
     return Texts(task, parts[False], parts[True])
 
 
-def _definitions(folder: Path) -> Iterator[tuple[str, str, str]]:
+def definitions(folder: Path) -> Iterator[tuple[str, str, str]]:
     for kind in ("noun", "verb", "adj", "adv"):
         for line in (folder / f"data.{kind}").read_text(encoding="utf-8", errors="replace").splitlines():
             if not line.startswith(" "):  # as the licence at the top does
@@ -57,7 +57,7 @@ def _definitions(folder: Path) -> Iterator[tuple[str, str, str]]:
                 yield kind + synset, line.partition("| ")[2].split('; "')[0].strip(), label
 
 
-def _reviews(file: Path) -> Iterator[tuple[str, str, str]]:
+def reviews(file: Path) -> Iterator[tuple[str, str, str]]:
     """A film is in one of the two parts only."""
     with bz2.open(file, "rt", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
