@@ -2,9 +2,9 @@
 
     python benchmarks/bench_memory.py [--quick] [--only TEXT]
 
-MiniLM, SmolLM2-135M with its weights, and a Llama of 1B with random ones, all of their layers: LoRA, AILoRA and
-TLoRA, in fp32 and bf16, with activations kept and recomputed. Each case has a process of its own. Writes JSON
-and Markdown to benchmarks/results/.
+MiniLM, SmolLM2-135M with its weights, and a Llama of 1B with random ones, all of their layers: LoRA, AILoRA
+and TLoRA, in fp32 and bf16, with activations kept and recomputed. Each case has a process of its own. Writes
+JSON and Markdown to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ TARGET = 0.10  # the share by which the report may be off
 MINILM, SMOLLM2, LLAMA = "MiniLM-L6", "SmolLM2-135M", "Llama of 1B"
 
 LEGEND = """\
-Told: the peak of `memory_report` for the model before it is wrapped. Measured: the tensors of the wrapped model,
-and the most that PyTorch's allocator is asked for beyond them during two steps of `fit`, optimizer and clipping
-included. Off: told over measured, less one; the target is at most 10 %. Resident: how much the memory of the
-process grew from before the model was made to the peak of these steps, as Linux counts it; that includes what
-kernels need inside themselves, and pages that malloc keeps. MiB = 2²⁰ bytes. The Llama's factors are filled in and
-its ranks are uniform, since their memory does not depend on their numbers; all else is as the preset has it."""
+Told: the peak of `memory_report` for the model before it is wrapped. Measured: the tensors of the wrapped
+model, and the most that PyTorch's allocator is asked for beyond them during two steps of `fit`, optimizer and
+clipping included. Off: told over measured, less one; the target is at most 10 %. Resident: how much the memory
+of the process grew from before the model was made to the peak of these steps, as Linux counts it; that includes
+what kernels need inside themselves, and pages that malloc keeps. MiB = 2²⁰ bytes. The Llama's factors are
+filled in and its ranks are uniform, since their memory does not depend on their numbers; all else is as the
+preset has it."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small case, to see that all works")
     parser.add_argument("--only", default="", help="only cases whose name has this in it")
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="only the CPU is measured")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch; by default its own choice")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the results")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
@@ -233,7 +236,8 @@ def main() -> None:
     if options.case:
         print(json.dumps(asdict(measured(Case(**json.loads(options.case)), options.weights))))
         return
-    options.device, options.threads = "cpu", None
+    if options.threads:
+        torch.set_num_threads(options.threads)
     asked = [case for case in cases(options.quick) if options.only in case.name]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

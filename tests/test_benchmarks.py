@@ -122,6 +122,12 @@ def check_serving(results: dict[str, Any]) -> None:
     assert added["model_bytes"] == added["parameters_bytes"] > 0 and 0 < added["switch"] < 1
 
 
+def check_memory(results: dict[str, Any]) -> None:
+    (row,) = results["rows"]
+    assert row["off"] == pytest.approx(row["told"] / row["measured"] - 1) and abs(row["off"]) < 0.1
+    assert row["resident"] >= 0 and sum(row["parts"].values()) > 0
+
+
 def check_train(results: dict[str, Any]) -> None:
     assert len(results["cases"]) == 2
     for case in results["cases"].values():
@@ -174,6 +180,7 @@ CHECKS = {
     "bench_init": check_init,
     "bench_linear": check_linear,
     "bench_model": check_model,
+    "bench_memory": check_memory,
     "bench_serving": check_serving,
     "bench_train": check_train,
 }

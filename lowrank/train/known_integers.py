@@ -12,10 +12,10 @@ MOST = 2**22  # elements of a tensor that keeps its numbers
 
 
 class KnownIntegers(TorchDispatchMode):
-    """Inside a mode of tensors without numbers, integers and truth values that follow from real ones are real.
+    """Inside a mode of tensors without numbers, integers and truth values that follow from real ones stay.
 
     Models look at them before they choose a kernel: is anything padded, where does a packed sequence begin.
-    What follows from a tensor without numbers has none, and neither has a result of more than `MOST` elements.
+    What follows from a tensor without numbers has none; neither has a result of more than `MOST` elements.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -176,10 +176,7 @@ class StandIn:
         available: int | None = None,
         title: str = "a training step",
     ) -> MemoryReport:
-        """See `step_memory`.
-
-        beside: frozen tensors that count among the adapters; no others of the frozen ones do.
-        """
+        """See `step_memory`. Of what is frozen only ``beside`` counts among the adapters."""
         model, device = self.model, self.device
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         frozen = [t for t in chain(model.parameters(), model.buffers()) if not t.requires_grad]

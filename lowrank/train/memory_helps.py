@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def lighter(model: nn.Module, batch: Any) -> Iterator[tuple[str, Any, Change | N
     for size in dict.fromkeys((count // 2, 1)):
         if 1 <= size < count:
             times = -(-count // size)
-            smaller = tree_map_only(Tensor, lambda t, size=size: t[:size] if t.dim() else t, batch)
+            smaller = tree_map_only(Tensor, partial(_first, count=size), batch)
             yield f"batches of {size}, {'two' if times == 2 else times} for a step", smaller, None
 
 
@@ -53,3 +54,7 @@ def _examples(batch: Any) -> int:
     """How many examples a batch has along the first dimension of all its tensors; 0 where they differ."""
     sizes = {t.shape[0] for t in tree_iter(batch) if isinstance(t, Tensor) and t.dim()}
     return sizes.pop() if len(sizes) == 1 else 0
+
+
+def _first(tensor: Tensor, count: int) -> Tensor:
+    return tensor[:count] if tensor.dim() else tensor
