@@ -41,12 +41,12 @@ MINILM, SMOLLM2, LLAMA = "MiniLM-L6", "SmolLM2-135M", "Llama of 1B"
 
 LEGEND = """\
 Told: the peak of `memory_report` for the model before it is wrapped. Measured: the tensors of the wrapped
-model, and the most that PyTorch's allocator is asked for beyond them during two steps of `fit`, optimizer and
-clipping included. Off: told over measured, less one; the target is at most 10 %. Resident: how much the memory
-of the process grew from before the model was made to the peak of these steps, as Linux counts it; that includes
-what kernels need inside themselves, and pages that malloc keeps. MiB = 2²⁰ bytes. The Llama's factors are
-filled in and its ranks are uniform, since their memory does not depend on their numbers; all else is as the
-preset has it."""
+model, and the most that PyTorch's allocator is asked for beyond them during two steps of `fit`, optimizer
+and clipping included. Off: told over measured, less one; the target is at most 10 %. Resident: how much
+the memory of the process grew from before the model was made to the peak of these steps, as Linux counts
+it; that includes what kernels need inside themselves, and pages that malloc keeps. MiB = 2²⁰ bytes. The
+Llama's factors are filled in and its ranks are uniform, since their memory does not depend on their
+numbers; all else is as the preset has it."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def save(rows: list[Row], options: argparse.Namespace) -> None:
     facts = "\n".join(f"- {name}: {value}" for name, value in where.items())
     report = "\n".join(["# Memory of a training step, told and measured", "", facts, "", LEGEND, ""])
     report += "\n".join(["", *described(rows), ""])
-    data = {"where": where, "rows": [{**asdict(row), "off": row.off} for row in rows]}
+    data = {"surroundings": where, "rows": [{**asdict(row), "off": row.off} for row in rows]}
     write_results(options.out, result_name("memory", options), report, data)
 
 

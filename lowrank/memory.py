@@ -67,7 +67,7 @@ def memory_report(
             "bfloat16-mixed", "float16-mixed": the base as it is, under autocast. None: the base as it is.
         optimizer: "adamw", "adam", "sgd", or a function from parameters to an optimizer.
         loss: as for `fit`.
-        available: the bytes that it must fit into, on another machine say; by default what the device has free.
+        available: the bytes that it must fit into, say of another device; by default what is free.
 
     Raises:
         ValueError: an option is not known, the plan is another model's, or sizes depend on numbers, as
