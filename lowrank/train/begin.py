@@ -19,10 +19,10 @@ from lowrank.train.history import History
 from lowrank.train.late import can_skip
 from lowrank.train.optim import Schedule, make_optimizer, parameter_groups
 from lowrank.train.options import Options
-from lowrank.train.parallel import SingleProcess
 from lowrank.train.rate import BATCHES, measured_rate, turning
 from lowrank.train.run import Run, data_seed
 from lowrank.train.scope import count_steps, forked_generators, mode, seed_after, steps_taken
+from lowrank.train.single import SingleProcess
 from lowrank.train.speed import compiled, recomputing
 from lowrank.train.step import needs_scaling
 from lowrank.train.together import gradients_of
