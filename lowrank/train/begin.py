@@ -17,6 +17,7 @@ from lowrank.train.data import Cursor
 from lowrank.train.groups import Groups
 from lowrank.train.history import History
 from lowrank.train.late import can_skip
+from lowrank.train.lock import only_run
 from lowrank.train.optim import Schedule, make_optimizer, parameter_groups
 from lowrank.train.options import Options
 from lowrank.train.rate import BATCHES, measured_rate, turning
@@ -65,6 +66,9 @@ def begun(
         scope.enter_context(forked_generators(parallel.seed(seed)))
     scope.callback(lambda: count_steps(trained, len(history)))
     cursor = Cursor(groups, data_seed())
+    if folder is not None:
+        alone = only_run(folder.folder)
+        parallel.by_writer(lambda: scope.enter_context(alone))
     state = _newest(folder, asked.resume, parallel)
 
     def gradients(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None) -> Any:
