@@ -1,4 +1,4 @@
-"""What comes in between: a signal at a bad moment, a second run in the same folder, a full disk for the log."""
+"""A signal at a bad moment, a second run in the same folder, a full disk for the log."""
 
 from __future__ import annotations
 
