@@ -101,7 +101,8 @@ class _Touch(torch.autograd.Function):
         ctx.outputs = outputs
         ctx.set_materialize_grads(False)
         ctx.like = [(p.shape, p.dtype, p.device) for p in tensors[outputs:]]
-        return *(tensor.view_as(tensor) for tensor in tensors[:outputs]), tensors[0].new_zeros(())
+        # The same memory and no view: in place of a view FSDP2's hooks would get lost.
+        return *(tensor.detach() for tensor in tensors[:outputs]), tensors[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 def runs(rank: int) -> dict[str, Any]:
+    warnings.simplefilter("error")  # FSDP2 warns of outputs that are views
     found: dict[str, Any] = {}
     for name, data in RIGHT.items():
         model = Heads((4, 6))
