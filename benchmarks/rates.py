@@ -23,14 +23,14 @@ from benchmarks.studies.cells import read
 from benchmarks.studies.methods import HEAD_LR, METHODS, prepare
 from benchmarks.studies.run import CALIBRATION, HEADS, budget_of
 from benchmarks.studies.tasks import TASKS, build, data_of
-from lowrank.train.rate import measured_rate, turning_step
+from lowrank.train.rate import BATCHES, measured_rate, turning_step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--study", type=Path, default=Path("benchmarks/results/study.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rates.jsonl"))
-    parser.add_argument("--warm", type=int, nargs="+", default=[0, 30], help="steps of the head alone before")
+    parser.add_argument("--warm", type=int, nargs="+", default=[0], help="steps of the head alone before")
     parser.add_argument("--judge", action="store_true", help="measure nothing; judge the rule by both files")
     options = parser.parse_args()
     if options.judge:
@@ -59,7 +59,7 @@ def measure(setting: tuple[str, str, int, str], warm: list[int]) -> dict[str, ob
     adapters = list(lowrank.adapter_parameters(model))
     inside = {id(p) for p in adapters}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
-    batches = data.batches(task.size, 8, seed=99)
+    batches = data.batches(task.size, BATCHES, seed=99)
     steps: dict[str, float | None] = {}
     seconds, done = 0.0, 0
     for count in warm:

@@ -26,9 +26,10 @@ EXAMPLES = {
 
 
 def test_every_example_is_run_here() -> None:
-    """finetune_llm and compare_methods have tests of their own; reviews and notebooks are none."""
+    """finetune_llm and compare_methods have tests of their own; the others are none."""
     files = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert files - {"finetune_llm", "compare_methods", "reviews", "notebooks"} == set(EXAMPLES)
+    others = {"finetune_llm", "compare_methods", "comparing", "texts", "notebooks"}
+    assert files - others == set(EXAMPLES)
 
 
 @pytest.mark.slow
@@ -49,3 +50,31 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(printed, done.stdout, re.MULTILINE), done.stdout
     assert left is None or (tmp_path / left).is_file()
+
+
+@pytest.mark.slow
+def test_methods_are_compared(tmp_path: Path) -> None:
+    words = ["swims in rivers", "moves with wings", "grows from seeds", "is felt by people"]
+    (tmp_path / "wordnet").mkdir()
+    for kind in ("noun", "verb", "adj", "adv"):
+        rows = [f'{i:08} {i % 4:02} n 01 word 0 | {words[i % 4]} {i}; "so it is"' for i in range(200)]
+        (tmp_path / f"wordnet/data.{kind}").write_text("\n".join(["  1 The licence", *rows]))
+    out = tmp_path / "out"
+    options = f"--tiny --steps 5 --seeds 2 --jobs 1 --data {tmp_path} --out {out}".split()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/compare_methods.py"), *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\w+) +(\d\.\de-\d\d) +([\d,]+) .* 0\.\d{3} ± 0\.\d{3}", done.stdout, re.MULTILINE)
+    assert [row[0] for row in rows] == ["LoRA", "PiSSA", "AILoRA", "TLoRA"]
+    spent = [int(row[2].replace(",", "")) for row in rows]
+    assert spent[0] == spent[1] >= spent[2] > spent[3]
+    assert len({row[1] for row in rows}) > 1, "each at its own rate"
+    assert (out / "comparison.png").stat().st_size > 20_000
+    for method in ("lora", "pissa", "ailora", "tlora"):
+        assert len((out / f"{method}-1.jsonl").read_text().splitlines()) == 5
+        assert (out / f"{method}-adapter/adapter.json").exists()

@@ -25,8 +25,9 @@ from lowrank.train.scope import evaluating, forked_generators
 from lowrank.train.step import NO_TERMS, OVERFLOW, Gradients, NonFiniteGradient, NonFiniteLoss, needs_scaling
 from lowrank.train.together import gradients_of
 
-SHARE = 6.3e-3  # learning rate = SHARE · √(turning step): fitted on 15 methods and one task, docs/choosing.md
-BATCHES = 8  # how many a measurement takes
+SHARE = 8e-3  # learning rate = SHARE · √(turning step): fitted on 17 methods and one task, docs/choosing.md
+BATCHES = 6  # how many a measurement takes
+FARTHEST = 1.0  # no step along the sign is longer than four of these
 GIVE = "give lr= a number instead"
 
 
@@ -44,11 +45,13 @@ def turning_step(
     count: int = BATCHES,
     distance: float = 1e-3,
 ) -> float:
-    """The length t at which ``loss(θ − t·sign(g))`` stops falling, to second order: ``‖g‖₁ / sᵀHs``.
+    """The length t at which ``loss(θ − t·sign(g))`` stops falling: ``‖g‖₁ / sᵀHs``.
 
     g is the gradient of the mean loss over the first ``count`` batches, s its sign, and H·s the difference of
-    two such gradients, a ``distance`` apart along s, divided by it. An early step of Adam has the length of
-    its learning rate along s, so that t bounds the rate from above.
+    two such gradients, a ``distance`` apart along s, divided by it. A new head makes the curvature at the
+    start a matter of chance, so the distance grows until the loss bends upward over it, and until t is at
+    most four times as long. An early step of Adam has the length of its learning rate along s, so that t
+    bounds the rate from above.
 
     Modules are in eval mode meanwhile, except those that compute activations again in backward. Every value,
     gradient and random number is afterwards what it was, and the batches begin where they did. In several
@@ -60,8 +63,8 @@ def turning_step(
             stays where it is.
 
     Raises:
-        ValueError: no batch, a gradient of zero or one that is not finite, or no positive curvature along s:
-            there is then no such length.
+        ValueError: no batch, a gradient of zero or one that is not finite, or a loss that bends upward over
+            no distance: there is then no such length.
     """
     model, parallel = parallel_of(model)
     with parallel.guarded():
@@ -76,41 +79,65 @@ def turning_step(
 
 
 def turning(
-    gradients: Gradients, batches: Sequence[Any], moved: Sequence[nn.Parameter], distance: float = 1e-3
+    gradients: Gradients,
+    batches: Sequence[Any],
+    moved: Sequence[nn.Parameter],
+    distance: float = 1e-3,
 ) -> float:
     """`turning_step` for gradients as a run computes them, clipping apart, and those of its parameters that
     are ``moved``."""
     with _untouched(gradients, moved) as values:
         first = _gradient(gradients, batches, moved)
-        with torch.no_grad():
-            for p, gradient in zip(moved, first, strict=True):
-                part(p).add_(gradient.sign().to(p.dtype), alpha=-distance)
-            # In a half precision a weight moves less far, or not at all.
-            steps = [part(p).float() - value.float() for p, value in zip(moved, values, strict=True)]
-        second = _gradient(gradients, batches, moved)
-    size, slope, bend = (
+        size = _summed(gradients, moved, [float(g.abs().sum()) for g in first])
+        if not size > 0:
+            raise ValueError(
+                f"no learning rate can be measured: the gradient of what trains is exactly zero; {GIVE}"
+            )
+        while True:
+            slope, bend = _bend(gradients, batches, moved, values, first, distance)
+            if not slope > 0:
+                raise ValueError(
+                    f"no learning rate can be measured: the precision of what trains does not resolve a step "
+                    f"of {distance}; {GIVE}"
+                )
+            if bend > 0 and math.isfinite(bend):
+                turn = slope * distance / bend
+                if turn <= 4 * distance or distance >= FARTHEST:
+                    return turn
+                distance = min(turn, 16 * distance)
+            elif distance < FARTHEST:
+                distance *= 4
+            else:
+                raise ValueError(
+                    f"no learning rate can be measured: along the gradient's sign the loss does not bend "
+                    f"upward, not even over {distance:.3g} (it bends by {bend / distance**2:.3g}); {GIVE}"
+                )
+
+
+def _bend(
+    gradients: Gradients,
+    batches: Sequence[Any],
+    moved: Sequence[nn.Parameter],
+    values: Sequence[Tensor],
+    first: Sequence[Tensor],
+    distance: float,
+) -> tuple[float, float]:
+    """How far the loss falls over a step of ``distance`` along the sign of the ``first`` gradient if its
+    slope stays what it is; and twice by how much less it falls if the slope changes evenly."""
+    with torch.no_grad():
+        for p, value, gradient in zip(moved, values, first, strict=True):
+            part(p).copy_(value).add_(gradient.sign().to(p.dtype), alpha=-distance)
+        # In a half precision a weight moves less far, or not at all.
+        steps = [part(p).float() - value.float() for p, value in zip(moved, values, strict=True)]
+    second = _gradient(gradients, batches, moved)
+    slope, bend = (
         _summed(gradients, moved, [float(each) for each in terms])
         for terms in (
-            (g.abs().sum() for g in first),
             (-(g * step).sum() for g, step in zip(first, steps, strict=True)),
             (((b - a) * step).sum() for a, b, step in zip(first, second, steps, strict=True)),
         )
     )
-    if not size > 0:
-        raise ValueError(
-            f"no learning rate can be measured: the gradient of what trains is exactly zero; {GIVE}"
-        )
-    if not slope > 0:
-        raise ValueError(
-            f"no learning rate can be measured: the precision of what trains does not resolve a step of "
-            f"{distance}; {GIVE}"
-        )
-    if not (bend > 0 and math.isfinite(bend)):
-        raise ValueError(
-            "no learning rate can be measured: along the gradient's sign the loss has no positive curvature "
-            f"(it is {bend / distance**2:.3g}); {GIVE}"
-        )
-    return slope * distance / bend
+    return slope, bend
 
 
 def _gradient(gradients: Gradients, batches: Sequence[Any], moved: Sequence[nn.Parameter]) -> list[Tensor]:

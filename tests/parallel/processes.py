@@ -43,7 +43,7 @@ def _process(
     rank: int, function: Callable[..., Any], folder: str, world: int, arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    died = open(f"{folder}/died-{rank}", "w")  # noqa: SIM115: open until the end, for what a signal leaves
+    died = open(f"{folder}/died-{rank}", "w")
     os.dup2(died.fileno(), 2)
     faulthandler.enable(died)
     dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder}/meet")
