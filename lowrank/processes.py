@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 
 class Processes:
-    """All processes of the default group; tensors are exchanged on ``device``, by gloo on the CPU."""
+    """All processes of the default group; tensors are exchanged on ``device``, by gloo on the CPU.
+
+    on_cpu: can tensors on the CPU be exchanged there? As by gloo, or by a group that was made without naming
+        a backend; not by NCCL alone.
+    """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         group = torch.distributed
@@ -21,6 +25,7 @@ class Processes:
         self.number = group.get_world_size() if several else 1
         self.rank = group.get_rank() if several else 0
         by_gloo = several and group.get_backend() == "gloo"
+        self.on_cpu = several and "gloo" in group.distributed_c10d.get_backend_config()
         self.device = torch.device("cpu" if by_gloo else device)
 
     @property
@@ -32,7 +37,8 @@ class Processes:
         """The sum over all processes, in the tensor's dtype and where it is."""
         if self.number == 1:
             return tensor
-        moved = tensor.to(self.device, copy=True)
+        stays = self.on_cpu and tensor.device.type == "cpu"
+        moved = tensor.to("cpu" if stays else self.device, copy=True)
         torch.distributed.all_reduce(moved)
         return moved.to(tensor.device)
 

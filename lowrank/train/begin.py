@@ -18,12 +18,13 @@ from lowrank.train.groups import Groups
 from lowrank.train.history import History
 from lowrank.train.late import can_skip
 from lowrank.train.memory import told
+from lowrank.train.lock import only_run
 from lowrank.train.optim import Schedule, make_optimizer, parameter_groups
 from lowrank.train.options import Options
-from lowrank.train.parallel import SingleProcess
 from lowrank.train.rate import BATCHES, measured_rate, turning
 from lowrank.train.run import Run, data_seed
 from lowrank.train.scope import count_steps, forked_generators, mode, seed_after, steps_taken
+from lowrank.train.single import SingleProcess
 from lowrank.train.speed import compiled, recomputing
 from lowrank.train.step import needs_scaling
 from lowrank.train.together import gradients_of
@@ -66,6 +67,9 @@ def begun(
         scope.enter_context(forked_generators(parallel.seed(seed)))
     scope.callback(lambda: count_steps(trained, len(history)))
     cursor = Cursor(groups, data_seed())
+    if folder is not None:
+        alone = only_run(folder.folder)
+        parallel.by_writer(lambda: scope.enter_context(alone))
     state = _newest(folder, asked.resume, parallel)
 
     def gradients(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None) -> Any:

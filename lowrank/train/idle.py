@@ -1,8 +1,10 @@
-"""Sharded parameters that some processes' batches do not use, such as idle experts.
+"""Backward through sharded modules in the same order in all processes, whatever a process's loss depends on.
 
-FSDP2 adds gradients up in groups, those that are there one behind the other: where one process lacks one, it
-waits for ever, or takes one for another. So every parameter of a module that is called gets a gradient, of
-zero where the batch does not use it; and the loss's graph says which ones it does use.
+FSDP2 gathers a module's weights again when backward reaches what it returned, and adds up its gradients,
+those that are there one behind the other. Where a process's loss leaves out a module or a parameter, such as
+an idle expert, it would wait for ever, or take one for another. So all that a called module returns is
+reached, and each of its parameters gets a gradient, of zero where the loss does not depend on it; the loss's
+graph says on which it does.
 """
 
 from __future__ import annotations
@@ -18,24 +20,23 @@ from lowrank.processes import is_sharded, shards
 
 
 class Idle:
-    """Inside, what sharded modules of ``model`` return depends on all that they train, with zero gradients.
+    """Inside, notes the calls of ``model``'s sharded modules; `tied` is what backward is to start from.
 
     parameters: what is trained; of these, the sharded ones count.
     """
 
     def __init__(self, model: nn.Module, parameters: Collection[nn.Parameter]) -> None:
         trained = {id(p) for p in parameters if is_sharded(p)}
-        roots = shards(model)
-        self._held = {root: _held(root, trained) for root in roots}
+        self._held = {root: _held(root, trained) for root in shards(model)}
         self._parameter: dict[int, nn.Parameter] = {}  # by the id of the gathered one
         self._unseen: set[nn.Parameter] = set()  # of modules that ran without a graph, to be run again
+        self._ties: list[Tensor] = []  # a zero for each call, by which backward reaches it
         self._handles: list[Any] = []
 
     def __enter__(self) -> Idle:
-        for root, held in self._held.items():
-            if held:
-                # Before FSDP2's own hook, which takes the gathered parameters away.
-                self._handles.append(root.register_forward_hook(self._touch, prepend=True))
+        for root in self._held:
+            # Before FSDP2's own hook, which takes the gathered parameters away.
+            self._handles.append(root.register_forward_hook(self._touch, prepend=True))
         return self
 
     def __exit__(self, *raised: Any) -> None:
@@ -53,10 +54,23 @@ class Idle:
         }
         leaves, form = tree_flatten(output)
         at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        touched = _Touch.apply(len(at), *(leaves[i] for i in at), *gathered)
+        if not any(tensor.requires_grad for tensor in [*(leaves[i] for i in at), *gathered]):
+            return output
+        *touched, tie = _Touch.apply(len(at), *(leaves[i] for i in at), *gathered)
+        self._ties.append(tie)
         for i, tensor in zip(at, touched, strict=True):
             leaves[i] = tensor
         return tree_unflatten(leaves, form)
+
+    def tied(self, value: Tensor | None) -> Tensor | None:
+        """``value``, or zero, with a graph that reaches every call since the last time that this was asked.
+
+        None where there is nothing to reach.
+        """
+        ties, self._ties = self._ties, []
+        for tie in ties:
+            value = tie if value is None else value + tie.to(value)
+        return value
 
     def used(self, loss: Tensor) -> set[nn.Parameter]:
         """The sharded parameters that ``loss`` depends on; also those that the graph does not tell of, since
@@ -80,19 +94,20 @@ class Idle:
 
 
 class _Touch(torch.autograd.Function):
-    """Its first ``outputs`` arguments as they are; the others get gradients of zero."""
+    """Its first ``outputs`` arguments as they are, and a zero; the other arguments get gradients of zero."""
 
     @staticmethod
     def forward(ctx: Any, outputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.outputs = outputs
         ctx.set_materialize_grads(False)
         ctx.like = [(p.shape, p.dtype, p.device) for p in tensors[outputs:]]
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:outputs])
+        # The same memory and no view: in place of a view FSDP2's hooks would get lost.
+        return *(tensor.detach() for tensor in tensors[:outputs]), tensors[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
-        return None, *gradients, *zeros
+        return None, *gradients[: ctx.outputs], *zeros
 
 
 def _held(root: nn.Module, trained: Collection[int]) -> Sequence[tuple[nn.Module, str, nn.Parameter]]:

@@ -22,11 +22,12 @@ from lowrank.train.checkpoints import Checkpoints
 from lowrank.train.history import History, Record
 from lowrank.train.memory import told
 from lowrank.train.options import Options
-from lowrank.train.parallel import SingleProcess, parallel_of
+from lowrank.train.parallel import parallel_of
 from lowrank.train.reports import reporting
 from lowrank.train.run import Run
 from lowrank.train.scope import evaluating
 from lowrank.train.signals import Stopped, noted
+from lowrank.train.single import SingleProcess
 
 
 def fit(

@@ -1,15 +1,16 @@
-"""What the processes of a run do together: one alone, copies of a model (DDP), or one sharded model (FSDP2).
+"""What the processes of a run do together: copies of a model (DDP), or one sharded model (FSDP2).
 
-The loop asks such an object instead of asking whether it is alone: who writes, what all processes have seen,
-whether one of them has failed. Gradients are `together`'s affair.
+They say who writes, what all have seen, whether one has failed, and which module they call. Gradients are
+`together`'s affair.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -20,89 +21,73 @@ from torch.utils._pytree import tree_map
 from lowrank.batches import model_device
 from lowrank.processes import Processes, is_sharded, shards, whole
 from lowrank.train.groups import Groups
+from lowrank.train.single import SingleProcess
 
 WIDTH = 4  # numbers that a process says at once; always so many, so that a failure can be said at any time
-
-
-class SingleProcess:
-    """One process, which is also the one that writes."""
-
-    rank = 0
-    size = 1
-
-    @property
-    def writes(self) -> bool:
-        """Does this process show the bar, and write the log and the checkpoints?"""
-        return self.rank == 0
-
-    def accumulating(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-        """Around the forward and backward of one batch."""
-        return nullcontext()
-
-    def sum(self, value: float) -> float:
-        """Over all processes."""
-        return value
-
-    def largest(self, *values: int) -> list[int]:
-        """Of each value the largest in any process."""
-        return list(values)
-
-    def mean(self, scores: dict[str, float]) -> dict[str, float]:
-        """Over the processes that give any. Raises ValueError where they give other ones."""
-        return scores
-
-    def planned(self, groups: Groups) -> Groups:
-        """``groups`` with as many steps as all processes will take."""
-        return groups
-
-    def seed(self, seed: int) -> int:
-        """Another one for each process, so that each drops out other entries."""
-        return seed
-
-    def state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What is to be saved of a run: tensors whole, and what is this process's own."""
-        return state
-
-    def own(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Of what `state` gave, what this process continues from."""
-        return state
-
-    def by_writer(self, act: Callable[[], None]) -> None:
-        """``act()`` in the process that writes, while the others wait."""
-        act()
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-
-    def check_same(self, value: int, what: str) -> None:
-        """Raises ValueError where ``value`` is not the same in all processes."""
-
-    def check_scaling(self, scaled: bool) -> None:
-        """Raises ValueError where a scaled loss cannot be taken care of."""
-
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """What is raised inside by one process is raised in all."""
-        yield
+CALLS = (
+    "a sharded model must call the same modules in every process, in the same order, but {}: do not shard a "
+    "module by itself that some batches leave out, only the layer around it; in evaluate= and in callbacks "
+    "every process must call the model equally often"
+)
 
 
 class Together(SingleProcess):
-    """All processes of the default group. Each says a few numbers now and then; an error is said likewise."""
+    """All processes of the default group. Each says a few numbers now and then; an error is said likewise.
 
-    def __init__(self, device: torch.device, sharded: bool) -> None:
-        self.processes, self.sharded = Processes(device), sharded
+    A sharded module is gathered when it is called, from what all processes hold of it. Where they call
+    different ones, the weights of two modules are mixed up, or a process waits for ever or aborts. So before
+    each such call the processes say which it is, where that can be said on the CPU: it would wait for a GPU.
+    """
+
+    def __init__(self, model: nn.Module, sharded: bool) -> None:
+        self.processes, self.sharded = Processes(model_device(model)), sharded
         self.rank, self.size = self.processes.rank, self.processes.number
         self.told = False  # do the others know of this process's failure, or cannot be told?
+        told = shards(model) if self.processes.on_cpu else []
+        self._called = {module: name for name, module in model.named_modules() if module in told}
+        self._names = ["none", *(name or "the model" for name in self._called.values())]
+        self._backward = False
 
-    def exchange(self, *values: float, error: Exception | None = None) -> Tensor:
-        """What each process says, (processes, WIDTH) in fp64. Raises in all where one has an error."""
-        table = torch.zeros(self.size, 1 + WIDTH, dtype=torch.float64)
-        table[self.rank, : 1 + len(values)] = torch.tensor([float(error is not None), *values]).double()
+    def exchange(self, *values: float, error: Exception | None = None, call: int = 0) -> Tensor:
+        """What each process says, (processes, WIDTH) in fp64. Raises in all where one has an error.
+
+        call: which sharded module this process is about to call, counted from 1. Raises ValueError in all
+            where another process is elsewhere.
+        """
+        table = torch.zeros(self.size, 2 + WIDTH, dtype=torch.float64)
+        table[self.rank, : 2 + len(values)] = torch.tensor([float(error is not None), call, *values]).double()
         table = self.processes.added(table)
         if table[:, 0].any():
             self.told = True
             self.processes.raise_told(error, "training")
-        return table[:, 1:]
+        calls = [self._names[int(each)] for each in table[:, 1].tolist()]
+        if len(set(calls)) > 1:
+            self.told = True
+            raise ValueError(
+                CALLS.format(", ".join(f"rank {i} calls {name}" for i, name in enumerate(calls)))
+            )
+        return table[:, 2:]
+
+    @contextmanager
+    def sharded_forward(self) -> Iterator[None]:
+        """Around a forward of a sharded model: what is raised inside can be said, or it cannot."""
+        try:
+            yield
+        except Exception:
+            self.told = self.told or not self._called
+            raise
+
+    @contextmanager
+    def sharded_backward(self) -> Iterator[None]:
+        """Around its backward, where the others wait and nothing can be said."""
+        self._backward = True
+        try:
+            yield
+        except Exception:
+            self.told = True
+            raise
+        finally:
+            self._backward = False
 
     def sum(self, value: float) -> float:
         return float(self.exchange(value)[:, 0].sum())
@@ -164,13 +149,22 @@ class Together(SingleProcess):
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if not self.told:
-                self.told = True
-                self.exchange(error=error)
-            raise
+        with ExitStack() as scope:
+            for call, module in enumerate(self._called, start=1):
+                # Before FSDP2's own hook, which gathers the module.
+                handle = module.register_forward_pre_hook(partial(self._say, call), prepend=True)
+                scope.callback(handle.remove)
+            try:
+                yield
+            except Exception as error:
+                if not self.told:
+                    self.told = True
+                    self.exchange(error=error)
+                raise
+
+    def _say(self, call: int, *call_of: Any) -> None:
+        if not self._backward:  # which computes again what forward has called
+            self.exchange(call=call)
 
 
 def parallel_of(model: nn.Module) -> tuple[nn.Module, SingleProcess]:
@@ -201,4 +195,4 @@ def parallel_of(model: nn.Module) -> tuple[nn.Module, SingleProcess]:
             f"there are {processes.number} processes, and each would train a model of its own: pass "
             "torch.nn.parallel.DistributedDataParallel(model), or call fully_shard(model) first"
         )
-    return inner, Together(model_device(inner), bool(sharded))
+    return inner, Together(inner, bool(sharded))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
 import torch
 
+from lowrank.files import write
 from lowrank.progress import bar
 from lowrank.train.history import Record, memory_line
 from lowrank.train.memory_table import MemoryReport
@@ -25,15 +26,25 @@ class Reports:
         if log is not None:
             path = Path(log)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._scope.enter_context(path.open("w", buffering=1, encoding="utf-8"))
-            self._file.writelines(line + "\n" for line in run.history.lines())
+            if path.is_file() or not path.exists():  # whole or not at all: a full disk leaves the old one
+                write(path, "".join(line + "\n" for line in run.history.lines()).encode())
+            self._file = self._scope.enter_context(path.open("a", buffering=1, encoding="utf-8"))
         self.bar = self._scope.enter_context(
             bar(total=run.schedule.steps, initial=run.step, unit="step", shown=progress)
         )
 
     def __call__(self, record: Record) -> None:
         if self._file is not None:
-            self._file.write(record.to_json() + "\n")
+            try:
+                self._file.write(record.to_json() + "\n")
+            except OSError as error:
+                with suppress(OSError):  # it tries again to write what is left
+                    self._file.close()
+                raise OSError(
+                    error.errno,
+                    f"the log {self._file.name} cannot be written after step {record.step}: "
+                    f"{error.strerror}; checkpoints that were saved before are still there",
+                ) from error
         self.bar.set_postfix(
             loss=f"{record.loss:.4f}",
             lr=f"{record.lr:.1e}",

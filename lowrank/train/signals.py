@@ -36,7 +36,8 @@ class Wish:
 def noted(enabled: bool = True) -> Iterator[Wish]:
     """Inside, the first signal is noted; a second of the same kind does what it did before.
 
-    Python lets only the main thread have handlers: elsewhere signals are left as they are.
+    What was noted and led to no exception, since the run was over anyway, is sent again afterwards. Python
+    lets only the main thread have handlers: elsewhere signals are left as they are.
     """
     wish = Wish()
     if not enabled or threading.current_thread() is not threading.main_thread():
@@ -55,3 +56,5 @@ def noted(enabled: bool = True) -> Iterator[Wish]:
     finally:
         for each in before:
             signal.signal(each, before[each])
+    if wish.number:
+        signal.raise_signal(wish.number)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.batches import Loss, count_terms, in_float16, model_device, scalar_loss, to_device
-from lowrank.train.parallel import SingleProcess
 from lowrank.train.placement import placed
+from lowrank.train.single import SingleProcess
 from lowrank.train.terms import TermCounter
 
 NO_TERMS, OVERFLOW = "no labels", "overflow"  # why a step leaves the parameters as they are
@@ -158,7 +158,7 @@ class Gradients:
         Gradients are summed in units of the count of the batch ``before``, so that no factor passes through a
         half-precision backward. A single batch (not ``watch``) needs no count.
         """
-        count: float | None = None if self.weight is None else _weighed(self.weight, batch)
+        count: float | None = None if self.weight is None else weighed(self.weight, batch)
         if count == 0:
             return None, 0.0
         loss, seen = self.forward(batch, watch=watch and count is None)
@@ -208,7 +208,8 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _weighed(weight: Callable[[Any], float], batch: Any) -> float:
+def weighed(weight: Callable[[Any], float], batch: Any) -> float:
+    """``weight(batch)``. Raises ValueError where that is no count."""
     count = float(weight(batch))
     if not 0 <= count < math.inf:
         raise ValueError(f"weight(batch): expected a finite number, zero or more, got {count}")

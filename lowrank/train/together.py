@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from lowrank.batches import count_terms
 from lowrank.processes import is_sharded, part, shards, whole
 from lowrank.train.idle import Idle
-from lowrank.train.parallel import SingleProcess, Together
+from lowrank.train.parallel import Together
 from lowrank.train.placement import placed
+from lowrank.train.single import SingleProcess
 from lowrank.train.step import (
     NO_TERMS,
     OVERFLOW,
@@ -26,8 +27,8 @@ from lowrank.train.step import (
     NonFiniteGradient,
     Outcome,
     Tally,
-    _weighed,
     at_least_fp32,
+    weighed,
 )
 
 
@@ -89,37 +90,30 @@ class TogetherGradients(Gradients):
         roots = shards(self.model)
         idle = Idle(self.model, self.parameters)
         tally = Tally()
-        try:
-            for i in range(most):
-                for module in roots:
-                    module.set_requires_gradient_sync(i == most - 1, recurse=False)  # type: ignore[operator]
-                real = i < len(batches)
-                output: list[Any] = []
-                handle = self.model.register_forward_hook(lambda *call, kept=output: kept.append(call[-1]))
-                batch = batches[i] if real else held[0]
-                try:
-                    with idle, placed(self.model, batch, place + i):
-                        loss, count = self._counted(batch)
-                finally:
-                    handle.remove()
-                count = count if real else 0.0
-                if i == 0:
-                    tally.unit = float(together.exchange(count)[:, 0].max()) or 1.0
-                if count:
-                    tally.add(place + i, at_least_fp32(loss.detach()), count)
-                    tally.used |= idle.used(loss)
-                    value = loss if count == tally.unit else loss * (count / tally.unit)
-                else:
-                    value = _nothing(output, loss)
-                self.scaler.scale(value).backward()
-        except Exception:
-            together.told = True  # the others wait inside of the model, where nothing can be said
-            raise
+        for i in range(most):
+            for module in roots:
+                module.set_requires_gradient_sync(i == most - 1, recurse=False)  # type: ignore[operator]
+            batch = batches[i] if i < len(batches) else held[0]
+            with together.sharded_forward(), idle, placed(self.model, batch, place + i):
+                loss, count = self._counted(batch)
+            count = count if i < len(batches) else 0.0
+            largest = float(together.exchange(count)[:, 0].max())  # also that all have come this far
+            if i == 0:
+                tally.unit = largest or 1.0
+            value: Tensor | None = None
+            if count:
+                tally.add(place + i, at_least_fp32(loss.detach()), count)
+                tally.used |= idle.used(loss)
+                value = loss if count == tally.unit else loss * (count / tally.unit)
+            value = idle.tied(value)
+            with together.sharded_backward():
+                if value is not None:
+                    self.scaler.scale(value).backward()
         return tally
 
     def _counted(self, batch: Any) -> tuple[Tensor, float]:
         """The loss, and the terms that it is a mean over."""
-        count = None if self.weight is None else _weighed(self.weight, batch)
+        count = None if self.weight is None else weighed(self.weight, batch)
         loss, seen = self.forward(batch, watch=count is None)
         if count is None:
             count = float(count_terms(self.model, batch) if seen is None else seen)
@@ -181,15 +175,3 @@ class TogetherGradients(Gradients):
 def gradients_of(parallel: SingleProcess) -> type[Gradients]:
     """How the gradients are made, in one process or several."""
     return Gradients if parallel.size == 1 else TogetherGradients
-
-
-def _nothing(output: list[Any], loss: Tensor) -> Tensor:
-    """Zero, with gradients of zero, by the way that the model's largest output came.
-
-    The loss itself may be a mean over no term, whose gradients are NaN whatever they are multiplied by.
-    """
-    found: list[Tensor] = []
-    torch.utils._pytree.tree_map_only(Tensor, found.append, output)
-    leaves = [each for each in found if each.requires_grad and each.dim()]
-    source = max(leaves, key=Tensor.numel) if leaves else loss
-    return torch.zeros_like(source).mul(source).sum() if leaves else loss * 0
