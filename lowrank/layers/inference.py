@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.layers.block import Block
+from lowrank.layers.block import Block, same_blocks
 from lowrank.layers.gemm import accumulate, down, flat, up
+from lowrank.layers.transient import Transient
 from lowrank.linalg.rows import Rows, view
 
 # Up to so many multiplications a product in fp32, its casts included, is faster on a CPU than one in half
@@ -193,7 +194,7 @@ class _Held(NamedTuple):
 
     def serves(self, blocks: Sequence[Block], x: Tensor) -> bool:
         """Is it what this call needs? A tuple of blocks that was seen before is not looked into again."""
-        if self.blocks is not blocks and not _same(self.blocks, blocks):
+        if self.blocks is not blocks and not same_blocks(self.blocks, blocks):
             return False
         if self.dtype is not x.dtype or self.autocast is not torch.is_autocast_enabled("cpu"):
             return False
@@ -205,22 +206,12 @@ class _Held(NamedTuple):
         return True
 
 
-class Transient:
-    """Belongs to one object, and is not copied or pickled along with it."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Transient:
-        return type(self)()
-
-    def __reduce__(self) -> Any:
-        return type(self), ()
-
-
 class Kept(Transient):
     """The factors of one layer as they were laid out last, until one of them changes.
 
-    It holds at most one copy of them, for the dtype of the last activation and about as many tokens. The copy
-    is out of date when another tensor is in a factor's place, or one was moved, or written to by any operation
-    (its version says so). Writing through ``.data`` leaves no trace. Some optimizers do so; a layer calls
+    It holds at most one copy of them, for the dtype of the last activation and about as many tokens. The
+    copy is out of date when another tensor is in a factor's place, or one was moved, or written to by any
+    operation (its version says so). Writing through ``.data`` leaves no trace. Some optimizers do so; a layer calls
     `drop` whenever it builds a graph, which every training step does. Inference tensors have no version, and
     nothing is kept of them; nor under the compiler, nor in a CUDA graph, which would go on with the old copy.
     """
@@ -253,13 +244,3 @@ class Kept(Transient):
 
     def drop(self) -> None:
         self._held = None
-
-
-def _same(before: Sequence[Block], now: Sequence[Block]) -> bool:
-    """Have they the same rows and scalings, and the very same factors?"""
-    return len(before) == len(now) and all(
-        a.rows == b.rows
-        and a.scaling == b.scaling
-        and all(getattr(a, each) is getattr(b, each) for each in ("A", "B", "A0", "B0"))
-        for a, b in zip(before, now, strict=True)
-    )

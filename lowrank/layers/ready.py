@@ -12,7 +12,7 @@ from torch import Tensor
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter, RowBlocks
 from lowrank.layers.block import Block
-from lowrank.layers.inference import Transient
+from lowrank.layers.transient import Transient
 
 
 class Ready(Transient):
