@@ -209,10 +209,10 @@ class _Held(NamedTuple):
 class Kept(Transient):
     """The factors of one layer as they were laid out last, until one of them changes.
 
-    It holds at most one copy of them, for the dtype of the last activation and about as many tokens. The
-    copy is out of date when another tensor is in a factor's place, or one was moved, or written to by any
-    operation (its version says so). Writing through ``.data`` leaves no trace. Some optimizers do so; a layer calls
-    `drop` whenever it builds a graph, which every training step does. Inference tensors have no version, and
+    It holds at most one copy of them, for the dtype of the last activation and about as many tokens. The copy
+    is out of date when another tensor is in a factor's place, or one was moved, or written to by any
+    operation (its version says so). Writing through ``.data`` leaves no trace. Some optimizers do so; a layer
+    calls `drop` whenever it builds a graph, which every training step does. Inference tensors have no version;
     nothing is kept of them; nor under the compiler, nor in a CUDA graph, which would go on with the old copy.
     """
 
