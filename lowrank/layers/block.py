@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,3 +25,13 @@ class Block(NamedTuple):
     scaling: float
     A0: Tensor | None = None
     B0: Tensor | None = None
+
+
+def same_blocks(before: Sequence[Block], now: Sequence[Block]) -> bool:
+    """Have they the same rows and scalings, and the very same factors?"""
+    return len(before) == len(now) and all(
+        a.rows == b.rows
+        and a.scaling == b.scaling
+        and all(getattr(a, each) is getattr(b, each) for each in ("A", "B", "A0", "B0"))
+        for a, b in zip(before, now, strict=True)
+    )

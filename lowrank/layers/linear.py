@@ -114,7 +114,9 @@ class LoRALinear(AdaptedLayer):
         blocks = self.ready.blocks(acting, modules["adapters"]._modules)  # type: ignore[arg-type, union-attr]
         if not blocks:
             return None
-        x, weight, bias = to_autocast(x, weight, base._parameters["bias"])
+        bias = base._parameters["bias"]
+        if torch._C._is_any_autocast_enabled():
+            x, weight, bias = to_autocast(x, weight, bias)
         return infer(x, weight, bias, blocks, self.kept)
 
     def _excess(self, part: RowBlocks, weight: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter, RowBlocks
 from lowrank.layers.block import Block
-from lowrank.layers.inference import Transient
+from lowrank.layers.transient import Transient
 
 
 class Ready(Transient):
@@ -28,9 +28,9 @@ class Ready(Transient):
             tuple[Mapping[str, Any], str, Any]
         ] = []  # where, under which key, and what was there
         self._weights: list[tuple[Tensor, int]] = []  # each with its version
-        self._blocks: list[Block] = []
+        self._blocks: tuple[Block, ...] = ()
 
-    def blocks(self, acting: Acting, parts: Mapping[str, RowBlocks]) -> list[Block]:
+    def blocks(self, acting: Acting, parts: Mapping[str, RowBlocks]) -> tuple[Block, ...]:
         """The blocks of what acts, without dropout, a mixture's weights in their scalings.
 
         Empty where nothing acts, or where something does that is no block: magnitudes, rows that train apart.
@@ -51,8 +51,8 @@ class Ready(Transient):
 
     def _find(self, acting: Acting, parts: Mapping[str, RowBlocks]) -> None:
         self._choice = acting.names, acting.weights
-        self._read, self._weights, self._blocks = [], [], []
-        special = False
+        self._read, self._weights, self._blocks = [], [], ()
+        blocks, special = list[Block](), False
         for name in acting.names:
             part = parts.get(name)
             self._read.append((parts, name, part))
@@ -73,6 +73,5 @@ class Ready(Transient):
                 held = factors if anchor["A0"] is None else factors | anchor
                 self._read += [(factors if each in factors else anchor, each, held[each]) for each in held]
             factor = 1.0 if weight is None else float(weight)
-            self._blocks += [block._replace(scaling=block.scaling * factor) for block in part.blocks()]
-        if special:
-            self._blocks = []
+            blocks += [block._replace(scaling=block.scaling * factor) for block in part.blocks()]
+        self._blocks = () if special else tuple(blocks)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 
 from torch import nn
 
@@ -56,8 +57,13 @@ def matches(path: str, pattern: str) -> bool:
     return len(parts) >= len(wanted) and all(map(fnmatchcase, parts[-len(wanted) :], wanted))
 
 
-def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused) -> Blocks | Doubt:
-    """Roles and rows of the blocks of one weight, or why they cannot be told."""
+def blocks_of(
+    model: nn.Module, path: str, rows: int, columns: int, fused: Fused, attends: Callable[[str], bool]
+) -> Blocks | Doubt:
+    """Roles and rows of the blocks of one weight, or why they cannot be told.
+
+    ``attends`` says of a module by path whether it is an attention: see `attending`.
+    """
     parent_path, _, name = path.rpartition(".")
     if name in WRAPPERS and parent_path.rpartition(".")[2].lower() in FUSED_NAMES:  # qkv.linear
         parent_path, _, leaf = parent_path.rpartition(".")
@@ -98,7 +104,7 @@ def blocks_of(model: nn.Module, path: str, rows: int, columns: int, fused: Fused
         output = getattr(parent, "Wo", None)
         if getattr(output, "in_features", None) == rows // 2:
             return gate_up(parent, rows)
-    role = role_of(path, attends=_attends(model, parent_path))
+    role = role_of(path, attends=attends(parent_path))
     if role == Role.UP and _holds_two(parent, rows, columns):
         holds = (Role.GATE, Role.UP)
         return blocks_by_trial(model, path) or Doubt(
@@ -123,6 +129,11 @@ def credible(model: nn.Module, path: str, shown: Blocks) -> bool:
     beside = {f"{parent}.{name}": child for name, child in model.get_submodule(parent).named_children()}
     named = {role_of(other) for other, child in beside.items() if is_linear(child)}
     return named.isdisjoint({role for role, _ in shown}.intersection(QKV))
+
+
+def attending(model: nn.Module) -> Callable[[str], bool]:
+    """`_attends` in ``model``, asked once of each path: it looks at all children, and each child asks."""
+    return cache(lambda path: _attends(model, path))
 
 
 def _attends(model: nn.Module, path: str) -> bool:

@@ -17,8 +17,8 @@ from lowrank.train.data import Cursor
 from lowrank.train.groups import Groups
 from lowrank.train.history import History
 from lowrank.train.late import can_skip
-from lowrank.train.memory import told
 from lowrank.train.lock import only_run
+from lowrank.train.memory import told
 from lowrank.train.optim import Schedule, make_optimizer, parameter_groups
 from lowrank.train.options import Options
 from lowrank.train.rate import BATCHES, measured_rate, turning

@@ -83,8 +83,9 @@ def test_one_token_takes_few_operations(layout: str, dtype: torch.dtype, operati
 
 @pytest.fixture
 def keeping(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(inference, "FEW", 0)
-    monkeypatch.setattr(inference, "KEPT_ON_CPU", True)
+    monkeypatch.setattr(inference, "FEW_DOWN", 0)
+    monkeypatch.setattr(inference, "FEW_UP", 0)
+    monkeypatch.setattr(inference, "KEPT_ON_CPU", 10**9)
     yield
 
 
@@ -201,7 +202,7 @@ def test_they_are_laid_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = model(), torch.randn(3, IN, dtype=BF16)
     with torch.inference_mode():
         first = net(x)
-    made = net[0].kept.laid([adapter.block for adapter in net[0].part().held()], BF16)
+    made = net[0].kept.laid([adapter.block for adapter in net[0].part().held()], x)
     monkeypatch.setattr(inference, "lay_out", lambda *_: pytest.fail("laid out again"))
     with torch.inference_mode():
         assert torch.equal(net(x), first)
@@ -224,10 +225,10 @@ def test_an_operation_of_one_token() -> None:
 def test_inference_tensors_are_not_kept() -> None:
     with torch.inference_mode():
         blocks = [Block((0, OUT), torch.randn(2, IN), torch.randn(OUT, 2), 1.0)]
-        kept = Kept()
-        before = kept.laid(blocks, BF16).ups[0].right.clone()
+        kept, x = Kept(), torch.randn(300, IN, dtype=BF16)
+        before = kept.laid(blocks, x).ups[0].right.clone()
         blocks[0].B.add_(1)
-        assert not torch.equal(kept.laid(blocks, BF16).ups[0].right, before)
+        assert not torch.equal(kept.laid(blocks, x).ups[0].right, before)
 
 
 @pytest.mark.usefixtures("keeping")
@@ -247,10 +248,10 @@ def test_copies_and_state_hold_nothing_of_it() -> None:
 
 @pytest.mark.usefixtures("keeping")
 def test_it_holds_one_copy_of_the_factors() -> None:
-    net = model()
+    net, x = model(), torch.randn(3, IN, dtype=BF16)
     blocks = [adapter.block for adapter in net[0].part().held()]
     for _ in range(3):
-        laid = net[0].kept.laid(blocks, BF16)
+        laid = net[0].kept.laid(blocks, x)
     entries = sum(t.numel() for block in blocks for t in (block.A, block.B, block.A0, block.B0))
     assert sum(t.numel() for t in (laid.down, *(up.right for up in laid.ups))) == entries
     net(torch.randn(2, IN, dtype=BF16))
@@ -265,6 +266,61 @@ def test_what_acts_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(inference, "lay_out", lambda *_: pytest.fail("laid out again"))
         monkeypatch.setattr(LoRALinear, "_products", lambda *_: pytest.fail("found again"))
         assert torch.equal(net(x), first)
+
+
+@pytest.mark.parametrize("few", [(0, 0), (10**9, 0), (0, 10**9), (10**9, 10**9)], ids=str)
+@layouts
+def test_each_product_may_be_in_fp32_or_not(
+    layout: str, few: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "FEW_DOWN", few[0])
+    monkeypatch.setattr(inference, "FEW_UP", few[1])
+    blocks, x = make_blocks(layout), torch.randn(5, IN, dtype=BF16)
+    weight, bias, kept = torch.randn(OUT, IN, dtype=BF16), torch.randn(OUT, dtype=BF16), Kept()
+    wanted = naive(x, weight, bias, blocks)
+    with torch.no_grad():
+        for y in (fused_lora(x, weight, bias, blocks), fused_lora(x, weight, bias, blocks, kept=kept)):
+            error = (y.double() - wanted).abs().max() / wanted.abs().max()
+            assert y.dtype == BF16 and error < 8 * torch.finfo(BF16).eps
+    laid = kept._held.laid
+    assert (laid.down.dtype == torch.float32, laid.ups[0].right.dtype == torch.float32) == (
+        few[0] > 0,
+        few[1] > 0,
+    )
+
+
+def test_what_is_kept_serves_as_many_tokens_as_it_was_laid_out_for() -> None:
+    """One token, some tokens and one again: each as a layer without anything kept has it."""
+    net = model().eval()
+    edit(net)
+    for tokens in (1, 200, 5000, 1, 0, 3):
+        x = torch.randn(tokens, IN, dtype=BF16)
+        with torch.no_grad():
+            assert torch.equal(net(x), copy.deepcopy(net)(x))
+
+
+def test_autocast_is_seen() -> None:
+    """Under autocast nothing is multiplied in fp32, and what was kept before is not used."""
+    net, x = model().eval(), torch.randn(3, IN, dtype=BF16)
+    edit(net)
+    with torch.no_grad():
+        outside = net(x)
+        with torch.autocast("cpu", BF16):
+            assert torch.equal(net(x), copy.deepcopy(net)(x))
+        assert torch.equal(net(x), outside)
+
+
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_a_pair_is_laid_out_once_for_some_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the products are in half precision: 32 tokens need no cast of the factors each time."""
+    monkeypatch.setattr(inference, "FEW_DOWN", 0)
+    monkeypatch.setattr(inference, "FEW_UP", 0)
+    net, x = model().eval(), torch.randn(tokens, IN, dtype=BF16)
+    with torch.no_grad():
+        net[0](x)
+        with Count() as count:
+            net[0](x)
+    assert sum(count.counter.values()) == 3, count.counter
 
 
 def rescale(net: nn.Module) -> None:

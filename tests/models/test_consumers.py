@@ -93,7 +93,7 @@ ABCD = {"a": "query", "b": "key", "c": "value", "d": "output"}
         {"prepare": rotated},
         {"prepare": lambda x: F.normalize(x, dim=-1)},
     ],
-    ids=str,
+    ids=["plain", "causal", "grouped", "causal, one key", "across", "rotated", "normalized"],
 )
 @pytest.mark.parametrize("product", [sdpa, softmax_by_hand])
 def test_an_attention_without_names(product: Any, settings: Any) -> None:
