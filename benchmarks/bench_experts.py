@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lowrank
-from benchmarks.timing import result_name, surroundings, write_results
+from benchmarks.timing import interleaved, kept_bytes, result_name, surroundings, write_results
 from lowrank import presets
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.expert_stack import ExpertStacks, Layout
@@ -37,19 +37,19 @@ class Contender(NamedTuple):
     own: list[Tensor]
 
 
-def product(dtype: torch.dtype) -> dict[str, Contender]:
+def product(dtype: torch.dtype, device: str) -> dict[str, Contender]:
     """Forward and backward of one grouped product: 64 experts, 512 → 1024, rank 8, 1024 tokens."""
     torch.manual_seed(0)
-    weight = torch.randn(EXPERTS, OUT, IN).div_(IN**0.5).to(dtype)
-    x = torch.randn(TOKENS, IN).to(dtype).requires_grad_()
-    offs = torch.randint(EXPERTS, (TOKENS,)).bincount(minlength=EXPERTS).cumsum(0).int()
-    dy = torch.randn(TOKENS, OUT).to(dtype)
+    weight = torch.randn(EXPERTS, OUT, IN).div_(IN**0.5).to(device, dtype)
+    x = torch.randn(TOKENS, IN).to(device, dtype).requires_grad_()
+    offs = torch.randint(EXPERTS, (TOKENS,)).bincount(minlength=EXPERTS).cumsum(0).int().to(device)
+    dy = torch.randn(TOKENS, OUT).to(device, dtype)
     adapters = [
         Adapter(torch.randn(RANK, IN), torch.zeros(OUT, RANK), 2.0, rows=(e * OUT, (e + 1) * OUT))
         for e in range(EXPERTS)
     ]
-    stacks = ExpertStacks(adapters, Layout(EXPERTS, OUT, False))
-    one = ExpertStacks(adapters[:1], Layout(EXPERTS, OUT, False, shared=True))
+    stacks = ExpertStacks(adapters, Layout(EXPERTS, OUT, False)).to(device)
+    one = ExpertStacks(adapters[:1], Layout(EXPERTS, OUT, False, shared=True)).to(device)
 
     def run(read: Callable[[], Tensor]) -> Contender:
         def step() -> None:
@@ -68,7 +68,7 @@ def product(dtype: torch.dtype) -> dict[str, Contender]:
     }
 
 
-def model() -> nn.Module:
+def model(dtype: torch.dtype, device: str) -> nn.Module:
     import transformers as hf
 
     torch.manual_seed(0)
@@ -77,17 +77,18 @@ def model() -> nn.Module:
         num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=32, num_experts_per_tok=4,
     )  # fmt: skip
-    return hf.Qwen3MoeForCausalLM(config).train()
+    return hf.Qwen3MoeForCausalLM(config).to(device, dtype).train()
 
 
-def steps() -> dict[str, Contender]:
-    """Forward and backward of a Qwen3-MoE, 256 wide, 32 experts, 4 active, 512 tokens, fp32."""
+def steps(dtype: torch.dtype, device: str) -> dict[str, Contender]:
+    """Forward and backward of a Qwen3-MoE, 256 wide, 32 experts, 4 active, 512 tokens."""
+    base = partial(model, dtype, device)
     targets = ["experts.*", "q_proj", "v_proj"]
     shared = presets.lora(target=targets, experts="shared")
     made = {
-        "attention alone": lowrank.wrap_model(model(), presets.lora(target=targets[1:]), progress=False),
-        "ours": lowrank.wrap_model(model(), presets.lora(target=targets), progress=False),
-        "ours, shared": lowrank.wrap_model(model(), shared, progress=False),
+        "attention alone": lowrank.wrap_model(base(), presets.lora(target=targets[1:]), progress=False),
+        "ours": lowrank.wrap_model(base(), presets.lora(target=targets), progress=False),
+        "ours, shared": lowrank.wrap_model(base(), shared, progress=False),
     }
     try:
         import peft
@@ -96,8 +97,8 @@ def steps() -> dict[str, Contender]:
     else:
         parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         config = peft.LoraConfig(r=8, target_modules=targets[1:], target_parameters=parameters)
-        made["PEFT"] = peft.get_peft_model(model(), config)
-    ids = torch.randint(512, (2, 256))
+        made["PEFT"] = peft.get_peft_model(base(), config)
+    ids = torch.randint(512, (2, 256), device=device)
 
     def run(each: nn.Module) -> Contender:
         def step() -> None:
@@ -109,40 +110,26 @@ def steps() -> dict[str, Contender]:
     return {name: run(each) for name, each in made.items()}
 
 
-def kept(contender: Contender) -> int:
-    """Bytes kept for backward, each storage once, without the tensors that are there anyway."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in contender.own}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        contender.step()
-    return sum(sizes.values())
-
-
-def measured(contenders: dict[str, Contender], repeats: int) -> list[dict[str, Any]]:
+def measured(contenders: dict[str, Contender], repeats: int, device: str) -> list[dict[str, Any]]:
     """The times of each, in turn: median and the 10th and 90th percentile, in seconds; and bytes kept."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(repeats + 2):
-        for name, contender in contenders.items():
-            start = time.perf_counter()
-            contender.step()
-            if i > 1:
-                times[name].append(time.perf_counter() - start)
-    rows: list[dict[str, Any]] = []
-    for name, each in times.items():
-        low, middle, high = torch.tensor(each, dtype=torch.float64).quantile(
-            torch.tensor([0.1, 0.5, 0.9]).double()
-        )
-        row = {"contender": name, "seconds": float(middle), "p10": float(low), "p90": float(high)}
-        row["kept"] = kept(contenders[name])
-        rows.append({**row, "ratio": row["seconds"] / rows[0]["seconds"] if rows else 1.0})
-    return rows
+    steps = {name: partial(_numbered, contender.step) for name, contender in contenders.items()}
+    times = interleaved(steps, warmups=2, repeats=repeats, device=device, after=lambda: None)
+    first = next(iter(times.values())).median
+    return [
+        {
+            "contender": name,
+            "seconds": taken.median,
+            "p10": taken.quantile(0.1),
+            "p90": taken.quantile(0.9),
+            "kept": kept_bytes(contenders[name].step, contenders[name].own),
+            "ratio": taken.median / first,
+        }
+        for name, taken in times.items()
+    ]
+
+
+def _numbered(step: Callable[[], None], index: int) -> None:
+    step()
 
 
 def markdown(facts: dict[str, str], cases: dict[str, list[dict[str, Any]]]) -> str:
@@ -163,20 +150,21 @@ def markdown(facts: dict[str, str], cases: dict[str, list[dict[str, Any]]]) -> s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repeats: does it run?")
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own number by default")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    made = {
-        "one product, fp32": lambda: product(torch.float32),
-        "one product, bf16": lambda: product(torch.bfloat16),
-        "a step of a Qwen3-MoE, fp32": steps,
-    }
+    made = {"one product": product, "a step of a Qwen3-MoE": steps}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     repeats = 3 if options.quick else options.repeats
-    cases = {what: measured(contenders(), repeats) for what, contenders in made.items()}
+    cases = {
+        f"{what}, {short}": measured(contenders(dtype, options.device), repeats, options.device)
+        for what, contenders in made.items()
+        for short, dtype in dtypes.items()
+    }
     facts, name = surroundings(options.device), result_name("experts", options)
     report = markdown(facts, cases)
     data = {"surroundings": facts, "cases": cases}

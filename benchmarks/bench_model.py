@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compiled contenders instead; a GPU run has both"
     )
+    parser.add_argument("--no-compile", action="store_true", help="on a GPU, leave the compiled ones out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.threads:
@@ -263,7 +264,8 @@ def main() -> None:
     started, load = time.monotonic(), os.getloadavg()[0]
     chosen = [c for c in cases(options.device, quick=options.quick) if options.only in c.name]
     left = [] if options.compile else [(case, False) for case in chosen]
-    if options.compile or (options.device == "cuda" and not options.quick):
+    both = options.device == "cuda" and not (options.quick or options.no_compile)
+    if options.compile or both:
         left += [(case, True) for case in chosen if case.accumulate == 1]
     kept, measured = shared_input(options.device), dict[str, list[Row]]()
     while left and (remaining := 60 * options.minutes - (time.monotonic() - started)) > 0:
