@@ -146,11 +146,15 @@ def tensors(given: Any) -> Iterator[Tensor]:
 
 
 def can_be_copied(block: nn.Module) -> bool:
-    """Are its numbers stored as they are: not quantized, sharded, or on the meta device?"""
-    held = [*block.parameters(), *block.buffers()]
+    """Are its numbers stored as they are: not quantized, sharded, still to come, or on the meta device?"""
     return all(
-        is_plain(tensor) or not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta)
-        for tensor in held
+        is_plain(tensor)
+        or (
+            type(tensor)
+            in (nn.Parameter, Tensor)  # a class of its own may share what a copy would write into
+            and not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta)
+        )
+        for tensor in (*block.parameters(), *block.buffers())
     )
 
 

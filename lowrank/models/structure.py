@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lowrank.models.calls import likely_calls
 from lowrank.models.consumers import roles_by_use
@@ -54,7 +56,7 @@ def blocks_by_trial(model: nn.Module, path: str) -> Blocks | None:
 
 def blocks_around(model: nn.Module, path: str) -> Iterator[str]:
     """Paths of the modules around the layer ``path`` that may be tried, the smallest first."""
-    weight = model.get_submodule(path).weight
+    weight: Any = model.get_submodule(path).weight
     above, levels = path, 2
     while above and levels:
         above = above.rpartition(".")[0]
@@ -63,7 +65,9 @@ def blocks_around(model: nn.Module, path: str) -> Iterator[str]:
             continue
         levels -= not isinstance(block, nn.Sequential)
         few = sum(1 for _ in islice(filter(is_linear, block.modules()), LAYERS + 1)) <= LAYERS
-        if few and sum(p.numel() for p in block.parameters()) <= max(SMALL, TIMES * weight.numel()):  # type: ignore[operator]
+        if not few or any(is_lazy(p) for p in block.parameters()):
+            continue
+        if sum(p.numel() for p in block.parameters()) <= max(SMALL, TIMES * weight.numel()):
             yield above
 
 
