@@ -12,7 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.layers.gemm import accumulate, differentiable_once, down, flat, owned, scaled, through_up, up
+from lowrank.layers.casts import Copies
+from lowrank.layers.gemm import (
+    accumulate,
+    differentiable_once,
+    down,
+    flat,
+    gradient,
+    owned,
+    scaled,
+    through_up,
+    up,
+)
 
 
 def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
@@ -25,7 +36,7 @@ def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
     if needs_A:
         # Beside an anchor A meets x twice, in A0 + A and in A, and its gradient is the sum.
         dT = dS if dS.shape[1] == len(A) else dS[:, : len(A)] + dS[:, len(A) :]
-        dA = (dT.t() @ (flat(x) if mask is None else flat(x) * mask)).to(A.dtype)
+        dA = gradient(dT, flat(x) if mask is None else flat(x) * mask, A)
     if needs_x:
         dX = dS @ low
         if mask is not None:
@@ -36,7 +47,9 @@ def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         dW = dy.t() @ flat(x)
     if needs_bias:
         db = dy.sum(0)
-    return dX, dW, db, dA, dB, None, None, None, None, None
+    if ctx.copies is not None:
+        ctx.copies.spend()
+    return dX, dW, db, dA, dB, *[None] * 6
 
 
 class SingleProduct(torch.autograd.Function):
@@ -44,7 +57,8 @@ class SingleProduct(torch.autograd.Function):
 
     With anchors A0, B0 the pair is ``[A0 + A; A]``, ``[B, B0]``. `mask` is True where dropout keeps x. Kept
     are S = x·Aᵀ, x where A or the weight is trained, the weight, and the factors as they were multiplied by:
-    in half precision these are copies, ``r·(in + out)`` entries, which backward need not cast again. Not
+    in half precision these are copies, ``r·(in + out)`` entries, which backward need not cast again; `copies`
+    has them where they were made for all layers. Not
     `exact`, the base product accumulates onto the update, which reads y once less.
     """
 
@@ -63,8 +77,9 @@ class SingleProduct(torch.autograd.Function):
         mask: Tensor | None,
         scaling: float,
         exact: bool,
+        copies: Copies | None,
     ) -> Tensor:
-        x2, low, high = flat(x), down(A, A0, x.dtype), up(B, B0, x.dtype)
+        x2, low, high = flat(x), down(A, A0, x.dtype, copies), up(B, B0, x.dtype, copies)
         right = high.t()
         S = (x2 if mask is None else x2 * mask) @ low.t()
         if exact:
@@ -75,7 +90,7 @@ class SingleProduct(torch.autograd.Function):
             accumulate(y, x2, weight.t())
             y = y.view(*x.shape[:-1], y.shape[1])
         needs_x, needs_weight, _, needs_A, needs_B = ctx.needs_input_grad[:5]
-        ctx.scaling = scaling
+        ctx.scaling, ctx.copies = scaling, copies
         ctx.save_for_backward(
             x if needs_A or needs_weight else None,
             weight if needs_x else None,
