@@ -1,7 +1,5 @@
 """Which adapters act: what the adapted layers of one model share, so that a choice is one assignment.
 
-They also share the casts of their factors.
-
 It knows names only, no layer. Who may act together is for others to check.
 """
 
@@ -12,7 +10,6 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from lowrank.layers.casts import Casts
 from lowrank.layers.grouped import ExampleAdapters
 
 T = TypeVar("T")
@@ -31,7 +28,6 @@ class Acting:
         self.names = tuple(names)
         self.weights = dict(weights or {})
         self.rows: ExampleAdapters | None = None  # an adapter for each example; then no names act
-        self.casts = Casts()
 
     def choose(
         self, names: Iterable[str], weights: Mapping[str, Tensor], rows: ExampleAdapters | None = None

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lowrank.layers.block import Block
-from lowrank.layers.casts import Casts, Copies
 from lowrank.layers.gemm import down, up
 from lowrank.layers.inference import Kept, infer, infer_beside
 from lowrank.layers.row_blocks import RowBlockProduct
@@ -43,7 +42,6 @@ def fused_lora(
     dropout: float = 0.0,
     exact: bool = True,
     kept: Kept | None = None,
-    casts: Casts | None = None,
 ) -> Tensor:
     """``F.linear(x, weight, bias)`` plus the update of every block, in one pass over x.
 
@@ -60,24 +58,22 @@ def fused_lora(
     product of x with the A's. The gradients are those of LoRA (2106.09685, section 4.1). It can be
     differentiated once: a second derivative raises RuntimeError. Under `torch.func` and in forward mode it is
     composed of ordinary operations, which can be differentiated and mapped at will. Where grad is off no
-    graph is built (see `infer`), and `kept` holds the cast factors from call to call; where one is built,
-    `casts` has those of all layers of a model. The blocks are not checked at each call: see `check_blocks`.
+    graph is built (see `infer`), and `kept` holds the cast factors from call to call. The blocks are not
+    checked at each call: see `check_blocks`.
     """
     x, weight, bias = to_autocast(x, weight, bias)
     if transformed():
         return _composed(F.linear(x, weight, bias), x, blocks, dropout)
     if exact and dropout == 0 and not torch.is_grad_enabled():
         return infer(x, weight, bias, blocks, kept)
-    copies = None if casts is None else [casts.of(block, x) for block in blocks]
     if len(blocks) > 1 or blocks[0].rows != (0, weight.shape[0]):
-        return RowBlockProduct.apply(x, None, weight, bias, *_laid_out(x, blocks, dropout, copies))
+        return RowBlockProduct.apply(x, None, weight, bias, *_laid_out(x, blocks, dropout))
     ((_, A, B, scaling, A0, B0),) = blocks
     mask = None
     if dropout > 0:
         # What dropout keeps is to weigh more: the scaling does that, and no pass over x has to.
         mask, scaling = _mask(x, dropout), scaling / (1 - dropout)
-    own = None if copies is None else copies[0]
-    return SingleProduct.apply(x, weight, bias, A, B, A0, B0, mask, scaling, exact, own)
+    return SingleProduct.apply(x, weight, bias, A, B, A0, B0, mask, scaling, exact)
 
 
 def to_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -88,14 +84,7 @@ def to_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
     return x, weight, bias
 
 
-def add_lora(
-    y: Tensor,
-    x: Tensor,
-    blocks: Sequence[Block],
-    *,
-    dropout: float = 0.0,
-    casts: Casts | None = None,
-) -> Tensor:
+def add_lora(y: Tensor, x: Tensor, blocks: Sequence[Block], *, dropout: float = 0.0) -> Tensor:
     """``y`` plus the update of every block: for a base that can only be called (quantized, or special).
 
     y ``(..., out)`` is what the base made of x ``(..., in)``; it is not written to. The update is computed
@@ -110,8 +99,7 @@ def add_lora(
         return _composed(y, x, blocks, dropout)
     if dropout == 0 and not torch.is_grad_enabled():
         return infer_beside(y, x, blocks)
-    copies = None if casts is None else [casts.of(block, x) for block in blocks]
-    return RowBlockProduct.apply(x, y, None, None, *_laid_out(x, blocks, dropout, copies))
+    return RowBlockProduct.apply(x, y, None, None, *_laid_out(x, blocks, dropout))
 
 
 def transformed() -> bool:
@@ -131,18 +119,11 @@ def _composed(y: Tensor, x: Tensor, blocks: Sequence[Block], dropout: float) -> 
     return y
 
 
-def _laid_out(
-    x: Tensor, blocks: Sequence[Block], dropout: float, copies: list[Copies | None] | None
-) -> tuple:
+def _laid_out(x: Tensor, blocks: Sequence[Block], dropout: float) -> tuple:
     """The mask, the spans and the factors, one by one: autograd sees only tensors that are arguments."""
     mask = _mask(x, dropout) if dropout > 0 else None
     spans = [(block.rows, block.scaling / (1 - dropout)) for block in blocks]
-    return (
-        mask,
-        spans,
-        copies or [None] * len(blocks),
-        *(factor for _, A, B, _, A0, B0 in blocks for factor in (A, B, A0, B0)),
-    )
+    return mask, spans, *(factor for _, A, B, _, A0, B0 in blocks for factor in (A, B, A0, B0))
 
 
 def _mask(x: Tensor, dropout: float) -> Tensor:

@@ -12,8 +12,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lowrank.layers.casts import Copies
-
 
 def flat(t: Tensor) -> Tensor:
     """``(..., n)`` as ``(tokens, n)``."""
@@ -82,17 +80,13 @@ def gradient(a: Tensor, b: Tensor, like: Tensor, alpha: float = 1.0) -> Tensor:
     return torch.addmm(sums, a.t(), b, out_dtype=like.dtype, beta=0, alpha=alpha)
 
 
-def down(A: Tensor, A0: Tensor | None, dtype: torch.dtype, copies: Copies | None = None) -> Tensor:
+def down(A: Tensor, A0: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What x is multiplied by: A ``(r, in)``, or ``[A0 + A; A]`` beside an anchor."""
-    if copies is not None and copies.low is not None:
-        return copies.low
     return (A if A0 is None else torch.cat((A0 + A, A))).to(dtype)
 
 
-def up(B: Tensor, B0: Tensor | None, dtype: torch.dtype, copies: Copies | None = None) -> Tensor:
+def up(B: Tensor, B0: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What multiplies that: B ``(rows, r)``, or ``[B, B0]`` beside an anchor."""
-    if copies is not None and copies.high is not None:
-        return copies.high
     return (B if B0 is None else torch.cat((B, B0), 1)).to(dtype)
 
 

@@ -94,17 +94,9 @@ class LoRALinear(AdaptedLayer):
             blocks, dropout = products.pop(0)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self.kept.drop()
-            y = fused_lora(
-                x,
-                weight,
-                base._parameters["bias"],
-                blocks,
-                dropout=dropout,
-                kept=self.kept,
-                casts=self.acting.casts,
-            )
+            y = fused_lora(x, weight, base._parameters["bias"], blocks, dropout=dropout, kept=self.kept)
         for blocks, dropout in products:
-            y = add_lora(y, x, blocks, dropout=dropout, casts=self.acting.casts)
+            y = add_lora(y, x, blocks, dropout=dropout)
         for part, _ in self.acting.among(self._parts()):
             if part.rescales:
                 y = rescaled(y, self.bias, self._excess(part, weight, y.dtype))

@@ -13,16 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.layers.casts import Copies
 from lowrank.layers.gemm import accumulate, differentiable_once, down, flat, gradient, owned, through_up, up
 from lowrank.linalg.rows import Rows, take, view
 
-_FIRST = 7  # of the factors among the arguments: A, B, A0, B0 of each block
+_FIRST = 6  # of the factors among the arguments: A, B, A0, B0 of each block
 
 
 def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, mask, S, low, *rest = ctx.saved_tensors
-    highs, factors = rest[: len(ctx.spans)], rest[len(ctx.spans) :]
+    x, weight, mask, S, *factors = ctx.saved_tensors
     A, B, A0, B0 = factors[::4], factors[1::4], factors[2::4], factors[3::4]
     needs_x, needs_base, needs_weight, needs_bias = ctx.needs_input_grad[:4]
     needs_A, needs_B = ctx.needs_input_grad[_FIRST::4], ctx.needs_input_grad[_FIRST + 1 :: 4]
@@ -34,7 +32,7 @@ def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
 
     column = 0
     for i, (rows, scaling) in enumerate(ctx.spans):
-        right = up(B[i], B0[i], dy.dtype) if highs[i] is None else highs[i]
+        right = up(B[i], B0[i], dy.dtype)
         part = S[:, column : column + right.shape[1]] if needs_B[i] else None
         dyi = take(dy, rows, dim=1)
         dSi, dB[i] = through_up(dyi, right, part, scaling, B[i], needs_x or any(needs_A))
@@ -49,7 +47,7 @@ def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
             dA[i] = product[row : row + len(a)].to(a.dtype) if needs_A[i] else None
             row += len(a)
     if needs_x:
-        dX = _joined(dS, 1) @ (_downs(A, A0, dy.dtype, ctx.copies) if low is None else low)
+        dX = _joined(dS, 1) @ _downs(A, A0, dy.dtype)
         if mask is not None:
             dX.mul_(mask)
         if weight is not None:
@@ -59,29 +57,23 @@ def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         dW = dy.t() @ flat(x)
     if needs_bias:
         db = dy.sum(0)
-    for copies in ctx.copies:
-        if copies is not None:
-            copies.spend()
     dFactors = (grad for pair in zip(dA, dB, strict=True) for grad in (*pair, None, None))
-    return dX, dY if needs_base else None, dW, db, None, None, None, *dFactors
+    return dX, dY if needs_base else None, dW, db, None, None, *dFactors
 
 
-def _downs(
-    A: Sequence[Tensor], A0: Sequence[Tensor | None], dtype: torch.dtype, copies: Sequence[Copies | None]
-) -> Tensor:
-    return _joined([down(*each[:2], dtype, each[2]) for each in zip(A, A0, copies, strict=True)], 0)
+def _downs(A: Sequence[Tensor], A0: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    return _joined([down(a, a0, dtype) for a, a0 in zip(A, A0, strict=True)], 0)
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class RowBlockProduct(torch.autograd.Function):
     """``y = base + Σ scaling · x·Aᵀ·Bᵀ``, each term on its own rows.
 
     The base is ``F.linear(x, weight, bias)``, or `base` where that is given. `mask` is True where dropout
-    keeps x. A span is ``(rows, scaling)`` of one block, and its factors are ``A, B, A0, B0``; `copies` has
-    them in x's dtype where they were made for all layers.
+    keeps x. A span is ``(rows, scaling)`` of one block, and its factors are ``A, B, A0, B0``.
     """
 
     backward = staticmethod(differentiable_once(_gradients))
@@ -95,20 +87,18 @@ class RowBlockProduct(torch.autograd.Function):
         bias: Tensor | None,
         mask: Tensor | None,
         spans: list[tuple[Rows, float]],
-        copies: list[Copies | None],
         *factors: Any,
     ) -> Tensor:
         A, B, A0, B0 = factors[::4], factors[1::4], factors[2::4], factors[3::4]
         y = base.clone() if weight is None else F.linear(x, weight, bias)  # type: ignore[union-attr]
         y = y.contiguous()
         x2, y2, column = flat(x), flat(y), 0
-        low = _downs(A, A0, x.dtype, copies)
-        S = (x2 if mask is None else x2 * mask) @ low.t()
+        S = (x2 if mask is None else x2 * mask) @ _downs(A, A0, x.dtype).t()
         for i, (rows, scaling) in enumerate(spans):
-            right = up(B[i], B0[i], x.dtype, copies[i])
+            right = up(B[i], B0[i], x.dtype)
             accumulate(view(y2, rows, dim=1), S[:, column : column + right.shape[1]], right.t(), scaling)
             column += right.shape[1]
-        ctx.spans, ctx.copies = spans, copies
+        ctx.spans = spans
         needs_x, _, needs_weight = ctx.needs_input_grad[:3]
         needs_A, needs_B = any(ctx.needs_input_grad[_FIRST::4]), any(ctx.needs_input_grad[_FIRST + 1 :: 4])
         ctx.save_for_backward(
@@ -116,8 +106,6 @@ class RowBlockProduct(torch.autograd.Function):
             weight if needs_x else None,
             mask if needs_A or needs_x else None,
             S if needs_B else None,
-            low if needs_x and copies[0] is not None else None,  # else they are made again
-            *(None if each is None else each.high for each in copies),
             *factors,
         )
         return owned(y)

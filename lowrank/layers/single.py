@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.layers.casts import Copies
 from lowrank.layers.gemm import (
     accumulate,
     differentiable_once,
@@ -47,9 +46,7 @@ def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         dW = dy.t() @ flat(x)
     if needs_bias:
         db = dy.sum(0)
-    if ctx.copies is not None:
-        ctx.copies.spend()
-    return dX, dW, db, dA, dB, *[None] * 6
+    return dX, dW, db, dA, dB, None, None, None, None, None
 
 
 class SingleProduct(torch.autograd.Function):
@@ -57,8 +54,7 @@ class SingleProduct(torch.autograd.Function):
 
     With anchors A0, B0 the pair is ``[A0 + A; A]``, ``[B, B0]``. `mask` is True where dropout keeps x. Kept
     are S = x·Aᵀ, x where A or the weight is trained, the weight, and the factors as they were multiplied by:
-    in half precision these are copies, ``r·(in + out)`` entries, which backward need not cast again; `copies`
-    has them where they were made for all layers. Not
+    in half precision these are copies, ``r·(in + out)`` entries, which backward need not cast again. Not
     `exact`, the base product accumulates onto the update, which reads y once less.
     """
 
@@ -77,9 +73,8 @@ class SingleProduct(torch.autograd.Function):
         mask: Tensor | None,
         scaling: float,
         exact: bool,
-        copies: Copies | None,
     ) -> Tensor:
-        x2, low, high = flat(x), down(A, A0, x.dtype, copies), up(B, B0, x.dtype, copies)
+        x2, low, high = flat(x), down(A, A0, x.dtype), up(B, B0, x.dtype)
         right = high.t()
         S = (x2 if mask is None else x2 * mask) @ low.t()
         if exact:
@@ -90,7 +85,7 @@ class SingleProduct(torch.autograd.Function):
             accumulate(y, x2, weight.t())
             y = y.view(*x.shape[:-1], y.shape[1])
         needs_x, needs_weight, _, needs_A, needs_B = ctx.needs_input_grad[:5]
-        ctx.scaling, ctx.copies = scaling, copies
+        ctx.scaling = scaling
         ctx.save_for_backward(
             x if needs_A or needs_weight else None,
             weight if needs_x else None,
