@@ -51,7 +51,9 @@ def copied(
         raise
     except Exception as error:  # whatever a stranger's object raises
         raise NoCopyError(f"{type(error).__name__}: {error}") from error
-    return copy.eval()
+    for each in copy.modules():  # not by eval(), of which some do more
+        each.training = False
+    return copy
 
 
 def is_plain(tensor: object) -> bool:

@@ -189,6 +189,14 @@ def test_a_block_too_large_for_a_copy_is_not_tried(monkeypatch: pytest.MonkeyPat
     assert found(with_touch(lambda block, x: None)) == TOLD
 
 
+def test_a_module_whose_train_gives_nothing() -> None:
+    class Silent(Gated):
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+            super().train(mode)
+
+    assert found(Silent()) == TOLD
+
+
 def test_a_copy_is_tied_where_the_module_is_and_shares_no_numbers() -> None:
     block = Gated()
     block.beta.weight = block.alpha.weight
