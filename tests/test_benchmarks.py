@@ -161,11 +161,12 @@ def check_scale(results: dict[str, Any]) -> None:
 
 
 def check_experts(results: dict[str, Any]) -> None:
-    *products, step = results["cases"].values()
+    *products, single, half = results["cases"].values()
     contenders = ["frozen", "ours", "ours, shared", "W + ΔW formed"]
     assert all([r["contender"] for r in each] == contenders for each in products)
-    assert [r["contender"] for r in step] == ["attention alone", "ours", "ours, shared", "PEFT"]
-    for case in (*products, step):
+    for step in (single, half):
+        assert [r["contender"] for r in step] == ["attention alone", "ours", "ours, shared", "PEFT"]
+    for case in (*products, single, half):
         assert all(in_order(record, "seconds") for record in case) and case[0]["ratio"] == 1
     for _, ours, shared, formed in products:
         assert max(ours["kept"], shared["kept"]) < formed["kept"] / 20
