@@ -71,7 +71,9 @@ def memory_report(
 
     Raises:
         ValueError: an option is not known, the plan is another model's, or sizes depend on numbers, as
-            where a router decides how many tokens an expert gets.
+            where experts are called one by one with the tokens that a router gives them
+            (``model.set_experts_implementation("grouped_mm")`` changes that), or cannot be told, as of
+            bitsandbytes' layers.
     """
     if precision not in PRECISIONS:
         known = ", ".join(key for key in PRECISIONS if isinstance(key, str))
@@ -148,6 +150,8 @@ def _outline(model: nn.Module, dtype: torch.dtype | None, keep: Iterable[Tensor]
             if isinstance(tensor, nn.Parameter):
                 held = nn.Parameter(held, requires_grad=tensor.requires_grad)
             made[id(tensor)] = held
+        else:
+            made[id(tensor)] = tensor  # nothing is written into it
     return deepcopy(model, made)
 
 

@@ -311,8 +311,77 @@ def test_a_step_that_shapes_do_not_tell_is_refused() -> None:
     assert not logged and not log.disabled
 
 
-def test_adapted_experts_are_refused() -> None:
-    model = zoo.build("mixtral")
+def mixtral(implementation: str, dtype: torch.dtype) -> nn.Module:
+    config = hf.MixtralConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        use_cache=False,
+    )
+    model = hf.MixtralForCausalLM(config).to(dtype)
+    model.set_experts_implementation(implementation)
+    return model
+
+
+@pytest.mark.parametrize("preset", ["lora", "pissa", "shared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_adapted_experts(implementation: str, dtype: torch.dtype, preset: str) -> None:
+    """Routing says which expert gets which token, and not how many there are in all."""
+    policy = {
+        "lora": presets.lora(rank=4),
+        "pissa": presets.pissa(rank=4, init=NearZero()),
+        "shared": presets.lora(rank=4, experts="shared"),
+    }[preset]
+    model = mixtral(implementation, dtype)
+    ids = torch.randint(0, 500, (2, 64))
+    batch = {"input_ids": ids, "labels": ids}
+    planned = lowrank.memory_report(model, lowrank.plan_model(model, policy), batch=batch)
+    lowrank.wrap_model(model, policy)
+    assert planned.peak == lowrank.memory_report(model, None, batch=batch).peak
+    assert planned.peak == pytest.approx(held_in_a_step(model, batch), rel=0.02)
+
+
+def test_experts_that_are_called_one_by_one_are_refused_adapted_too() -> None:
+    model = mixtral("eager", torch.float32)
     plan = lowrank.plan_model(model, presets.lora(rank=4))
     with pytest.raises(ValueError, match="the memory of a step cannot be told"):
         lowrank.memory_report(model, plan, batch=zoo.batch("mixtral"))
+
+
+def test_several_adapters_that_act_at_once() -> None:
+    model, batch = wrapped("llama", presets.lora(rank=4)), zoo.batch("llama")
+    one = lowrank.memory_report(model, None, batch=batch)
+    lowrank.add_adapter(model, presets.pissa(rank=2), name="other")
+    lowrank.set_adapters(model, {"default": 1.0, "other": 0.5})
+    both = lowrank.memory_report(model, None, batch=batch)
+    assert both.adapters > one.adapters and both.activations > one.activations
+    assert both.peak == pytest.approx(held_in_a_step(model, batch), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["torchao int8", "torchao int4"])
+def test_a_base_that_torchao_quantized(kind: str) -> None:
+    quantized, policy, batch = (
+        pytest.importorskip("tests.test_quantized"),
+        presets.lora(rank=4),
+        zoo.batch("llama"),
+    )
+    model = quantized.base(kind, "llama")
+    before = {name: parameter for name, parameter in model.named_parameters()}
+    planned = lowrank.memory_report(model, lowrank.plan_model(model, policy), batch=batch)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    lowrank.wrap_model(model, policy, progress=False)
+    assert planned.peak == lowrank.memory_report(model, None, batch=batch).peak
+    assert planned.peak == pytest.approx(held_in_a_step(model, batch), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes 4 bits", "bitsandbytes 8 bits"])
+def test_a_base_whose_layers_are_not_told_by_shapes_is_refused_by_name(kind: str) -> None:
+    model = pytest.importorskip("tests.test_quantized").base(kind, "llama")
+    plan = lowrank.plan_model(model, presets.lora(rank=4))
+    with pytest.raises(ValueError, match=r"since model.layers.0.self_attn.q_proj.base.weight is stored"):
+        lowrank.memory_report(model, plan, batch=zoo.batch("llama"))

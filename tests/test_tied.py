@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,46 @@ def test_resizing_beside_adapters_of_other_layers_keeps_them(tmp_path: Path) -> 
     lowrank.save_adapter(model, tmp_path)
     with pytest.raises(lowrank.AdapterError, match=r"expected the shape \(67, 32\), got \(64, 32\)"):
         lowrank.load_adapter(zoo.build("tied_llama"), tmp_path)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(3, 0), (0, 3)])
+@pytest.mark.parametrize("target", TIED, ids="+".join)
+@pytest.mark.parametrize("family", ["llama", "tied_llama"])
+def test_an_adapter_of_another_number_of_tokens_is_refused_by_name(
+    family: str, target: tuple[str, ...], saved: int, loaded: int, tmp_path: Path
+) -> None:
+    def resized(more: int) -> torch.nn.Module:
+        model = zoo.build(family)
+        if more:
+            model.resize_token_embeddings(zoo.VOCABULARY + more, mean_resizing=False)
+        return model
+
+    def policy() -> Policy:
+        return Policy(target=(*target, "q_proj"), rank=2)
+
+    perturb(lowrank.wrap_model(model := resized(saved), policy(), progress=False))
+    lowrank.save_adapter(model, tmp_path / "ours")
+    fresh, batch = resized(loaded), zoo.batch(family)
+    base = frozen_logits(fresh, batch)
+    then, now = zoo.VOCABULARY + saved, zoo.VOCABULARY + loaded
+    tokens = f"it was adapted for {then} tokens, and this model has {now}: .*resize_token_embeddings.{then}."
+    for other in ("same", "other"):
+        with pytest.raises(lowrank.AdapterError) as refused:
+            lowrank.load_adapter(fresh, tmp_path / "ours", base=other)  # type: ignore[arg-type]
+        for name in target:
+            assert re.search(f"{name}: {tokens}", str(refused.value))
+    lowrank.export_peft(model, tmp_path / "peft")
+    with pytest.raises(lowrank.AdapterError) as refused:
+        lowrank.import_peft(fresh, tmp_path / "peft")
+    assert all(f"{name}: its factors are" in str(refused.value) for name in target)
+    assert torch.equal(frozen_logits(fresh, batch), base)
+    lowrank.wrap_model(fresh, policy(), progress=False)
+    with pytest.raises(lowrank.AdapterError) as refused:
+        lowrank.swap_adapter(fresh, tmp_path / "ours", "default")
+    for name in target:
+        assert re.search(rf"{name}: of shape \(.*{then}.*\), expected \(.*{now}", str(refused.value))
+    with pytest.raises(ValueError, match=tokens):
+        lowrank.wrap_model(resized(loaded), lowrank.plan_of(model), progress=False)
 
 
 @warnings_of_peft

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from lowrank.batches import Loss, model_device, to_device
 from lowrank.calibration.undisturbed import undisturbed
 from lowrank.linalg.rows import height, pieces
+from lowrank.models.copies import can_be_copied
 from lowrank.models.families import Role
 from lowrank.models.fused import GROUPS, credible, matches
-from lowrank.models.influence import Call, can_be_copied
+from lowrank.models.influence import CPU, Call
 from lowrank.models.layouts import Blocks
 from lowrank.models.projections import scan
 from lowrank.models.storage import declared_shape, is_linear
@@ -113,9 +114,9 @@ def _recorded(model: nn.Module, batch: Any, loss: Loss | None, blocks: list[str]
 
 
 def _kept(value: Any) -> Any:
-    """A copy that later calls do not change; floating-point numbers in fp64."""
+    """A copy on the CPU that later calls do not change; floating-point numbers in fp64."""
     if isinstance(value, Tensor):
-        return value.detach().to(torch.float64 if value.is_floating_point() else value.dtype, copy=True)
+        return value.detach().to(CPU, torch.float64 if value.is_floating_point() else value.dtype, copy=True)
     if isinstance(value, dict):
         return {key: _kept(each) for key, each in value.items()}
     if type(value) in (list, tuple):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank.linalg.shapes_only import shapes_only
+
 _native: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
@@ -37,6 +39,8 @@ def outer(a: Tensor, b: Tensor, offs: Tensor, native: bool) -> Tensor:
 
 def _groups(offs: Tensor) -> Iterator[tuple[int, slice]]:
     start = 0
+    if shapes_only(offs):  # a loop over products that are written into what is there
+        return
     for g, stop in enumerate(offs.tolist()):
         if stop > start:
             yield g, slice(start, stop)
@@ -45,5 +49,6 @@ def _groups(offs: Tensor) -> Iterator[tuple[int, slice]]:
 
 def _fitting(a: Tensor) -> Tensor:
     """``a`` with rows that begin at multiples of 16 bytes, as the kernels want."""
-    lies = a.stride(1) == 1 and (a.stride(0) * a.itemsize) % 16 == 0 and a.data_ptr() % 16 == 0
+    lies = a.stride(1) == 1 and (a.stride(0) * a.itemsize) % 16 == 0
+    lies = lies and (shapes_only(a) or a.data_ptr() % 16 == 0)
     return a if lies else a.contiguous()

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from lowrank.linalg.shapes_only import shapes_only
+
 
 class Products(Protocol):
     """What is made of the products with a tensor ``(experts, out, in)``, or ``(experts, in, out)``."""
@@ -51,7 +53,7 @@ class StackedWeight(Tensor):
     @staticmethod
     def show(plain: Tensor, low: Products, flip: bool, pick: int | Tensor | None) -> StackedWeight:
         with torch._C.DisableTorchFunctionSubclass():
-            shown = plain.as_subclass(StackedWeight)
+            shown = _around(plain) if shapes_only(plain) else plain.as_subclass(StackedWeight)
         shown._plain, shown._low, shown._flip, shown._pick = plain, low, flip, pick
         return shown
 
@@ -84,6 +86,24 @@ class StackedWeight(Tensor):
     def flipped(self) -> StackedWeight:
         # `.mT` is an attribute, which a compiler does not take for a tensor of its own.
         return StackedWeight.show(self.plain().transpose(-2, -1), self._low, not self._flip, self._pick)
+
+
+class _Around(StackedWeight):
+    """One around a tensor without numbers, which is an object of its own and has no other class."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map_only(StackedWeight, StackedWeight.values, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _around(plain: Tensor) -> _Around:
+    made: _Around = Tensor._make_wrapper_subclass(
+        _Around, plain.size(), strides=plain.stride(), dtype=plain.dtype, device=plain.device
+    )
+    return made
 
 
 # -- the ways to use it; called where torch functions see plain tensors ------------------------------------

@@ -25,20 +25,23 @@ LENGTHS = frozenset("h w height width".split())
 SIZES = frozenset("size feat_size hw hw_shape resolution input_resolution grid_size".split())
 
 
-def likely_calls(block: nn.Module, device: torch.device) -> Iterator[Callable[[nn.Module], Any]]:
+def likely_calls(block: nn.Module) -> Iterator[Callable[[nn.Module], Any]]:
     """Calls of a copy of ``block`` in fp64 with random tensors, the likeliest first; each may fail."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(block.forward).parameters.values()
+    try:
+        parameters = inspect.signature(block.forward).parameters.values()
+    except (TypeError, ValueError):  # no Python function
+        return
     named = [p for p in parameters if p.kind in kinds]
     required = sum(p.default is p.empty for p in named)
     shapes = [declared_shape(module) for module in block.modules() if is_linear(module)]
     widths = list(dict.fromkeys(shape[1] for shape in shapes if shape))
     names = [p.name.lower() for p in named]
-    yield from islice(_calls(names, required, widths, _shapes(block), device), ATTEMPTS)
+    yield from islice(_calls(names, required, widths, _shapes(block)), ATTEMPTS)
 
 
 def _calls(
-    names: list[str], required: int, widths: list[int], shapes: list[Shape], device: torch.device
+    names: list[str], required: int, widths: list[int], shapes: list[Shape]
 ) -> Iterator[Callable[[nn.Module], Any]]:
     least = max(1, required)
     for count, shape in product(range(least, max(least, min(TENSORS, len(names))) + 1), shapes):
@@ -48,7 +51,7 @@ def _calls(
         sides |= {i: (side, side) for i, name in enumerate(names[:count]) if name in SIZES}
         tensors = [i for i in range(count) if i not in sides]
         for chosen in product(widths, repeat=len(tensors)) if len(tensors) <= TENSORS else ():
-            drawn = [_random(shape, width).to(device) for width in chosen]
+            drawn = [_random(shape, width) for width in chosen]
             args = sides | dict(zip(tensors, drawn, strict=True))
             yield lambda copy, args=args: copy(*(_own(args[i]) for i in sorted(args)))  # type: ignore[misc]
 

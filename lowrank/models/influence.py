@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from lowrank.models.copies import copied
 from lowrank.models.storage import is_linear
-from lowrank.models.trials import copied, is_plain
 
 NOTHING = 1e-10  # of the largest gradient, in fp64
+CPU = torch.device("cpu")  # where a wrong guess, such as an index out of range, does no harm
 
 Call = Callable[[nn.Module], Any]  # calls a copy of a block, with the same numbers each time
 Scales = Mapping[str, Tensor]  # by layer: a factor for each row of its output, (rows,)
@@ -43,12 +44,12 @@ class Run:
         if not tensor.requires_grad:
             return {}
         draw = torch.Generator().manual_seed(1)
-        weights = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        weights = torch.zeros_like(tensor)
         weights.flatten(0, -2)[-1] = torch.randn(tensor.shape[-1], generator=draw, dtype=tensor.dtype)
         found = torch.autograd.grad(
             tensor,
             list(self.outputs.values()),
-            weights.to(tensor.device),
+            weights,
             retain_graph=True,
             allow_unused=True,
         )
@@ -145,36 +146,24 @@ def tensors(given: Any) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
-def can_be_copied(block: nn.Module) -> bool:
-    """Are its numbers stored as they are: not quantized, sharded, still to come, or on the meta device?"""
-    return all(
-        is_plain(tensor)
-        or (
-            type(tensor)
-            in (nn.Parameter, Tensor)  # a class of its own may share what a copy would write into
-            and not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta)
-        )
-        for tensor in (*block.parameters(), *block.buffers())
-    )
-
-
 def refilled(block: nn.Module) -> Any:
-    """A copy of ``block`` in fp64: weights random, the same each time, and no biases; tables as they are.
+    """A copy of ``block`` on the CPU in fp64: weights random, the same each time, and no biases.
 
-    What is zero then stays zero in a normalization, which has seen nothing yet.
+    Tables stay as they are. What is zero then stays zero in a normalization, which has seen nothing yet.
+    Raises NoCopyError where ``block`` has no copy.
     """
     draw = torch.Generator().manual_seed(0)
 
     def new(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
-            return tensor.clone()
+            return tensor.to(CPU, copy=True)
         if not isinstance(tensor, nn.Parameter):
-            return tensor.double()
+            return tensor.to(CPU, torch.float64, copy=True)
         size = tensor.shape[-1] if tensor.dim() > 1 else 1
         numbers = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
-        return (numbers / max(1, size) ** 0.5).to(tensor.device)
+        return numbers / max(1, size) ** 0.5
 
-    copy = copied(block, new)
+    copy = copied(block, new, CPU)
     for name, tensor in [*copy.named_parameters(), *copy.named_buffers()]:
         if tensor.dim() == 1 and name.rpartition(".")[2].endswith(("bias", "running_mean")):
             tensor.zero_()

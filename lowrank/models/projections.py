@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+import torch
 from torch import Tensor, nn
 
 from lowrank.linalg.rows import Rows, height, shifted
@@ -141,6 +142,8 @@ def on_weight(model: nn.Module, p: Projection) -> bool:
 def _scan(model: nn.Module, fused: Fused) -> Iterator[Found]:
     attends = attending(model)
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # its layers are not Python's
+            continue
         if isinstance(module, nn.MultiheadAttention):
             yield from _attention(path, module)
         elif is_linear(module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank.linalg.rows import Rows, shifted, take
 from lowrank.models.experts import Stack, stack_of
+from lowrank.models.held import held_weight
 from lowrank.models.kinds import kind_of
 from lowrank.models.packing import packed
 from lowrank.models.trials import try_layer
@@ -88,7 +89,8 @@ def stored_transposed(module: nn.Module) -> bool:
     shape = declared_shape(module)
     if shape is None or type(module).forward is nn.Linear.forward:
         return False
-    stored = tuple(module.weight.shape)  # type: ignore[arg-type]
+    held = held_weight(module)
+    stored = () if held is None else tuple(held.shape)
     if stored != shape[::-1]:
         return False
     if stored != shape:
@@ -99,8 +101,8 @@ def stored_transposed(module: nn.Module) -> bool:
 
 def declared_shape(module: nn.Module) -> tuple[int, int] | None:
     """``(out, in)`` as a module with a weight declares it; None where it declares nothing."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
+    weight = held_weight(module)
+    if weight is None:
         return None
     out, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
     nf = getattr(module, "nf", None)
@@ -118,7 +120,8 @@ def is_linear(module: nn.Module) -> bool:
     shape = declared_shape(module)
     if shape is None:
         return False
-    return tuple(module.weight.shape) in (shape, shape[::-1])  # type: ignore[arg-type]
+    held = held_weight(module)
+    return held is not None and tuple(held.shape) in (shape, shape[::-1])
 
 
 def is_embedding(module: nn.Module) -> bool:

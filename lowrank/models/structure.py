@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from math import prod
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lowrank.models.calls import likely_calls
 from lowrank.models.consumers import roles_by_use
+from lowrank.models.copies import NoCopyError, can_be_copied
 from lowrank.models.families import Role, in_attention, is_feed_forward
-from lowrank.models.influence import Call, Trial, can_be_copied, refilled
+from lowrank.models.influence import CPU, Call, Trial, refilled
 from lowrank.models.layouts import Blocks, in_order
 from lowrank.models.storage import declared_shape, is_linear
-from lowrank.models.trials import once, unnoticed
+from lowrank.models.trials import once
+from lowrank.models.unnoticed import unnoticed
 
 LAYERS = 16  # a block that is tried has no more linear layers than this,
 TIMES, SMALL = 16, 4_000_000  # and no more parameters than this times those of the layer in question, or this
@@ -56,7 +57,7 @@ def blocks_by_trial(model: nn.Module, path: str) -> Blocks | None:
 
 def blocks_around(model: nn.Module, path: str) -> Iterator[str]:
     """Paths of the modules around the layer ``path`` that may be tried, the smallest first."""
-    weight: Any = model.get_submodule(path).weight
+    numbers = prod(declared_shape(model.get_submodule(path)) or ())
     above, levels = path, 2
     while above and levels:
         above = above.rpartition(".")[0]
@@ -67,7 +68,7 @@ def blocks_around(model: nn.Module, path: str) -> Iterator[str]:
         few = sum(1 for _ in islice(filter(is_linear, block.modules()), LAYERS + 1)) <= LAYERS
         if not few or any(is_lazy(p) for p in block.parameters()):
             continue
-        if sum(p.numel() for p in block.parameters()) <= max(SMALL, TIMES * weight.numel()):
+        if sum(p.numel() for p in block.parameters()) <= max(SMALL, TIMES * numbers):
             yield above
 
 
@@ -76,15 +77,16 @@ def tried(block: nn.Module) -> Mapping[str, Blocks]:
     if not can_be_copied(block) or type(block).forward is nn.Module.forward:
         return {}
     shapes = tuple(declared_shape(module) for module in block.modules() if is_linear(module))
-    device = next(block.parameters()).device
-    return once(block, ("use", shapes), lambda: tried_with(block, likely_calls(block, device)))
+    return once(block, ("use", shapes), lambda: tried_with(block, likely_calls(block)))
 
 
 def tried_with(block: nn.Module, calls: Iterable[Call]) -> Mapping[str, Blocks]:
-    """What the first of ``calls`` shows that shows any; they get a copy of ``block`` in fp64."""
-    device = next(block.parameters()).device
-    with unnoticed(device), torch.inference_mode(False):
-        copy = refilled(block)
+    """What the first of ``calls`` shows that shows any; they get a copy of ``block`` on the CPU, in fp64."""
+    with unnoticed(CPU):
+        try:
+            copy = refilled(block)
+        except NoCopyError:
+            return {}
         for call in calls:
             try:
                 found = roles_by_use(Trial(copy, call))

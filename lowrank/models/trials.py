@@ -6,20 +6,18 @@ which rows of a fused weight are the query's? The module itself is never run, an
 
 from __future__ import annotations
 
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-TOKENS = 6
-SAME, LINEAR, MOVED = 1e-6, 1e-4, 1e-3  # relative, in fp64
+from lowrank.models.copies import NoCopyError, copied, is_plain
+from lowrank.models.unnoticed import unnoticed
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,15 @@ class LayerTrial:
 def try_layer(module: nn.Module, rows: int, columns: int) -> LayerTrial:
     """Does ``module`` map ``(..., columns)`` to ``(..., rows)``, and which way does it read its weight?
 
-    Layers with Linear's own forward are not tried, nor are those on the meta device, packed or distributed.
+    Layers with Linear's own forward are not tried, nor are those on the meta device, packed or distributed,
+    nor those of which there is no copy.
     """
-    weight: Any = getattr(module, "weight", None)
     kind = type(module)
     known = kind.forward is nn.Linear.forward or kind.__module__ == "transformers.pytorch_utils"
-    if known or not is_plain(weight):
+    if known or is_parametrized(module, "weight"):  # whose weight is computed when it is read
+        return LayerTrial()
+    weight: Any = getattr(module, "weight", None)
+    if not is_plain(weight):
         return LayerTrial()
     return once(module, ("layer", rows, columns), lambda: _try_layer(module, weight, rows, columns))
 
@@ -56,9 +57,11 @@ def _try_layer(module: nn.Module, weight: Tensor, rows: int, columns: int) -> La
     for shape in ((1, 2, columns), (2, columns)):
         x = torch.arange(2.0 * columns, device=weight.device).cos().view(shape).to(weight.dtype)
         with unnoticed(weight.device):
-            copy = copied(module, torch.clone)
             try:
+                copy = copied(module, torch.clone, weight.device)
                 y: Any = type(module).forward(copy, x)
+            except NoCopyError:
+                return LayerTrial()
             except Exception as error:  # whatever a stranger's code raises
                 what = f"{type(error).__name__}: {error}"
                 problem = problem or f"fails on an input of {shape} ({what})"
@@ -86,7 +89,7 @@ def _reads_transposed(copy: nn.Module, x: Tensor, y: Tensor) -> bool:
     return as_columns < as_rows and as_columns <= 0.05
 
 
-# -- copies -------------------------------------------------------------------------------------------
+# -- one for many -------------------------------------------------------------------------------------------
 
 _RESULTS: WeakKeyDictionary[type, dict[Any, Any]] = WeakKeyDictionary()
 
@@ -94,7 +97,7 @@ _RESULTS: WeakKeyDictionary[type, dict[Any, Any]] = WeakKeyDictionary()
 def once(module: nn.Module, key: tuple[Any, ...], attempt: Callable[[], Any]) -> Any:
     """One trial for all modules of a class that have the same settings, dtype and device."""
     settings = tuple(
-        (name, value)
+        (name, ref(value) if isinstance(value, FunctionType) else value)  # which may hold a model
         for name, value in vars(module).items()
         if (isinstance(value, bool | int | float | str) and "layer" not in name)
         or isinstance(value, FunctionType)
@@ -105,43 +108,3 @@ def once(module: nn.Module, key: tuple[Any, ...], attempt: Callable[[], Any]) ->
     if key not in known:
         known[key] = attempt()
     return known[key]
-
-
-def is_plain(tensor: object) -> bool:
-    return (
-        type(tensor) in (nn.Parameter, Tensor)
-        and not tensor.is_meta  # type: ignore[attr-defined]
-        and tensor.is_floating_point()  # type: ignore[attr-defined]
-        and tensor.element_size() > 1  # type: ignore[attr-defined]
-    )
-
-
-def copied(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Any:
-    """``module`` without its hooks, in evaluation mode, with tensors of its own."""
-    copy = module.__class__.__new__(module.__class__)
-    for name, value in module.__dict__.items():  # what a forward may write into becomes the copy's own
-        copy.__dict__[name] = value.copy() if type(value) in (dict, list, set) else value
-    copy.__dict__.pop("forward", None)
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        copy.__dict__[name] = OrderedDict()
-    copy.__dict__["training"] = False
-    copy.__dict__["_parameters"] = {
-        name: None if p is None else nn.Parameter(new(p), requires_grad=False)
-        for name, p in module._parameters.items()
-    }
-    copy.__dict__["_buffers"] = {
-        name: None if b is None else new(b.detach()) for name, b in module._buffers.items()
-    }
-    copy.__dict__["_modules"] = {
-        name: None if child is None else copied(child, new) for name, child in module._modules.items()
-    }
-    return copy
-
-
-@contextmanager
-def unnoticed(device: torch.device) -> Iterator[None]:
-    """No gradient, no warning, and the random numbers that come next stay what they would be."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

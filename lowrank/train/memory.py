@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
 from lowrank.batches import Loss, model_device, output_loss, scalar_loss
@@ -62,7 +63,7 @@ def step_memory(
 
     Raises:
         ValueError: nothing is to be trained, the optimizer is not known, or the step cannot be told from
-            shapes alone, as where the routing of tokens decides about sizes.
+            shapes alone, as where the routing of tokens decides about sizes, or with bitsandbytes' layers.
     """
     factory = optimizer_factory(optimizer)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -134,10 +135,17 @@ class StandIn:
         if self.device.type == "meta":
             self.device = torch.device("cpu")
         self.of: dict[int, Any] = {}  # by the id of the real tensor
-        for tensor in chain(model.parameters(), model.buffers()):
-            if type(tensor) in (nn.Parameter, Tensor):
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            if type(tensor) in (nn.Parameter, Tensor) or is_traceable_wrapper_subclass(tensor):
                 self.of[id(tensor)] = self._made(tensor)
-        with self.inside():
+            else:
+                raise ValueError(
+                    f"{type(model).__name__}: the memory of a step cannot be told from shapes alone, since "
+                    f"{name} is stored as {type(tensor).__name__} of {tensor.dtype}"
+                )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Outside the mode: a tensor that is neither parameter nor buffer keeps its numbers.
             self.model: nn.Module = deepcopy(model, dict(self.of))
 
     @contextmanager
@@ -148,7 +156,7 @@ class StandIn:
         before, log.disabled = log.disabled, True
         try:
             with self.mode, GroupedShapes(), KnownIntegers(), warnings.catch_warnings():
-                # deepcopy asks a tensor where its numbers are, and models warn of what matters in a real run.
+                # Models warn of what matters in a real run.
                 warnings.simplefilter("ignore")
                 yield
         finally:
@@ -157,6 +165,10 @@ class StandIn:
     def _made(self, tensor: Tensor) -> Tensor:
         if is_known(tensor) and tensor.numel() <= MOST:
             return tensor.detach().clone()
+        if type(tensor) not in (nn.Parameter, Tensor):  # made of plain ones
+            made = self.mode.from_tensor(tensor.detach())
+            wrapped = isinstance(tensor, nn.Parameter)
+            return nn.Parameter(made, requires_grad=tensor.requires_grad) if wrapped else made
         device = self.device if tensor.is_meta else tensor.device
         with self.mode:
             made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)

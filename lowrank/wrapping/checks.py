@@ -18,6 +18,7 @@ from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import is_linear, packed, weight_shape
 from lowrank.processes import in_parts
+from lowrank.wrapping.resizing import vocabulary_problem
 
 PARALLEL = frozenset(
     "DistributedDataParallel DataParallel FullyShardedDataParallel FSDPModule ReplicateModule "
@@ -123,6 +124,9 @@ def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> 
             continue
         if p.shared == 1 and (p.module, p.param) in shared:
             problems.append(f"{p.name}: another adapter of this plan is shared by all experts of the weight")
+            continue
+        if problem := vocabulary_problem(model, p, (rows, columns)):
+            problems.append(problem)
             continue
         fit = lie_within(p.rows, rows) and height(p.rows) == p.out_features
         if columns != p.in_features or not fit:

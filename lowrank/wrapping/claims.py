@@ -45,10 +45,13 @@ def adapter_tensors(root: nn.Module, name: str) -> dict[str, Tensor]:
 def plan_differences(plan: Plan, saved: Any) -> list[str]:
     """A line for each projection and trained module that only one of two plans has, or has otherwise."""
     other = Plan.from_json(saved)
-    problems = [
+    shapes = {p.name: p.shape for p in plan}
+    resized = {p.name: p.shape for p in other if shapes.get(p.name, p.shape) != p.shape}
+    problems = [f"{name}: of shape {shape}, expected {shapes[name]}" for name, shape in resized.items()]
+    problems += [
         f"{p.name}: {other.get(p, 'not adapted')}, expected {plan.get(p, 'not adapted')}"
         for p in {**dict(plan), **dict(other)}
-        if plan.get(p) != other.get(p)
+        if plan.get(p) != other.get(p) and p.name not in resized
     ]
     if plan.dora != other.dora:
         problems.append(f"dora is {other.dora}, expected {plan.dora}")

@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from lowrank.models.projections import Projection
+from lowrank.models.storage import is_embedding
+
 RESIZE = "resize_token_embeddings"
 LAYERS = ("get_input_embeddings", "get_output_embeddings")
 
@@ -31,12 +34,7 @@ def refuse_resizing(root: nn.Module, adapted: tuple[type, ...]) -> None:
     """Refuses it for each model in ``root`` whose embedding or output head is one of ``adapted``."""
     for module in root.modules():
         if callable(getattr(type(module), RESIZE, None)) and RESIZE not in module.__dict__:
-            layers = []
-            for get in LAYERS:
-                with suppress(
-                    AttributeError, NotImplementedError
-                ):  # how transformers says that there is none
-                    layers.append(getattr(module, get)())
+            layers = _layers_of_tokens(module)
             held = [path for path, each in module.named_modules() if isinstance(each, adapted)]
             names = tuple(path for path in held if any(module.get_submodule(path) is each for each in layers))
             if names:
@@ -48,3 +46,35 @@ def allow_resizing(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module.__dict__.get(RESIZE), Refusal):
             del module.__dict__[RESIZE]
+
+
+def vocabulary_problem(model: nn.Module, p: Projection, shape: tuple[int, int]) -> str:
+    """What is wrong where ``p`` is a whole embedding or output head for another number of tokens; else empty.
+
+    Args:
+        shape: ``(rows, in)`` of the weight that ``model`` has in its place.
+    """
+    module = model.get_submodule(p.module)
+    rows, columns = shape
+    if is_embedding(module):
+        then, now, fits = p.in_features, columns, p.out_features == rows
+    else:
+        heads = (each for m in model.modules() if hasattr(type(m), RESIZE) for each in _layers_of_tokens(m))
+        if p.block or not any(each is module for each in heads):
+            return ""
+        then, now, fits = p.out_features, rows, p.in_features == columns
+    if then == now or not fits:
+        return ""
+    return (
+        f"{p.name}: it was adapted for {then} tokens, and this model has {now}: bring it to as many "
+        f"first, in transformers by model.{RESIZE}({then})"
+    )
+
+
+def _layers_of_tokens(module: Any) -> list[Any]:
+    """The embedding and the output head of a model of transformers."""
+    layers = []
+    for get in LAYERS:
+        with suppress(AttributeError, NotImplementedError):  # how transformers says that there is none
+            layers.append(getattr(module, get)())
+    return layers

@@ -14,6 +14,7 @@ from lowrank import Policy, presets
 from lowrank.peft_format import export, written_config
 from tests import zoo
 from tests.helpers import perturb
+from tests.layers.test_experts import build as experts
 from tests.peft_format.common import (
     CONFIG,
     TENSORS,
@@ -44,6 +45,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Policy, str]] = {
         lambda: nn.Sequential(zoo.Homemade(), nn.Linear(8, 8)),
         presets.lora(rank=2),
         "0: PEFT adapts nn.Linear, Conv1D, nn.Embedding and nn.Conv1d to 3d, not Homemade",
+    ),
+    "experts in two dimensions": (
+        lambda: experts("dbrx"),
+        presets.lora(rank=2),
+        r"experts.mlp.w1\[0.gate\]: PEFT takes a tensor of experts in two dimensions for one matrix",
     ),
     "a name inside another's": (
         lambda: nn.ModuleDict({"head": nn.Linear(6, 6), "body_head": nn.ModuleDict({"fc": nn.Linear(6, 6)})}),
