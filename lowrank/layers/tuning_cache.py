@@ -34,7 +34,7 @@ _here: dict[tuple[str, str], Found] = {}  # by this process, by name of the devi
 
 
 def look_up(device: str, key: str) -> Found | None:
-    """What these versions have found for a key on the device with this name, here or in an earlier process."""
+    """What these versions have found for a key on the device with this name, in any process."""
     if (device, key) not in _here and (kept := _read(device).get(key + versions())) is not None:
         _here[device, key] = kept
     return _here.get((device, key))

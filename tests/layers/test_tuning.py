@@ -459,11 +459,12 @@ def test_without_grad_and_under_transforms_nothing_is_tried(monkeypatch: pytest.
             assert fused_lora(fake[0], fake[1], None, [block]).shape == (2, 5, OUT)
         assert fused_lora(fake[0], fake[1], None, [block]).shape == (2, 5, OUT)  # outside its mode too
         fused_lora(x[:0], weight, None, blocks)
-        with torch.device("meta"):
-            fused_lora(torch.ones(2, IN), torch.ones(OUT, IN), None, make_blocks("one", device="meta"))
+        empty = [tensor.to("meta") for tensor in (x, weight)]
+        assert functional.ORDERS.choice(case_of(*empty, None, 4, False), tuple(empty)) == "base first"
     assert not calls and not list(tuning_cache.folder().glob("*"))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own, of instances of Function
 def test_compiled_code_has_the_base_first(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted(monkeypatch)
     x, weight, blocks = one_pair()
@@ -494,6 +495,7 @@ def test_hooks_on_saved_tensors_do_not_see_the_trials(monkeypatch: pytest.Monkey
     calls = counted(monkeypatch)
     x, weight, blocks = one_pair()
     packed: list[int] = []
+    counts: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
         packed.append(1)
@@ -506,8 +508,8 @@ def test_hooks_on_saved_tensors_do_not_see_the_trials(monkeypatch: pytest.Monkey
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 fused_lora(x, weight, None, blocks)
             assert (len(calls) > before) == tried
-            first = len(packed) if tried else first
-            assert len(packed) == first
+            counts.append(len(packed))
+    assert counts[0] == counts[1] > 0
 
 
 def test_training_draws_the_same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -517,7 +519,7 @@ def test_training_draws_the_same_random_numbers(monkeypatch: pytest.MonkeyPatch)
     for on in (False, True):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(IN, OUT), nn.Dropout(0.5), nn.Linear(OUT, 4))
-        model = lowrank.wrap_model(net, presets.lora(rank=2), progress=False, dropout=0.3)
+        model = lowrank.wrap_model(net, presets.lora(rank=2, dropout=0.3), progress=False)
         with switched(on):
             history = lowrank.train.fit(
                 model,
@@ -526,7 +528,7 @@ def test_training_draws_the_same_random_numbers(monkeypatch: pytest.MonkeyPatch)
                 lr=1e-2,
                 progress=False,
             )
-        losses[on] = [float(loss) for loss in history]
+        losses[on] = [record.loss for record in history]
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     assert "update first" in functional.ORDERS.chosen.values()
 
@@ -541,7 +543,7 @@ def test_the_environment(
 
 
 def test_from_the_environment_to_the_file(tmp_path: Path) -> None:
-    code = f"""
+    code = """
 import torch, lowrank
 from torch import nn
 model = lowrank.wrap_model(nn.Sequential(nn.Linear(32, 16)), lowrank.presets.lora(rank=2), progress=False)
