@@ -9,6 +9,7 @@ JSON and Markdown to benchmarks/results/. `bench_linear` says what a single proj
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import time
@@ -157,6 +158,7 @@ def _flat(grads: list[Tensor]) -> Tensor:
 def measure(case: Case, *, compiled: bool, seconds: float, most: int) -> list[Row]:
     """One row a contender, from as many rounds as fit in `seconds` (at least three, at most `most`)."""
     torch.compiler.reset()
+    gc.collect()  # PEFT's models are cycles, and hold a device's memory
     base = case.base()
     batches = case.batches(base)
     models = adapted(base, case.rank, half=case.dtype != FP32)

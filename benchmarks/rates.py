@@ -89,17 +89,23 @@ def judge(study: Path, measured: Path) -> None:
     for result in read(study):
         if result.cell.seed == 0:
             curves.setdefault(result.cell.setting, {})[result.cell.lr] = result.score or 0.0
-    rules = {"lr=auto": measured_rate, "1e-3 for all": lambda _: 1e-3}
-    for name, rule in rules.items():
-        losses = {
-            setting[1]: 1 - _at(curve, rule(turns[setting])) / max(curve.values())
-            for setting, curve in curves.items()
-            if turns.get(setting) and METHODS[setting[1]].b_rate == 1
-        }
-        near, worst = sum(loss <= 0.01 for loss in losses.values()), max(losses, key=losses.__getitem__)
-        mean = sum(losses.values()) / len(losses)
-        print(f"{name}: within 1 % in {near} of {len(losses)}, mean loss {mean:.2%}, worst", end=" ")
-        print(f"{losses[worst]:.1%} ({worst})")
+    fitted = {setting for setting in curves if TASKS[setting[0]].development}
+    for where, settings in (("on which it was fitted", fitted), ("others", curves.keys() - fitted)):
+        for name, rule in {"lr=auto": measured_rate, "1e-3 for all": lambda _: 1e-3}.items():
+            losses = {
+                setting: 1 - _at(curves[setting], rule(turns[setting])) / max(curves[setting].values())
+                for setting in settings
+                if turns.get(setting) and METHODS[setting[1]].b_rate == 1
+            }
+            if not losses:
+                continue
+            near, worst = sum(loss <= 0.01 for loss in losses.values()), max(losses, key=losses.__getitem__)
+            mean = sum(losses.values()) / len(losses)
+            print(
+                f"tasks {where}, {name}: within 1 % in {near} of {len(losses)}, mean loss {mean:.2%},",
+                end=" ",
+            )
+            print(f"worst {losses[worst]:.1%} ({worst[1]} on {worst[0]})")
 
 
 def _at(curve: dict[float, float], rate: float) -> float:

@@ -12,6 +12,7 @@ from lowrank.combining import combine_adapters
 from lowrank.comparing import compare_plans
 from lowrank.init import Factors
 from lowrank.layers import LoRALinear, lora_linear
+from lowrank.layers.tuning_report import tuning_report
 from lowrank.learning_rates import lora_plus, plan_learning_rate
 from lowrank.memory import memory_report
 from lowrank.merging import merge, remove_adapter, unwrap
@@ -81,6 +82,7 @@ __all__ = [
     "set_adapters",
     "swap_adapter",
     "train",
+    "tuning_report",
     "unwrap",
     "use_adapters",
     "wrap_model",

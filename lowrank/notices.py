@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Hashable
 
 from tqdm import tqdm
 
 logger = logging.getLogger("lowrank")
+_said: set[Hashable] = set()
 
 
 class LowrankWarning(UserWarning):
@@ -34,3 +36,11 @@ def show(text: str) -> None:
         logger.info(text)
     else:
         tqdm.write(text, file=sys.stderr)
+
+
+def once(text: str, about: Hashable = None) -> None:
+    """Logs a warning the first time in this process that one comes ``about`` this, by default its text."""
+    about = text if about is None else about
+    if about not in _said:
+        _said.add(about)
+        logger.warning(text)

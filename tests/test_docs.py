@@ -34,7 +34,8 @@ def blocks(page: str) -> Iterator[tuple[int, str, str]]:
         yield text.count("\n", 0, found.start("code")) + 1, found["note"] or "", found["code"]
 
 
-LANGUAGE = {"docs/peft.md", "docs/bases.md"}  # pages about language models; the others classify
+# Pages about language models; the others classify.
+LANGUAGE = {"docs/peft.md", "docs/bases.md", "docs/experts.md"}
 
 
 def world(page: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # Narrower than their place in the table: the only other parts that these may name.
 ONLY = {
-    "layers": {"linalg"},  # plain tensors, no model
+    "layers": {"files", "linalg", "notices"},  # plain tensors, no model
     "train": {
         "batches",
         "files",

@@ -17,7 +17,17 @@ from lowrank.layers.gemm import down, up
 from lowrank.layers.inference import Kept, infer, infer_beside
 from lowrank.layers.row_blocks import RowBlockProduct
 from lowrank.layers.single import SingleProduct
+from lowrank.layers.tuning import Tuned, allowed, case_of
 from lowrank.linalg.rows import height, lie_within, spread
+
+BASE_FIRST = "base first"
+ORDERS = Tuned(
+    "one adapter",
+    {
+        BASE_FIRST: lambda *arguments: SingleProduct.apply(*arguments, True),
+        "update first": lambda *arguments: SingleProduct.apply(*arguments, False),
+    },
+)
 
 
 def lora_linear(
@@ -40,19 +50,21 @@ def fused_lora(
     blocks: Sequence[Block],
     *,
     dropout: float = 0.0,
-    exact: bool = True,
+    exact: bool | None = None,
     kept: Kept | None = None,
 ) -> Tensor:
     """``F.linear(x, weight, bias)`` plus the update of every block, in one pass over x.
 
     x ``(..., in)``, weight ``(out, in)`` of any strides, bias ``(out,)`` or None; returns ``(..., out)``.
     The base product comes first, by the very call that a frozen projection makes, so that an update of
-    zero leaves its value bit for bit. Factors of another dtype are cast to x's; their gradients come back
-    in their own. Under autocast all runs in autocast's dtype. `dropout` is the share of x's entries that
-    is hidden from the adapters, and from them alone: a caller passes it in training only.
+    zero leaves its value bit for bit (but see `exact`). Factors of another dtype are cast to x's; their
+    gradients come back in their own. Under autocast all runs in autocast's dtype. `dropout` is the share of
+    x's entries that is hidden from the adapters, and from them alone: a caller passes it in training only.
 
     With `exact` off, one block over all rows is multiplied first and the base product accumulates onto it,
     which saves a reading of y; an update of zero then leaves the base's value to the dtype's rounding only.
+    By default, None, the faster of the two orders is used in training on CUDA (see `tuning`), and elsewhere
+    the exact one.
 
     For backward it keeps x itself (only where an A or the weight is trained) and the ``(tokens, Σr)``
     product of x with the A's. The gradients are those of LoRA (2106.09685, section 4.1). It can be
@@ -64,7 +76,7 @@ def fused_lora(
     x, weight, bias = to_autocast(x, weight, bias)
     if transformed():
         return _composed(F.linear(x, weight, bias), x, blocks, dropout)
-    if exact and dropout == 0 and not torch.is_grad_enabled():
+    if exact is not False and dropout == 0 and not torch.is_grad_enabled():
         return infer(x, weight, bias, blocks, kept)
     if len(blocks) > 1 or blocks[0].rows != (0, weight.shape[0]):
         return RowBlockProduct.apply(x, None, weight, bias, *_laid_out(x, blocks, dropout))
@@ -73,7 +85,11 @@ def fused_lora(
     if dropout > 0:
         # What dropout keeps is to weigh more: the scaling does that, and no pass over x has to.
         mask, scaling = _mask(x, dropout), scaling / (1 - dropout)
-    return SingleProduct.apply(x, weight, bias, A, B, A0, B0, mask, scaling, exact)
+    arguments = (x, weight, bias, A, B, A0, B0, mask, scaling)
+    if exact is None:
+        case = case_of(x, weight, bias, A.shape[0], A0 is not None) if allowed(x) else None
+        exact = case is None or ORDERS.choice(case, arguments) == BASE_FIRST
+    return SingleProduct.apply(*arguments, exact)
 
 
 def to_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -67,6 +67,19 @@ def _addmm_(C: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
         _addmm_pieces_(C, a, b, alpha)
 
 
+def gradient(a: Tensor, b: Tensor, like: Tensor, alpha: float = 1.0) -> Tensor:
+    """``alpha·aᵀ·b``, the gradient of the factor ``like``, in its dtype. a ``(N, rows)``, b ``(N, columns)``.
+
+    CUDA sums half precision in fp32: there an fp32 gradient is that sum, not rounded and not cast.
+    """
+    direct = a.is_cuda and a.dtype != like.dtype == torch.float32
+    if not direct or torch.compiler.is_compiling():
+        product = a.t() @ b if alpha == 1 else scaled(a.t(), b, alpha)
+        return product.to(like.dtype)
+    sums = torch.empty(a.shape[1], b.shape[1], dtype=like.dtype, device=a.device)
+    return torch.addmm(sums, a.t(), b, out_dtype=like.dtype, beta=0, alpha=alpha)
+
+
 def down(A: Tensor, A0: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What x is multiplied by: A ``(r, in)``, or ``[A0 + A; A]`` beside an anchor."""
     return (A if A0 is None else torch.cat((A0 + A, A))).to(dtype)
@@ -88,8 +101,10 @@ def through_up(
     dS = dB = None
     if S is not None:
         S = S if S.shape[1] == like.shape[1] else S[:, : like.shape[1]]
-        # (Sᵀ·dY)ᵀ, not dYᵀ·S: the same numbers, but it reads dY along its rows.
-        dB = torch.empty_like(like).copy_(scaled(S.t(), dY, alpha).t())
+        if dY.is_cuda:
+            dB = gradient(dY, S, like, alpha)
+        else:  # (Sᵀ·dY)ᵀ, not dYᵀ·S: the same numbers, but it reads dY along its rows
+            dB = torch.empty_like(like).copy_(scaled(S.t(), dY, alpha).t())
     if needs_S:
         dS = scaled(dY, up, alpha)
     return dS, dB

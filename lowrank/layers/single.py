@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.layers.gemm import accumulate, differentiable_once, down, flat, owned, scaled, through_up, up
+from lowrank.layers.gemm import (
+    accumulate,
+    differentiable_once,
+    down,
+    flat,
+    gradient,
+    owned,
+    scaled,
+    through_up,
+    up,
+)
 
 
 def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
@@ -25,7 +35,7 @@ def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
     if needs_A:
         # Beside an anchor A meets x twice, in A0 + A and in A, and its gradient is the sum.
         dT = dS if dS.shape[1] == len(A) else dS[:, : len(A)] + dS[:, len(A) :]
-        dA = (dT.t() @ (flat(x) if mask is None else flat(x) * mask)).to(A.dtype)
+        dA = gradient(dT, flat(x) if mask is None else flat(x) * mask, A)
     if needs_x:
         dX = dS @ low
         if mask is not None:

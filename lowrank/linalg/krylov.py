@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowrank.linalg.operators import Operator
+from lowrank.linalg.precision import eigh
 
 OVERSAMPLING = 8  # columns of a block beyond the rank; a basis is several blocks wide
 BLOCKS = 8  # a basis of so many blocks is compressed to its leading vectors
@@ -80,7 +81,7 @@ def leading(
         full = count + width > limit
         if step < due and not full:
             continue
-        squares, vectors = torch.linalg.eigh(core @ core.mT)
+        squares, vectors = eigh(core @ core.mT)
         values, vectors = squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
         residual = torch.linalg.vector_norm(block @ vectors[-width:].to(block), dim=0).cpu().double()
         live = (values[:rank] > zero * values[0]) & (values[:rank] < infinite)

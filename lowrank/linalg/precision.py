@@ -12,6 +12,7 @@ from torch import Tensor
 
 _SWITCHES = RLock()  # they are the process's, and a backward pass may have a thread for each device
 STRIPE = 256  # rows that are mirrored at a time
+SMALL = 512  # rows of a matrix whose eigenvectors are found in fp64 on CUDA
 BLOCKS, NARROW = 6, 256  # of a Gram matrix's rows: 7/12 of it is computed; below the width, all at once
 
 
@@ -101,3 +102,16 @@ def symmetric(lower: Tensor) -> Tensor:
         corner += corner.tril(-1).mT
         lower[start:end, end:] = lower[end:, start:end].mT
     return lower
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix, read from its lower half, in its dtype.
+
+    For up to 512 rows in fp32 torch takes Jacobi's method on CUDA, which is slower than another one in fp64
+    (9.6 and 3.5 ms for 384 rows on an H100).
+
+    Raises torch.linalg.LinAlgError where that gives up.
+    """
+    small = matrix.is_cuda and len(matrix) <= SMALL
+    values, vectors = torch.linalg.eigh(matrix.double() if small else matrix)
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowrank.linalg.krylov import OVERSAMPLING, leading
 from lowrank.linalg.operators import Inverse, InverseRoot, Product, Singular, frobenius
-from lowrank.linalg.precision import full_precision, lower_gram
+from lowrank.linalg.precision import eigh, full_precision, lower_gram
 from lowrank.linalg.triplets import Answer, Question, Triplets, triplets
 
 # Below this width, or where a block is a larger share of it, dense methods are faster (benchmarks/results/).
@@ -132,7 +132,7 @@ def _gram(question: Question, dtype: torch.dtype, *, top: bool) -> Triplets | No
     """From all the eigenvectors of MᵀM, or of M·Mᵀ if M is wide."""
     tall, k = question.upright(dtype), question.rank
     try:
-        squares, vectors = torch.linalg.eigh(lower_gram(tall))
+        squares, vectors = eigh(lower_gram(tall))
     except torch.linalg.LinAlgError:  # LAPACK gives up on a few matrices that an SVD can take
         return None
     squares = squares.clamp_min(0)
