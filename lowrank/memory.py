@@ -72,8 +72,8 @@ def memory_report(
     Raises:
         ValueError: an option is not known, the plan is another model's, or sizes depend on numbers, as
             where experts are called one by one with the tokens that a router gives them
-            (``model.set_experts_implementation("grouped_mm")`` changes that), or cannot be told, as of
-            bitsandbytes' layers.
+            (``model.set_experts_implementation("grouped_mm")`` changes that), or a tensor is of an unknown
+            class.
     """
     if precision not in PRECISIONS:
         known = ", ".join(key for key in PRECISIONS if isinstance(key, str))

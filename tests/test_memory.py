@@ -363,25 +363,33 @@ def test_several_adapters_that_act_at_once() -> None:
     assert both.peak == pytest.approx(held_in_a_step(model, batch), rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["torchao int8", "torchao int4"])
-def test_a_base_that_torchao_quantized(kind: str) -> None:
-    quantized, policy, batch = (
-        pytest.importorskip("tests.test_quantized"),
-        presets.lora(rank=4),
-        zoo.batch("llama"),
-    )
-    model = quantized.base(kind, "llama")
-    before = {name: parameter for name, parameter in model.named_parameters()}
+@pytest.mark.parametrize(
+    ("kind", "within"),
+    [
+        ("torchao int8", 0.02),
+        ("torchao int4", 0.02),
+        ("bitsandbytes 8 bits", 0.02),
+        ("bitsandbytes 4 bits", 0.1),  # of which one dequantized weight too many is held at the peak
+    ],
+)
+def test_a_quantized_base(kind: str, within: float) -> None:
+    quantized = pytest.importorskip("tests.test_quantized")
+    model, policy, batch = quantized.base(kind, "llama"), presets.lora(rank=4), zoo.batch("llama")
+    before = dict(model.named_parameters())
     planned = lowrank.memory_report(model, lowrank.plan_model(model, policy), batch=batch)
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     lowrank.wrap_model(model, policy, progress=False)
     assert planned.peak == lowrank.memory_report(model, None, batch=batch).peak
-    assert planned.peak == pytest.approx(held_in_a_step(model, batch), rel=0.02)
+    assert planned.peak == pytest.approx(held_in_a_step(model, batch), rel=within)
 
 
-@pytest.mark.parametrize("kind", ["bitsandbytes 4 bits", "bitsandbytes 8 bits"])
-def test_a_base_whose_layers_are_not_told_by_shapes_is_refused_by_name(kind: str) -> None:
-    model = pytest.importorskip("tests.test_quantized").base(kind, "llama")
+def test_a_tensor_of_an_unknown_class_is_refused_by_name() -> None:
+    class Own(nn.Parameter):
+        pass
+
+    model = zoo.build("llama")
+    norm = model.model.norm
+    norm.weight = Own(norm.weight.detach(), requires_grad=False)
     plan = lowrank.plan_model(model, presets.lora(rank=4))
-    with pytest.raises(ValueError, match=r"since model.layers.0.self_attn.q_proj.base.weight is stored"):
+    with pytest.raises(ValueError, match=r"since model.norm.weight is stored as Own of torch.float32"):
         lowrank.memory_report(model, plan, batch=zoo.batch("llama"))

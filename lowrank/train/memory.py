@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -63,7 +64,7 @@ def step_memory(
 
     Raises:
         ValueError: nothing is to be trained, the optimizer is not known, or the step cannot be told from
-            shapes alone, as where the routing of tokens decides about sizes, or with bitsandbytes' layers.
+            shapes alone, as where the routing of tokens decides about sizes, or of a tensor of an unknown class.
     """
     factory = optimizer_factory(optimizer)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -136,7 +137,8 @@ class StandIn:
             self.device = torch.device("cpu")
         self.of: dict[int, Any] = {}  # by the id of the real tensor
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-            if type(tensor) in (nn.Parameter, Tensor) or is_traceable_wrapper_subclass(tensor):
+            known = type(tensor) in (nn.Parameter, Tensor, *_bitsandbytes())
+            if known or is_traceable_wrapper_subclass(tensor):
                 self.of[id(tensor)] = self._made(tensor)
             else:
                 raise ValueError(
@@ -165,6 +167,10 @@ class StandIn:
     def _made(self, tensor: Tensor) -> Tensor:
         if is_known(tensor) and tensor.numel() <= MOST:
             return tensor.detach().clone()
+        if type(tensor) in _bitsandbytes():  # numbers, and beside them how they are to be read
+            made = nn.Parameter(self._made(tensor.data.as_subclass(Tensor)), requires_grad=False)
+            made.__dict__.update((key, held) for key, held in vars(tensor).items() if key != "module")
+            return made
         if type(tensor) not in (nn.Parameter, Tensor):  # made of plain ones
             made = self.mode.from_tensor(tensor.detach())
             wrapped = isinstance(tensor, nn.Parameter)
@@ -259,3 +265,9 @@ def optimizer_factory(optimizer: str | Optimizers) -> Optimizers:
             f"optimizer, got {optimizer!r}"
         )
     return OPTIMIZERS[optimizer]
+
+
+def _bitsandbytes() -> tuple[type, ...]:
+    """Its classes of parameters, where it is loaded."""
+    loaded = sys.modules.get("bitsandbytes.nn")
+    return () if loaded is None else (loaded.Params4bit, loaded.Int8Params)
