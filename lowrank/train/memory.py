@@ -64,7 +64,7 @@ def step_memory(
 
     Raises:
         ValueError: nothing is to be trained, the optimizer is not known, or the step cannot be told from
-            shapes alone, as where the routing of tokens decides about sizes, or of a tensor of an unknown class.
+            shapes alone, as where a router decides about sizes, or of a tensor of an unknown class.
     """
     factory = optimizer_factory(optimizer)
     if not any(parameter.requires_grad for parameter in model.parameters()):
