@@ -63,8 +63,7 @@ def fused_lora(
 
     With `exact` off, one block over all rows is multiplied first and the base product accumulates onto it,
     which saves a reading of y; an update of zero then leaves the base's value to the dtype's rounding only.
-    By default, None, the faster of the two orders is used in training on CUDA (see `tuning`), and elsewhere
-    the exact one.
+    By default, None, that is the exact order, and in training the faster one where tuning is on (`tuning`).
 
     For backward it keeps x itself (only where an A or the weight is trained) and the ``(tokens, Σr)``
     product of x with the A's. The gradients are those of LoRA (2106.09685, section 4.1). It can be
@@ -87,7 +86,7 @@ def fused_lora(
         mask, scaling = _mask(x, dropout), scaling / (1 - dropout)
     arguments = (x, weight, bias, A, B, A0, B0, mask, scaling)
     if exact is None:
-        case = case_of(x, weight, bias, A.shape[0], A0 is not None) if allowed(x) else None
+        case = case_of(x, weight, bias, A.shape[0], A0 is not None) if allowed() else None
         exact = case is None or ORDERS.choice(case, arguments) == BASE_FIRST
     return SingleProduct.apply(*arguments, exact)
 

@@ -8,10 +8,7 @@ from itertools import groupby
 
 from lowrank.layers import tuning_cache
 
-NOTHING = (
-    "Nothing has been tuned yet. On CUDA the first training steps do it, unless LOWRANK_TUNE=0; on other "
-    "devices LOWRANK_TUNE=1 turns it on."
-)
+NOTHING = "Nothing has been tuned yet. With LOWRANK_TUNE=1 the first training steps do it."
 
 
 @dataclass(frozen=True)

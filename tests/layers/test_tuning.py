@@ -60,7 +60,7 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning_cache, "_here", {})
     monkeypatch.setattr(notices, "_said", set())
-    monkeypatch.setattr(tuning, "_on", None)
+    monkeypatch.setattr(tuning, "_on", False)
     monkeypatch.setattr(functional.ORDERS, "chosen", {})
 
 
@@ -533,9 +533,9 @@ def test_training_draws_the_same_random_numbers(monkeypatch: pytest.MonkeyPatch)
     assert "update first" in functional.ORDERS.chosen.values()
 
 
-@pytest.mark.parametrize(("value", "on"), [("0", False), ("1", True), ("", None), ("yes", None)])
+@pytest.mark.parametrize(("value", "on"), [("0", False), ("1", True), ("", False), ("yes", False)])
 def test_the_environment(
-    value: str, on: bool | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    value: str, on: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("LOWRANK_TUNE", value)
     assert tuning._from_environment() is on
@@ -559,15 +559,17 @@ print(lowrank.tuning_report())
 
 
 @pytest.mark.gpu
-def test_on_cuda_it_is_on_and_never_waits_once_decided() -> None:
+def test_on_cuda_it_never_waits_once_decided() -> None:
     x = torch.randn(64, IN, device="cuda", requires_grad=True)
     weight, blocks = torch.randn(OUT, IN, device="cuda"), make_blocks("one", device="cuda")
     state = torch.cuda.get_rng_state()
-    fused_lora(x, weight, None, blocks)
+    with switched(True):
+        fused_lora(x, weight, None, blocks)
     assert len(functional.ORDERS.chosen) == 1 and torch.equal(torch.cuda.get_rng_state(), state)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fused_lora(x, weight, None, blocks).sum().backward()
+        with switched(True):
+            fused_lora(x, weight, None, blocks).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -580,7 +582,7 @@ def test_a_capture_is_not_disturbed() -> None:
         fused_lora(x, weight, None, blocks)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with switched(True), torch.cuda.graph(graph):
         y = fused_lora(x, weight, None, blocks)
     graph.replay()
     assert not functional.ORDERS.chosen
