@@ -20,20 +20,7 @@ from benchmarks.studies.cells import Result, read
 
 BASELINE = "lora"
 # Student's t for a two-sided interval of 95 %, by degrees of freedom.
-T95 = {
-    1: 12.71,
-    2: 4.30,
-    3: 3.18,
-    4: 2.78,
-    5: 2.57,
-    6: 2.45,
-    7: 2.36,
-    8: 2.31,
-    9: 2.26,
-    10: 2.23,
-    11: 2.20,
-    12: 2.18,
-}
+T95 = dict(enumerate((12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18), start=1))
 
 
 @dataclass(frozen=True)
@@ -83,13 +70,16 @@ def interval(values: list[float]) -> float | None:
     return T95.get(len(values) - 1, 1.96) * stdev(values) / sqrt(len(values))
 
 
-def paired(one: Sweep, other: Sweep) -> tuple[float, float | None] | None:
-    """Mean difference of scores at each one's best rate, over the seeds that both have; its interval."""
+def differences(one: Sweep, other: Sweep) -> list[float]:
+    """Of scores at each one's best rate, by the seeds that both have."""
     seeds = sorted(one.at_best.keys() & other.at_best.keys())
-    if not seeds:
-        return None
-    differences = [one.at_best[seed] - other.at_best[seed] for seed in seeds]
-    return mean(differences), interval(differences)
+    return [one.at_best[seed] - other.at_best[seed] for seed in seeds]
+
+
+def paired(one: Sweep, other: Sweep) -> tuple[float, float | None] | None:
+    """The mean of the `differences` and its interval; None where there are none."""
+    found = differences(one, other)
+    return (mean(found), interval(found)) if found else None
 
 
 def steps_to(run: Result, score: float) -> float | None:
@@ -140,22 +130,15 @@ def over_tasks(settings: dict[str, dict[str, Sweep]]) -> Iterator[str]:
     Args:
         settings: by task, of one rank and match.
     """
-    methods = {method for setting in settings.values() for method in setting if len(settings) > 1}
+    in_all = set.intersection(*(set(setting) for setting in settings.values()))
     rows: list[tuple[float, str]] = []
-    for method in sorted(methods - {BASELINE}):
-        cells, every = [], []
-        for setting in settings.values():
-            pair = setting.get(method), setting.get(BASELINE)
-            found = None if pair[0] is None or pair[1] is None else paired(pair[0], pair[1])
-            if found is None or pair[0] is None or pair[1] is None:
-                cells.append("–")
-                continue
-            one, other = pair[0].at_best, pair[1].at_best
-            every += [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
-            cells.append(f"{found[0]:+.4f}")
-        if "–" in cells:
+    for method in sorted(in_all - {BASELINE}) if len(settings) > 1 and BASELINE in in_all else ():
+        by_task = [differences(setting[method], setting[BASELINE]) for setting in settings.values()]
+        if not all(by_task):
             continue
+        every = [each for task in by_task for each in task]
         half = interval(every)
+        cells = [f"{mean(task):+.4f}" for task in by_task]
         cells.append(f"{mean(every):+.4f}" + ("" if half is None else f" ± {half:.4f}") + f" ({len(every)})")
         rows.append((mean(every), f"| {method} | {' | '.join(cells)} |"))
     if rows:

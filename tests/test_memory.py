@@ -275,17 +275,8 @@ def test_other_families_give_the_same_report_planned_and_wrapped(family: str) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_that_are_not_adapted(dtype: torch.dtype) -> None:
     """Products by groups of rows have sizes that shapes tell."""
-    config = hf.MixtralConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        use_cache=False,
-    )
-    model, policy = hf.MixtralForCausalLM(config).to(dtype), presets.lora(rank=4, target=("query", "value"))
+    model = mixtral(None, dtype, width=256)
+    policy = presets.lora(rank=4, target=("query", "value"))
     ids = torch.randint(0, 500, (2, 64))
     batch = {"input_ids": ids, "labels": ids}
     report = lowrank.memory_report(model, lowrank.plan_model(model, policy), batch=batch)
@@ -311,11 +302,12 @@ def test_a_step_that_shapes_do_not_tell_is_refused() -> None:
     assert not logged and not log.disabled
 
 
-def mixtral(implementation: str, dtype: torch.dtype) -> nn.Module:
+def mixtral(implementation: str | None, dtype: torch.dtype, width: int = 64) -> nn.Module:
+    """Two layers of four experts; by None in the implementation that is the default."""
     config = hf.MixtralConfig(
         vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -323,7 +315,8 @@ def mixtral(implementation: str, dtype: torch.dtype) -> nn.Module:
         use_cache=False,
     )
     model = hf.MixtralForCausalLM(config).to(dtype)
-    model.set_experts_implementation(implementation)
+    if implementation is not None:
+        model.set_experts_implementation(implementation)
     return model
 
 

@@ -80,6 +80,11 @@ def gradient(a: Tensor, b: Tensor, like: Tensor, alpha: float = 1.0) -> Tensor:
     return torch.addmm(sums, a.t(), b, out_dtype=like.dtype, beta=0, alpha=alpha)
 
 
+def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat` without the copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def down(A: Tensor, A0: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What x is multiplied by: A ``(r, in)``, or ``[A0 + A; A]`` beside an anchor."""
     return (A if A0 is None else torch.cat((A0 + A, A))).to(dtype)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.layers.block import Block, same_blocks
-from lowrank.layers.gemm import accumulate, down, flat, up
+from lowrank.layers.gemm import accumulate, down, flat, joined, up
 from lowrank.layers.transient import Transient
 from lowrank.linalg.rows import Rows, view
 
@@ -155,7 +155,7 @@ def lay_out(blocks: Sequence[Block], low: torch.dtype, high: torch.dtype, *, in_
         ups.append(Up(rows, columns, right * scaling if in_fp32 else right, scaling))
         downs.append(down(A, A0, low))
         column += right.shape[1]
-    return Laid(downs[0] if len(downs) == 1 else torch.cat(downs), tuple(ups), in_fp32)
+    return Laid(joined(downs), tuple(ups), in_fp32)
 
 
 def lay_out_to_keep(

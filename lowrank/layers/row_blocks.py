@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.layers.gemm import accumulate, differentiable_once, down, flat, gradient, owned, through_up, up
+from lowrank.layers.gemm import (
+    accumulate,
+    differentiable_once,
+    down,
+    flat,
+    gradient,
+    joined,
+    owned,
+    through_up,
+    up,
+)
 from lowrank.linalg.rows import Rows, take, view
 
 _FIRST = 6  # of the factors among the arguments: A, B, A0, B0 of each block
@@ -42,12 +52,12 @@ def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         column += right.shape[1]
 
     if any(needs_A):
-        product, row = gradient(_joined(dT, 1), flat(x) if mask is None else flat(x) * mask, A[0]), 0
+        product, row = gradient(joined(dT, 1), flat(x) if mask is None else flat(x) * mask, A[0]), 0
         for i, a in enumerate(A):
             dA[i] = product[row : row + len(a)].to(a.dtype) if needs_A[i] else None
             row += len(a)
     if needs_x:
-        dX = _joined(dS, 1) @ _downs(A, A0, dy.dtype)
+        dX = joined(dS, 1) @ _downs(A, A0, dy.dtype)
         if mask is not None:
             dX.mul_(mask)
         if weight is not None:
@@ -62,11 +72,7 @@ def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _downs(A: Sequence[Tensor], A0: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
-    return _joined([down(a, a0, dtype) for a, a0 in zip(A, A0, strict=True)], 0)
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return joined([down(a, a0, dtype) for a, a0 in zip(A, A0, strict=True)])
 
 
 class RowBlockProduct(torch.autograd.Function):

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lowrank
 from lowrank import Plan, Policy, allocate, presets
-from lowrank.layers import experts as experts_layer
 from tests.helpers import frozen_logits, logits, perturb
-from tests.layers.test_experts import CASES, adapted, batch, build, layers
+from tests.layers.test_experts import CASES, adapted, batch, build, layers, moved_without_full_updates
 from tests.peft_format.common import warnings_of_peft
 
 
@@ -54,16 +53,7 @@ def test_a_budget_pays_for_one_adapter_and_not_for_one_of_each_expert() -> None:
 def test_every_product_adds_the_same_update_for_all_experts(
     name: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*_: Any) -> Tensor:
-        raise AssertionError("a full ΔW was formed")
-
-    monkeypatch.setattr(experts_layer.LowRank, "whole", refused)
-    base = frozen_logits(build(name, way), batch())
-    model = shared(name, way)
-    assert torch.equal(logits(model, batch()), base)
-    perturb(model)
-    moved = logits(model, batch())
-    assert (moved - base).abs().max() > 1e-3
+    model, moved = moved_without_full_updates(monkeypatch, name, way, experts="shared")
     (layer,) = layers(model)
     for param in layer.lora.params():
         delta = layer.delta_weight(param)
