@@ -13,26 +13,22 @@ from typing import Any
 from torch import nn
 
 import lowrank
+from benchmarks.studies.candidates import RaisedMinor, RandomDirections, Released
 from lowrank import Policy, Role, presets
 from lowrank.allocate import Sensitivity, Uniform
-from lowrank.init import ByRole, Kaiming, Minor, Principal, TaskAligned
+from lowrank.init import (
+    ByRole,
+    CovarianceOriented,
+    FrozenA,
+    GradientAligned,
+    Kaiming,
+    Minor,
+    Principal,
+    TaskAligned,
+)
 
 HEAD_LR = 1e-3
 ALPHA = 16.0
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """`Kaiming` with A frozen: what is left of TLoRA's start where A is random. Also called LoRA-FA."""
-
-    needs = frozenset[str]()
-
-    def frozen(self, role: Role) -> frozenset[str]:
-        return frozenset({"A"})
-
-    def __call__(self, *args: Any, **kwargs: Any) -> lowrank.Factors:
-        start = Kaiming()(*args, **kwargs)
-        return lowrank.Factors(A=start.A, B=start.B, frozen=frozenset({"A"}))
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ METHODS: dict[str, Method] = {
     "tlora": Method(presets.tlora, guess=1e-3, cheaper=True),
     "tlora-uniform": Method(_with(init=TaskAligned(), allocate=Uniform()), guess=1e-3, cheaper=True),
     "tlora-ranks": Method(_with(init=Kaiming(), allocate=Sensitivity()), guess=3e-3),
-    "frozen-a": Method(_with(init=Frozen()), guess=3e-3, cheaper=True),
+    "frozen-a": Method(presets.lora_fa, guess=3e-3, cheaper=True),
     "eva": Method(presets.eva, guess=1e-3),
     "corda": Method(presets.corda, guess=1e-3),
     "lora-ga": Method(presets.lora_ga, guess=3e-4),
@@ -89,6 +85,16 @@ METHODS: dict[str, Method] = {
     "pissa-qv": Method(_with(target=("query", "value"), init=Principal()), guess=1e-3),
     "milora-qv": Method(_with(target=("query", "value"), init=Minor()), guess=1e-3),
     "lora-qv": Method(_with(target=("query", "value")), guess=3e-3),
+    "pissa-random": Method(_with(init=RandomDirections()), guess=1e-3),
+    "frozen-a-rs": Method(_with(init=FrozenA(), scaling="alpha/sqrt(r)"), guess=1e-3),
+    "ailora-raised": Method(
+        _with(
+            init=ByRole({Role.QUERY: CovarianceOriented(), Role.VALUE: RaisedMinor()}, otherwise=Kaiming())
+        ),
+        guess=1e-3,
+    ),
+    "tlora-slow-a": Method(_with(init=Released(TaskAligned())), guess=1e-4, b_rate=16.0),
+    "lora-ga-ranks": Method(_with(init=GradientAligned(), allocate=Sensitivity()), guess=3e-4),
     "peft-lora": Method(peft={"init_lora_weights": True}, guess=3e-3),
     "peft-pissa": Method(peft={"init_lora_weights": "pissa"}, guess=1e-3),
     "full": Method(guess=1e-4, trains="everything"),
