@@ -91,7 +91,7 @@ def calibrate(
             f"batches=: expected a list of batches or a DataLoader, got one {type(batches).__name__}"
         )
     if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1: {steps}")
+        raise ValueError(f"steps: expected at least 1, got {steps}")
     if not wanted:
         return Statistics({})
     home = model_device(model)

@@ -149,7 +149,7 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
         wanted = factor_shapes(module, rank, (out, columns))
         shapes = {factor: entry.shape for factor, entry in sorted(entries.items())}
         if shapes != wanted:
-            problems.append(f"{path}: its factors are {shapes}, not {wanted}")
+            problems.append(f"{path}: expected factors {wanted}, got {shapes}")
         elif any(f"{path}.{factor_key(module, each)}" not in contents.keys for each in entries):
             problems.append(
                 f"{path}: its factors have the names of another kind of layer than {type(module).__name__}"
@@ -210,9 +210,9 @@ def _trained(model: nn.Module, contents: Contents) -> tuple[list[str], list[str]
             if entry is None:
                 problems.append(f"{path}.{name}: modules_to_save names it, but it is not in the folder")
             elif entry.shape != tuple(tensor.shape):
-                problems.append(f"{path}.{name}: its shape is {entry.shape}, not {tuple(tensor.shape)}")
+                problems.append(f"{path}.{name}: expected the shape {tuple(tensor.shape)}, got {entry.shape}")
             elif (entry.dtype in FLOATS) != tensor.is_floating_point():
-                problems.append(f"{path}.{name}: its dtype is {entry.dtype}, not {tensor.dtype}")
+                problems.append(f"{path}.{name}: expected the dtype {tensor.dtype}, got {entry.dtype}")
         if any(above in taken for above in ancestors(path)):
             problems.append(f"{path}: it lies inside another module that modules_to_save names")
         if path in adapted:
