@@ -45,7 +45,7 @@ class Plan(Mapping[Projection, Allocation]):
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
         learning_rate: a peak rate to train with; None where it was not measured, by `plan_learning_rate`.
-        rows: of embeddings, that alone train.
+        rows: of embeddings: where there are some, only these rows of the embedding train.
 
     Raises:
         ValueError: a rank below 0 or above ``min(in, out)``, no rank anywhere, or a scaling or dropout out of

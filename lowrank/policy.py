@@ -50,8 +50,8 @@ class Policy:
         expert_rank: of experts: ``"rank"``, as of any projection, or ``"rank/active"``: divided by the number
             of experts that act on a token, and at least 1. Their scaling is that of the divided rank. Not
             beside a budget.
-        experts: ``"each"`` has an adapter of its own, or all experts of a tensor have one: ``"shared"``.
-            That one starts from the inputs or gradients of all, or from neither, but not from a weight.
+        experts: ``"each"``: every expert has an adapter of its own; ``"shared"``: all experts of a tensor
+            have one, which may start from the inputs or gradients of all of them, but not from a weight.
         dora: train the magnitude of each output row apart from its direction (DoRA, 2402.09353). Such an
             adapter acts alone, with weight 1. Its magnitudes, ``out`` for each projection, count in a budget.
         train: modules trained in full and saved with the adapter, such as a new classifier head.
@@ -59,9 +59,9 @@ class Policy:
             ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
             rows of one group, and how many there are: ``{"wqkv": {"groups": 8, "query": 512, "key": 128,
             "value": 128}}``.
-        rows: of embeddings, which alone train, as those of new tokens: ``{"embed_tokens": [32000, 32001]}``.
-            A head that is tied to the embedding follows. They are trainable parameters beside the budget.
-        roles: of weights that names tell nothing of, or tell wrongly, by dotted-suffix pattern:
+        rows: token ids by embedding, such as those of new tokens: ``{"embed_tokens": [32000, 32001]}``. Only
+            these rows of it train, beside the budget. A head that is tied to the embedding follows.
+        roles: of weights whose names do not tell it, or tell it wrongly, by dotted-suffix pattern:
             ``{"mixer.theta": "query"}``. The longest pattern counts. `ByRole` and targets by role follow it.
         seed: of every random draw in wrapping.
 

@@ -109,7 +109,7 @@ def test_fences_of_every_form_are_seen() -> None:
 
 def command_lines() -> list[tuple[str, str]]:
     """``lowrank command …`` as a line of a block, or in backticks."""
-    written = re.compile(r"^(lowrank [a-z]+ .*)$|`(lowrank [a-z]+ [^`]+)`", re.MULTILINE)
+    written = re.compile(r"^(?:\$ )?(lowrank [a-z]+ .*)$|`(lowrank [a-z]+ (?!--help)[^`]+)`", re.MULTILINE)
     return [
         (page, a or b)
         for page in PAGES

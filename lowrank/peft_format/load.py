@@ -38,7 +38,7 @@ def import_peft(
 ) -> nn.Module:
     """Adapts ``model`` in place as the PEFT folder ``path`` says, and returns it.
 
-    ``model`` may hold adapters already: the new one hangs beside them, and acts once `set_adapters` names it.
+    ``model`` may hold adapters already: the new one goes beside them, and acts once `set_adapters` names it.
 
     Both factors are trainable afterwards, in fp32. A fused weight gets one adapter over all its rows, as in
     PEFT, and so does each expert of a tensor of experts. A rank above min(in, out) is brought down to that,

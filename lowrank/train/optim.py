@@ -23,9 +23,8 @@ class Schedule:
     """The share of the peak learning rate at each step, a factor in (0, 1].
 
     It rises linearly over ``warmup`` steps (an int), or over that fraction of all (a float), and then falls
-    towards
-    zero: ``(1 + cos πt)/2`` or ``1 − t``, with t the share of the other steps that are done. Neither the
-    first step nor the last has a rate of zero, so that none is wasted.
+    towards zero: ``(1 + cos πt)/2`` or ``1 − t``, with t the share of the other steps that are done. Neither
+    the first step nor the last has a rate of zero, so that none is wasted.
     """
 
     kind: str
