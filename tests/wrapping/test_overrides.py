@@ -56,7 +56,7 @@ def test_the_longest_pattern_counts_and_scales_by_its_own_rank() -> None:
         ({"layers": ()}, "layers: expected numbers"),
         ({"ranks": {"q_prj": 2}}, "ranks='q_prj' matches no targeted projection; they are q_proj"),
         ({"alphas": {"lm_head": 2.0}}, "alphas='lm_head' matches no targeted projection"),
-        ({"ranks": {"q_proj": 33}}, "ranks says 33, at most 32"),
+        ({"ranks": {"q_proj": 33}}, "ranks: expected at most 32 for .*, got 33"),
         ({"ranks": {"q_proj": 0}}, "positive numbers by name"),
         ({"ranks": {"q_proj": 2}, "budget": 5000}, "ranks= does not go with a budget"),
         ({"alphas": {"q_proj": 2}, "scaling": 1.0}, "alphas has no effect"),
