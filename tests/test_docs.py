@@ -9,10 +9,12 @@ an error, so that no block is passed over.
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -122,6 +124,16 @@ def test_every_command_line_can_be_read(page: str, line: str) -> None:
     from lowrank_cli import parser
 
     parser().parse_args(shlex.split(line.translate({ord("["): None, ord("]"): None}))[1:])
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    paths = {path: pkgutil.resolve_name(path) for path in re.findall(r"^::: (\S+)", text, re.MULTILINE)}
+    parts = [part for part in paths.values() if isinstance(part, ModuleType)]
+    shown = [*paths.values(), *(each for part in parts for each in vars(part).values())]
+    public = [getattr(module, name) for module in (lowrank, lowrank.train) for name in module.__all__]
+    missing = [each for each in public if not isinstance(each, ModuleType) and each not in shown]
+    assert not missing
 
 
 def test_pages_are_found() -> None:
