@@ -191,7 +191,7 @@ def test_uniform_needs_one_rank_each_and_the_others_do_not() -> None:
     ("policy", "left", "why"),
     [
         (Policy(budget=1872), 16, "one more rank costs 48 or more"),
-        (Policy(budget=2700), 2700 - 1856, "Uniform() gives no projection more"),
+        (Policy(budget=2700), 2700 - 1856, "Uniform() raises no rank further"),
         (Policy(budget=100_000), 100_000 - 26_624, "every projection has the largest rank that it can have"),
         (Policy(allocate=Recording(1), budget=2000), 1072, "Recording"),
         (Policy(allocate=Recording(1), rank=2), 928, "Recording"),

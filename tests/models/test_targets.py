@@ -131,7 +131,7 @@ def test_an_undivided_weight_is_adapted_whole_by_all_linear_and_by_name() -> Non
 
 @pytest.mark.parametrize("target", ["query", ("value", "dense_h_to_4h"), ("output", "key")])
 def test_a_role_that_may_lie_in_an_undivided_weight_is_an_error(target: object) -> None:
-    with pytest.raises(ValueError, match="nothing tells where.*1 more.*exclude=.'query_key_value',."):
+    with pytest.raises(ValueError, match="it is not known where.*1 more.*exclude=.'query_key_value',."):
         select(undivided(), target)
     with pytest.raises(ValueError, match="matches no projection"):
         select(undivided(), "query", exclude=("query_key_value",))
