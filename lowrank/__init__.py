@@ -28,7 +28,7 @@ from lowrank.wrap import add_adapter, measure, plan_model, wrap_model
 from lowrank.wrapping.new_heads import FrozenHeadWarning
 from lowrank.wrapping.pretrained import SavePretrainedWarning
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdapterError",

@@ -158,7 +158,7 @@ def _check_magnitudes(plans: Mapping[str, Plan], name: str, weights: Mapping[str
         return
     if weights[name] != 1:
         raise ValueError(
-            f"the adapter {name!r} has magnitudes (DoRA), which have no share: expected weight 1, got "
+            f"the adapter {name!r} has magnitudes (DoRA), which cannot be weighted: expected weight 1, got "
             f"{weights[name]:.4g}"
         )
     own = {p.module for p in plans[name].adapted}

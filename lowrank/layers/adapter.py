@@ -58,7 +58,7 @@ class Adapter(nn.Module):
         if A.dim() != 2 or B.shape != (height(rows), rank):
             raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit rows {rows}")
         if set(frozen) - {"A", "B"} or {"A", "B"} <= set(frozen):
-            raise ValueError(f'of "A" and "B" at most one can be frozen, not {sorted(frozen)}')
+            raise ValueError(f'expected at most one of "A" and "B" as frozen, got {sorted(frozen)}')
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError("the initializer made factors that are not finite")
         A, B = (factor.detach().to(dtype).contiguous().clone() for factor in (A, B))

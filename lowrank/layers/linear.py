@@ -36,7 +36,7 @@ class LoRALinear(AdaptedLayer):
 
     Args:
         base: the layer to adapt; it stays as it is and should not require grad.
-        adapters: of the first name, on rows that do not overlap. `put` hangs others beside them.
+        adapters: of the first name, on rows that do not overlap. `put` adds others.
         in_features, out_features: the base's shape.
         dropout: on the input of these adapters, in training.
         name: of these adapters.

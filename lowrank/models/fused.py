@@ -171,7 +171,7 @@ def _ask_for_rows(model: nn.Module, path: str, rows: int, roles: tuple[Role, ...
     pattern = next((each for each in patterns if not any(matches(other, each) for other in others)), path)
     said = ", ".join(f'"{role}": rows' for role in roles)
     return (
-        f"{path}: nothing tells where {' and '.join(roles)} lie in its {rows} rows; say it with "
-        f'fused={{"{pattern}": {{{said}}}}}, as they are stored, and where they are interleaved with '
-        f'"{GROUPS}": how many times, and the rows of one group'
+        f"{path}: it is not known where {' and '.join(roles)} lie in its {rows} rows; give them with "
+        f'fused={{"{pattern}": {{{said}}}}}, in the order of storage; where they are interleaved, '
+        f'add "{GROUPS}": the number of groups, and give the rows of one group'
     )

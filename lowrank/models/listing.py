@@ -44,17 +44,17 @@ def large_weights(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 def nearest(name: str, paths: Sequence[str]) -> str:
-    """`; the nearest names are …`, by the suffixes of as many parts as ``name`` has."""
+    """`; the nearest names are …`, or `name is` for one, by the suffixes of as many parts as ``name`` has."""
     parts = name.count(".") + 1
     suffixes = list(dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))
     near = difflib.get_close_matches(name, suffixes, n=4, cutoff=0.3) or suffixes[:8]
-    return f"; the nearest names are {', '.join(near)}"
+    return f"; the nearest {'name is' if len(near) == 1 else 'names are'} {', '.join(near)}"
 
 
 def as_names(names: str | Sequence[str], what: str) -> list[str]:
     listed = [names] if isinstance(names, str) else names
     if not isinstance(listed, Iterable) or not all(isinstance(name, str) and name for name in listed):
-        raise ValueError(f"{what} takes names, not {names!r}")
+        raise ValueError(f"{what}: expected names, got {names!r}")
     return list(listed)
 
 

@@ -16,7 +16,7 @@ from lowrank.models.roles import Roles, unnamed
 from lowrank.models.towers import within
 from lowrank.models.trained import trained_modules
 
-ROLE_UNKNOWN = "left out, since its role is not known: roles={pattern: role} says it"
+ROLE_UNKNOWN = "left out, since its role is not known: give it with roles={pattern: role}"
 _ROLES = frozenset(role.value for role in Role)
 
 Target = str | Sequence[str] | Callable[[Projection], bool]

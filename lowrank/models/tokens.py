@@ -79,7 +79,9 @@ def row_problems(model: nn.Module, rows: Iterable[TokenRows]) -> list[str]:
         size, ids = module.num_embeddings, each.ids
         outside = [i for i in ids if not 0 <= i < size]
         if module.embedding_dim != each.width:
-            problems.append(f"{each.module}: its rows have {module.embedding_dim} numbers, not {each.width}")
+            problems.append(
+                f"{each.module}: expected rows of {each.width} numbers, got {module.embedding_dim}"
+            )
         elif outside:
             problems.append(
                 f"{each.module}: it has the rows 0 to {size - 1}, got {_few(outside)}; for new tokens call "

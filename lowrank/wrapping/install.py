@@ -1,6 +1,6 @@
 """Puts ready-made adapters into a model, and takes them out again. It decides nothing and checks nothing.
 
-A model that holds adapters already is brought back to its base for the while: planning, calibration and
+A model that holds adapters already is meanwhile brought back to its base: planning, calibration and
 initialization then meet nothing but the base, whatever hangs beside it.
 """
 

@@ -99,7 +99,9 @@ def overridden(
     for p in {**ranks, **alphas}:
         rank = ranks.get(p, made[p].rank)
         if rank > cost.largest[p]:
-            raise ValueError(f"{p.name} of shape {p.shape}: ranks says {rank}, at most {cost.largest[p]}")
+            raise ValueError(
+                f"ranks: expected at most {cost.largest[p]} for {p.name} of shape {p.shape}, got {rank}"
+            )
         own = replace(policy, alpha=alphas.get(p, policy.alpha), ranks={}, alphas={})
         made[p] = Allocation(rank, own.reference_scaling(ranks.get(p, own_reference.get(p, reference))))
     return made

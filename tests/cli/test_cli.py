@@ -266,6 +266,33 @@ def test_merge_needs_little_memory(tmp_path: Path) -> None:
     assert int(run.stdout.splitlines()[-1]) < 512
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("verify", "{adapter} --base {base}"),
+        ("convert", "{adapter} --to lowrank --base {base} --out {new}"),
+        ("combine", "{adapter} --base {base} --out {new}"),
+        ("plan", "{base}"),
+    ],
+)
+def test_quiet_hides_the_bars_of_loading_a_model(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str, arguments: str
+) -> None:
+    adapted(base, tmp_path / "adapter", lowrank.presets.lora(rank=2))
+    shown = []
+    for more in ([], ["--quiet"]):
+        hf.utils.logging.enable_progress_bar()
+        capfd.readouterr()
+        new = tmp_path / f"new{len(more)}"
+        words = arguments.format(adapter=tmp_path / "adapter", base=base, new=new).split()
+        try:
+            assert call(command, *words, *more) == 0
+        finally:
+            hf.utils.logging.enable_progress_bar()
+        shown.append("Loading weights" in capfd.readouterr().err)
+    assert shown == [True, False]
+
+
 def test_help_needs_no_torch() -> None:
     started = time.perf_counter()
     script = "import sys, lowrank_cli; lowrank_cli.parser().format_help(); print('torch' in sys.modules)"
