@@ -10,7 +10,7 @@ SHARED = "shared."  # what the label of rows that all experts share begins with
 
 def parts(name: str) -> list[str]:
     """``name`` at its dots. A dot in a label, as in ``gate_up_proj[0.gate]``, divides nothing."""
-    return re.split(r"\.(?![^\[\]]*\])", name)
+    return re.split(r"\.(?![^\[\]]*\])", name) if "[" in name else name.split(".")  # which is much faster
 
 
 def matches(path: str, pattern: str) -> bool:
