@@ -26,8 +26,9 @@ class Policy:
 
     Args:
         target: ``"all-linear"`` (all but embeddings, heads and what ``train`` names), a role such as
-            ``"query"``, a dotted-suffix pattern with ``*`` (``"layers.1*.mlp.up_proj"``), several of
-            these, or a predicate of a `Projection`. ``part:target`` means it in a part of the model only:
+            ``"query"``, a dotted-suffix pattern with ``*`` (``"layers.1*.mlp.up_proj"``, and of rows
+            of a weight as plans print them, ``"c_attn[query]"``), several of these, or a predicate of a
+            `Projection`. ``part:target`` means it in a part of the model only:
             ``"vision:all-linear"``, ``"language:query"``, ``"projector:all-linear"``, ``"audio:value"``, or
             in a module, ``"visual.blocks:query"``.
         exclude: names of projections, or of modules around them, to leave out.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowrank.layers.functional import Block
 from lowrank.layers.magnitude import Magnitude
 from lowrank.layers.offsets import TokenOffsets
+from lowrank.linalg.precision import without_autocast
 from lowrank.linalg.rows import Rows, add_, height, pieces
 
 
@@ -189,7 +190,7 @@ def weighted(block: Block, weight: Tensor | None) -> Block:
 def product(block: Block) -> Tensor:
     """``ΔW`` (rows, in) in fp32 (fp64 for fp64 factors), differentiable; zero offsets give zero."""
     dtype = torch.promote_types(torch.float32, block.A.dtype)
-    with torch.autocast(block.A.device.type, enabled=False):
+    with without_autocast(block.A):
         A, B = block.A.to(dtype), block.B.to(dtype)
         if block.A0 is None or block.B0 is None:
             return (block.scaling * B) @ A

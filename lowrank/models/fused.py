@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache
 
 from torch import nn
@@ -23,6 +22,7 @@ from lowrank.models.layouts import (
     interleaved,
     layout_of,
 )
+from lowrank.models.patterns import matches
 from lowrank.models.storage import declared_shape, is_linear
 from lowrank.models.structure import blocks_by_structure, blocks_by_trial
 
@@ -49,12 +49,6 @@ class Doubt:
     def why(self, module: str) -> str:
         """The reason without the path of ``module``."""
         return self.reason.removeprefix(module).removeprefix(": ").strip()
-
-
-def matches(path: str, pattern: str) -> bool:
-    """Does the dotted-suffix ``pattern``, with ``*`` inside its parts, name ``path``?"""
-    parts, wanted = path.split("."), pattern.split(".")
-    return len(parts) >= len(wanted) and all(map(fnmatchcase, parts[-len(wanted) :], wanted))
 
 
 def blocks_of(

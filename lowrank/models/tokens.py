@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lowrank.models.embeddings import embedding_problem
-from lowrank.models.fused import matches
 from lowrank.models.listing import nearest
+from lowrank.models.patterns import matches
 from lowrank.models.projections import Projection
 from lowrank.models.storage import is_embedding, is_linear, weight_shape
 

@@ -16,8 +16,9 @@ from lowrank.allocate.base import Allocation
 from lowrank.files import FLOATS, AdapterError
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
+from lowrank.models.beside import further
 from lowrank.models.kinds import kind_of
-from lowrank.models.projections import Projection, Role, further, scan
+from lowrank.models.projections import Projection, Role, scan
 from lowrank.models.storage import weight_shape
 from lowrank.models.tokens import check_rows
 from lowrank.notices import logger

@@ -15,8 +15,9 @@ from lowrank.files import FLOATS, Entry
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import base_modules, hung_at, original
 from lowrank.linalg.rows import pieces
+from lowrank.models.beside import further
 from lowrank.models.fingerprint import Sample, difference, differences, of_projection, of_tensor
-from lowrank.models.projections import Projection, find_projections, further
+from lowrank.models.projections import Projection, find_projections
 from lowrank.models.storage import weight_shape
 from lowrank.models.tokens import row_problems
 from lowrank.plan import Plan

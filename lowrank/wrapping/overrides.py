@@ -15,9 +15,7 @@ from torch import nn
 from lowrank.allocate.base import Allocation
 from lowrank.allocate.budget import Costs
 from lowrank.models.experts import active_experts, within_experts
-from lowrank.models.fused import matches
-from lowrank.models.projections import Projection
-from lowrank.models.roles import telling
+from lowrank.models.projections import Projection, telling
 from lowrank.policy import Policy
 
 
@@ -114,7 +112,7 @@ def winning(said: Iterable[str], projections: Sequence[Projection], what: str) -
     """
     found: dict[Projection, str] = {}
     for pattern in sorted(said, key=len):
-        hits = [p for p in projections if pattern in (p.name, p.role.value) or matches(p.module, pattern)]
+        hits = [p for p in projections if pattern == p.role.value or p.is_called(pattern)]
         if not hits:
             ends = list(dict.fromkeys(p.module.rpartition(".")[2] for p in projections))
             raise ValueError(
@@ -132,13 +130,17 @@ def matched(
     Args:
         meant: what each name in the target means.
     """
-    kept = set(projections)
-    found = {f"target={name!r}": [p for p in hits if p in kept] for name, hits in meant.items()}
+    found = {}
+    for name, hits in meant.items():
+        each, weights = set(hits), {(p.module, p.param, p.role) for p in hits}
+        found[f"target={name!r}"] = [
+            p for p in projections if p in each or (p.shared > 1 and (p.module, p.param, p.role) in weights)
+        ]
     for what, said in (("ranks", policy.ranks), ("alphas", policy.alphas)):
         counts = winning(said, projections, what)
         for pattern, value in said.items():
             found[f"{what}[{pattern!r}]={value}"] = [p for p in projections if counts.get(p) == pattern]
     for pattern, role in policy.roles.items():
-        told = [p for p in projections if not p.block and telling(p.module, policy.roles) == pattern]
+        told = [p for p in projections if telling(p, policy.roles) == pattern]
         found[f"roles[{pattern!r}]={role}"] = told
     return found
