@@ -113,10 +113,9 @@ class LoRALinear(AdaptedLayer):
 
     def _merged(self, x: Tensor) -> Tensor | None:
         """The output by the copy that `lowrank.merged` keeps; None where this call needs the factors."""
-        acting = self.acting
-        if torch.is_grad_enabled() or acting.rows is not None or transformed():
+        if torch.is_grad_enabled() or transformed():
             return None
-        if self.training and any(part.dropout for part, _ in acting.among(self._parts())):
+        if self.training and any(part.dropout for part, _ in self.acting.among(self._parts())):
             return None
         base = cast(nn.Module, self._modules["base"])
         weight = plain_weight(base)
@@ -124,7 +123,7 @@ class LoRALinear(AdaptedLayer):
             return None
         if torch.compiler.is_compiling():
             note_compiler()
-            merged = self.copied.as_made(acting, weight)
+            merged = self.copied.as_made(self.acting, weight)
         else:
             merged = self.copied.current(self, weight)
         return None if merged is None else F.linear(x, merged, base._parameters["bias"])
