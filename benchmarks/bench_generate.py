@@ -154,12 +154,12 @@ def main() -> None:
         for batch in batches:
             rows = measure(models, batch, options.device, repeats, compiled=options.compile)
             cases[f"SmolLM2-135M shapes{of_layers}, bfloat16, batch {batch}, r={case.rank}"] = rows
-    facts = surroundings(options.device) | {"load average at the start": f"{load:.1f}"}
-    facts["merged copies"] = f"{copies.bytes / 2**20:.0f} MiB"
-    name = result_name("generate", options, "compiled" if options.compile else "")
-    report = markdown(facts, cases)
-    data = {"surroundings": facts, "cases": cases}
-    write_results(options.out, name, report, data)
+            facts = surroundings(options.device) | {"load average at the start": f"{load:.1f}"}
+            facts["merged copies"] = f"{copies.bytes / 2**20:.0f} MiB"
+            name = result_name("generate", options, "compiled" if options.compile else "")
+            report = markdown(facts, cases)
+            # After each batch: compiling all contenders of one takes minutes.
+            write_results(options.out, name, report, {"surroundings": facts, "cases": cases})
     print(report)
 
 
