@@ -15,6 +15,7 @@ from lowrank.layers import LoRALinear, lora_linear
 from lowrank.layers.tuning_report import tuning_report
 from lowrank.learning_rates import lora_plus, plan_learning_rate
 from lowrank.memory import memory_report
+from lowrank.merged_copies import MergedCopies, merged
 from lowrank.merging import merge, remove_adapter, unwrap
 from lowrank.models.projections import Projection, Role, find_projections
 from lowrank.notices import LowrankWarning, UnsavedParametersWarning, UnusedLayerWarning
@@ -39,6 +40,7 @@ __all__ = [
     "LoRALinear",
     "LowrankWarning",
     "MemoryReport",
+    "MergedCopies",
     "PeftExport",
     "Plan",
     "Policy",
@@ -72,6 +74,7 @@ __all__ = [
     "measure",
     "memory_report",
     "merge",
+    "merged",
     "plan_learning_rate",
     "plan_model",
     "plan_of",

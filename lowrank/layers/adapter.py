@@ -220,6 +220,18 @@ def updates(blocks: Sequence[Block]) -> Iterator[tuple[int, int, Tensor]]:
 
 
 @torch.no_grad()
+def add_updates(weight: Tensor, blocks: Sequence[Block], excess: Tensor | None = None) -> None:
+    """Adds all updates to ``weight`` (out, in) in place: some rows at a time in fp32, each rounded once.
+
+    With magnitudes, ``excess`` (out,) is by how much each row is scaled then, less 1.
+    """
+    for start, stop, update in updates(blocks):
+        rows = weight[start:stop]
+        update.add_(rows)
+        rows.copy_(update if excess is None else update.addcmul_(update, excess[start:stop, None]))
+
+
+@torch.no_grad()
 def full_delta(blocks: Sequence[Block], rows: int) -> Tensor:
     """``ΔW`` (rows, in) of a whole weight in fp32 (fp64 for fp64 factors), detached."""
     A = blocks[0].A

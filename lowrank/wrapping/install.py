@@ -16,6 +16,7 @@ from lowrank.adapters import Adaptation
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
+from lowrank.layers.copied import renew_copies
 from lowrank.layers.expert_stack import Layout, trained_within
 from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.offsets import TokenOffsets
@@ -104,6 +105,7 @@ class Fittings:
             adapt_weights(module, adapters)
         if self.state is not None:
             attach(self.root)
+        renew_copies()
 
     def install(
         self,
