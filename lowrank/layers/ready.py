@@ -1,5 +1,6 @@
-"""What acts in one layer, found out once for the calls that build no graph: in generation each line of Python
-costs as much as the arithmetic. It computes nothing.
+"""What acts in one layer, found out once and not at each call. It computes nothing.
+
+On small models, and in generation, each line of Python costs as much as the arithmetic.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Ready(Transient):
         ] = []  # where, under which key, and what was there
         self._weights: list[tuple[Tensor, int]] = []  # each with its version
         self._blocks: tuple[Block, ...] = ()
+        self.dropout = 0.0  # the largest of what acts
 
     def blocks(self, acting: Acting, parts: Mapping[str, RowBlocks]) -> tuple[Block, ...]:
         """The blocks of what acts, without dropout, a mixture's weights in their scalings.
@@ -51,7 +53,7 @@ class Ready(Transient):
 
     def _find(self, acting: Acting, parts: Mapping[str, RowBlocks]) -> None:
         self._choice = acting.names, acting.weights
-        self._read, self._weights, self._blocks = [], [], ()
+        self._read, self._weights, self._blocks, self.dropout = [], [], (), 0.0
         blocks, special = list[Block](), False
         for name in acting.names:
             part = parts.get(name)
@@ -59,6 +61,8 @@ class Ready(Transient):
             if part is None:
                 continue
             special = special or part.rescales or part.tokens is not None
+            self._read.append((part.__dict__, "dropout", part.dropout))
+            self.dropout = max(self.dropout, part.dropout)
             part.note("called")
             weight = acting.weights.get(name)
             if weight is not None:
