@@ -68,6 +68,8 @@ def test_every_plain_preset(preset: str, dropout: float) -> None:
 @pytest.mark.parametrize("family", LAYOUTS)
 @pytest.mark.parametrize("preset", ["lora", "pissa"])
 def test_every_layout(family: str, preset: str) -> None:
+    if family == "mixtral" and not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this torch has no grouped product, and transformers then asks for numbers")
     # A grouped product of experts has shapes in bf16 only, without adapters too.
     model = zoo.build(family, torch.bfloat16 if family == "mixtral" else torch.float32)
     model = lowrank.wrap_model(model, getattr(presets, preset)(rank=2), progress=False)
