@@ -90,10 +90,12 @@ def test_what_never_gets_a_gradient_stays() -> None:
 
 
 def test_a_loss_that_rises_and_falls_again_has_turned() -> None:
-    """The sine falls from π to 3π/2, and again from 5π/2 on: steps of 1.458 and 4.374 are beyond the first
-    turn and beyond the second."""
-    turns = turning_steps(Point(x=[math.pi]), [None], lambda m, batch: m.x.sin().sum())
-    assert turns.walked == pytest.approx(math.pi / 2, rel=0.1)
+    """It falls, but for a rise by 3 at .01; its slope is negative at .006 and at .018."""
+
+    def loss(model: Point, batch: None) -> Tensor:
+        return (5 * model.x.square() - model.x + 3 * ((model.x - 0.01) / 3e-4).sigmoid()).sum()
+
+    assert 0.006 < turning_steps(Point(x=[0.0]), [None], loss).walked < 0.018
 
 
 def test_half_precision_weights_are_measured_along_the_step_that_they_take() -> None:
