@@ -1,7 +1,8 @@
-"""How far the start's curvature lets a step go, for each setting that the study swept: one JSON line each.
+"""How far a step can go before the loss turns, for each setting that the study swept: one JSON line each.
 
 It is measured with the new head as it is, and after the head was trained alone for some steps. `--judge` says
-what `fit(lr="auto")` would lose against the best rate of each sweep, beside one rate for all.
+what `fit(lr="auto")` would lose against the best rate of each sweep, beside one rate for all and two tables
+of a factor for each method.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from math import log
 from pathlib import Path
-from time import perf_counter
+from time import thread_time
 
 import torch
 from tqdm import tqdm
@@ -23,7 +25,14 @@ from benchmarks.studies.cells import read
 from benchmarks.studies.methods import HEAD_LR, METHODS, prepare
 from benchmarks.studies.run import CALIBRATION, HEADS, budget_of
 from benchmarks.studies.tasks import TASKS, build, data_of
-from lowrank.train.rate import BATCHES, measured_rate, turning_step
+from lowrank.train.optim import parameter_groups
+from lowrank.train.rate import BATCHES, Turns, mean_ratio, measured_rate, turning_steps
+
+Setting = tuple[str, str, int, str]
+RANK = 8  # the one that the rule was fitted at
+PAPERS = {  # the best rate over LoRA's, 2602.04998; of LoRA+ the geometric mean of both rates is LoRA's
+    "pissa": 1 / 10, "olora": 1 / 18.2, "lora-ga": 1 / 18.2, "milora": 1 / 3.2, "lora+": 1 / 4,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -46,7 +55,7 @@ def main() -> None:
             file.write(json.dumps(measure(setting, options.warm)) + "\n")
 
 
-def measure(setting: tuple[str, str, int, str], warm: list[int]) -> dict[str, object]:
+def measure(setting: Setting, warm: list[int]) -> dict[str, object]:
     task, method = TASKS[setting[0]], METHODS[setting[1]]
     data, head = data_of(task), HEADS[task.model]
     model = build(task, len(data.labels), 0)
@@ -57,10 +66,12 @@ def measure(setting: tuple[str, str, int, str], warm: list[int]) -> dict[str, ob
         calibration=data.calibration(CALIBRATION),
     )  # fmt: skip
     adapters = list(lowrank.adapter_parameters(model))
+    slow, fast, *_ = (group["params"] for group in prepared.groups)
+    groups = parameter_groups(model, [{"params": slow}, {"params": fast, "lr_ratio": method.b_rate}])
     inside = {id(p) for p in adapters}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
     batches = data.batches(task.size, BATCHES, seed=99)
-    steps: dict[str, float | None] = {}
+    turns: dict[str, Turns | None] = {}
     seconds, done = 0.0, 0
     for count in warm:
         if rest and count > done:
@@ -73,39 +84,54 @@ def measure(setting: tuple[str, str, int, str], warm: list[int]) -> dict[str, ob
             done = count
             for p in adapters:
                 p.requires_grad_(True)
-        clock = perf_counter()
+        clock = thread_time()
         try:
-            steps[str(count)] = turning_step(prepared.model, batches, parameters=adapters)
+            turns[str(count)] = turning_steps(prepared.model, batches, parameters=groups)
         except ValueError:
-            steps[str(count)] = None
-        seconds = perf_counter() - clock
-    return {"setting": setting, "steps": steps, "seconds": round(seconds, 2)}
+            turns[str(count)] = None
+        seconds = thread_time() - clock
+    return {
+        "setting": setting,
+        "turns": turns,
+        "mean ratio": round(mean_ratio(groups), 4),
+        "seconds": round(seconds, 2),
+    }
 
 
 def judge(study: Path, measured: Path) -> None:
     """Prints the loss against the best swept score, of scores interpolated in the logarithm of the rate."""
-    turns = {tuple(row["setting"]): row["steps"]["0"] for row in map(json.loads, measured.open())}
-    curves: dict[tuple[str, str, int, str], dict[float, float]] = {}
+    rows = {tuple(row["setting"]): row for row in map(json.loads, measured.open())}
+    curves: dict[Setting, dict[float, float]] = {}
     for result in read(study):
         if result.cell.seed == 0:
             curves.setdefault(result.cell.setting, {})[result.cell.lr] = result.score or 0.0
-    fitted = {setting for setting in curves if TASKS[setting[0]].development}
-    for where, settings in (("on which it was fitted", fitted), ("others", curves.keys() - fitted)):
-        for name, rule in {"lr=auto": measured_rate, "1e-3 for all": lambda _: 1e-3}.items():
+    known = [setting for setting in curves if rows.get(setting, {}).get("turns", {}).get("0")]
+    fitted = [s for s in known if TASKS[s[0]].development and s[2] == RANK]
+    best = {setting[1]: max(curves[setting], key=curves[setting].__getitem__) for setting in fitted}
+    rules: dict[str, Callable[[Setting], float | None]] = {
+        'lr="auto"': lambda s: measured_rate(Turns(*rows[s]["turns"]["0"])) / rows[s]["mean ratio"],
+        "1e-3 for all": lambda s: 1e-3,
+        "1e-3 times the papers' factor": lambda s: 1e-3 * PAPERS.get(s[1], 1.0),
+        "the method's best rate on WordNet": lambda s: best.get(s[1]),
+    }
+    kinds = {
+        "the task that it was fitted on": fitted,
+        "other tasks": [s for s in known if not TASKS[s[0]].development and s[2] == RANK],
+        "other ranks": [s for s in known if s[2] != RANK],
+    }
+    for where, settings in kinds.items():
+        for name, rule in rules.items():
             losses = {
-                setting: 1 - _at(curves[setting], rule(turns[setting])) / max(curves[setting].values())
-                for setting in settings
-                if turns.get(setting) and METHODS[setting[1]].b_rate == 1
+                s: 1 - _at(curves[s], rate) / max(curves[s].values()) for s in settings if (rate := rule(s))
             }
             if not losses:
                 continue
             near, worst = sum(loss <= 0.01 for loss in losses.values()), max(losses, key=losses.__getitem__)
             mean = sum(losses.values()) / len(losses)
             print(
-                f"tasks {where}, {name}: within 1 % in {near} of {len(losses)}, mean loss {mean:.2%},",
-                end=" ",
+                f"{where}, {name}: within 1 % in {near} of {len(losses)}, mean loss {mean:.2%}, "
+                f"worst {losses[worst]:.1%} ({worst[1]} on {worst[0]})"
             )
-            print(f"worst {losses[worst]:.1%} ({worst[1]} on {worst[0]})")
 
 
 def _at(curve: dict[float, float], rate: float) -> float:

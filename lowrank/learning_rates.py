@@ -12,7 +12,7 @@ from lowrank.adapters import adapter_parameters, one_name, plan_of
 from lowrank.batches import Loss
 from lowrank.choosing import use_adapters
 from lowrank.layers.adapter import Adapter
-from lowrank.train.rate import measured_rate, turning_step
+from lowrank.train.rate import measured_rate, turning_steps
 
 
 def plan_learning_rate(
@@ -26,32 +26,34 @@ def plan_learning_rate(
     afterwards what it was. Measure before training: a trained adapter gives another rate.
 
     Args:
-        batches: a DataLoader or a list; each is read twice, eight at most.
+        batches: a DataLoader or a list; the first six are read, several times.
         loss: ``loss(model, batch) -> scalar``; by default the ``.loss`` of the model's output.
         name: may be left out where there is one adapter.
 
     Raises:
         ValueError: no adapter of that name, one that is frozen, or nothing can be measured: see
-            `lowrank.train.rate.turning_step`.
+            `lowrank.train.rate.turning_steps`.
     """
     name = one_name(model, name)
     moved = [p for p in adapter_parameters(model, name) if p.requires_grad]
     if not moved:
         raise ValueError(f"the adapter {name!r} is frozen: set requires_grad of what it trains first")
     with use_adapters(model, name):
-        rate = measured_rate(turning_step(model, batches, loss, parameters=moved))
+        rate = measured_rate(turning_steps(model, batches, loss, parameters=moved))
     plan_of(model, name).learning_rate = rate
     return rate
 
 
-def lora_plus(model: nn.Module, lr: float, *, ratio: float = 16.0) -> list[dict[str, Any]]:
+def lora_plus(model: nn.Module, lr: float | None = None, *, ratio: float = 16.0) -> list[dict[str, Any]]:
     """What requires grad in ``model`` in two groups: the factors B with ``ratio · lr``, all else with ``lr``.
 
     This is LoRA+ (Hayou et al. 2024, arXiv:2402.12354). Pass it as ``fit(parameters=...)``, or to an
-    optimizer. Raises ValueError where no B is to be trained.
+    optimizer. Without ``lr`` the groups take that of `fit`, also ``lr="auto"``, which is then measured along
+    the step that both take; an optimizer of torch would not heed their ``lr_ratio``. Raises ValueError where
+    no B is to be trained.
     """
     for name, value in (("lr", lr), ("ratio", ratio)):
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a positive number, got {value}")
     faster = {
         module.B for module in model.modules() if isinstance(module, Adapter) and module.B.requires_grad
@@ -60,5 +62,7 @@ def lora_plus(model: nn.Module, lr: float, *, ratio: float = 16.0) -> list[dict[
         raise ValueError("the model has no factor B that requires grad: wrap it with wrap_model first")
     others = [p for p in model.parameters() if p.requires_grad and p not in faster]
     ordered = [p for p in model.parameters() if p in faster]
-    groups = [{"params": others, "lr": lr}, {"params": ordered, "lr": lr * ratio}]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": ordered, "lr_ratio": ratio}]
+    if lr is not None:
+        groups = [{"params": others, "lr": lr}, {"params": ordered, "lr": lr * ratio}]
     return [group for group in groups if group["params"]]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import lowrank
 from lowrank import Plan, presets
 from lowrank.train import fit
+from lowrank.train.rate import measured_rate, turning_steps
 from tests.helpers import wrapped
 
 
@@ -87,6 +88,24 @@ def test_a_language_model_gets_a_rate_that_trains_it() -> None:
     rate = lowrank.plan_learning_rate(model, data)
     history = fit(model, data, lr=rate, epochs=20, progress=False)
     assert 1e-5 < rate < 1 and history.losses[-1] < history.losses[0]
+
+
+def test_lora_plus_is_measured_along_its_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A has 12 numbers and B 16. Only B has a gradient at first: it moves by 16 / mean, and the loss turns
+    that much sooner."""
+    monkeypatch.setattr("lowrank.train.rate.HIGHEST", float("inf"))
+    model, mean = network(), 16 ** (16 / 28)
+    groups = lowrank.lora_plus(model)
+    alone, turns = (turning_steps(model, batches(), loss, parameters=each) for each in (None, groups))
+    assert turns.curved == pytest.approx(alone.curved * mean / 16, rel=1e-2)
+    history = fit(model, batches(), loss, lr="auto", parameters=groups, progress=False)
+    rate = history.learning_rate
+    assert rate == pytest.approx(measured_rate(turns) / mean, rel=1e-6)
+    for options in ((), (rate,)):
+        model = network()
+        groups = lowrank.lora_plus(model, *options)
+        again = fit(model, batches(), loss, lr=rate, parameters=groups, progress=False)
+        assert again.losses == history.losses
 
 
 def test_what_cannot_be_measured() -> None:

@@ -21,7 +21,7 @@ from lowrank.train.lock import only_run
 from lowrank.train.memory import told
 from lowrank.train.optim import Schedule, make_optimizer, parameter_groups
 from lowrank.train.options import Options
-from lowrank.train.rate import BATCHES, measured_rate, turning
+from lowrank.train.rate import BATCHES, mean_ratio, measured_rate, moves, turning
 from lowrank.train.run import Run, data_seed
 from lowrank.train.scope import count_steps, forked_generators, mode, seed_after, steps_taken
 from lowrank.train.single import SingleProcess
@@ -50,7 +50,7 @@ def begun(
     given = parameter_groups(model, asked.parameters)
     make = partial(make_optimizer, model, given, weight_decay=asked.weight_decay, betas=asked.betas)
     optimizer = make(lr=1.0) if asked.measures else make(asked.optimizer, lr=asked.lr)
-    moved = [p for group in given if "lr" not in group for p in group["params"]]
+    moved = moves(given)
     if asked.measures and not moved:
         raise ValueError('lr="auto" has nothing to measure: every group has an lr of its own')
     scaled = needs_scaling(model, asked.autocast)
@@ -85,7 +85,8 @@ def begun(
                 first, several = cursor.first(1)[0], asked.accumulate > 1
                 aim = make(asked.optimizer, lr=1.0)
                 history.memory = told(model, first, asked.loss, asked.autocast, aim, several)
-            rate = measured_rate(turning(gradients(model, optimizer, None), cursor.first(BATCHES), moved))
+            turns = turning(gradients(model, optimizer, None), cursor.first(BATCHES), moved)
+            rate = measured_rate(turns) / mean_ratio(given)
         history.learning_rate = rate
         optimizer = make(asked.optimizer, lr=rate)
         late = _is_late(asked, model, optimizer, parallel, scaled)

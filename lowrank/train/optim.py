@@ -103,13 +103,15 @@ def adamw(
     """AdamW over ``parameters``, or over everything in ``model`` that requires grad.
 
     ``parameters`` are parameters, or groups as torch.optim takes them, which may have an ``lr`` and a
-    ``weight_decay`` of their own. The fused kernel is used where there is one. Raises ValueError where an
-    option is bad, where nothing is to be trained, or where what is named does not require grad or is
-    float16.
+    ``weight_decay`` of their own, or an ``lr_ratio`` that multiplies ``lr``. The fused kernel is used where
+    there is one. Raises ValueError where an option is bad, where nothing is to be trained, or where what is
+    named does not require grad or is float16.
     """
     _check_options(lr, weight_decay, betas)
     groups = parameter_groups(model, parameters)
     for group in groups:
+        if "lr_ratio" in group:
+            group["lr"] = lr * group.pop("lr_ratio")
         _check_options(
             group.get("lr", lr), group.get("weight_decay", weight_decay), group.get("betas", betas)
         )
@@ -139,7 +141,11 @@ def adamw(
 def parameter_groups(
     model: nn.Module, parameters: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None
 ) -> list[dict[str, Any]]:
-    """Groups as `adamw` takes them, which can be gone over again; those without a parameter are left out."""
+    """Groups as `adamw` takes them, which can be gone over again; those without a parameter are left out.
+
+    Raises ValueError for what are no groups, and for an ``lr_ratio`` that is no positive number or that
+    stands beside an ``lr``.
+    """
     given: list[Any] = (
         [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
     )
@@ -153,11 +159,22 @@ def _groups(parameters: list[Any]) -> list[dict[str, Any]]:
             group["params"] = (
                 [group["params"]] if isinstance(group["params"], nn.Parameter) else list(group["params"])
             )
+            _check_ratio(group)
         return [group for group in shared if group["params"]]
     if all(isinstance(item, nn.Parameter) for item in parameters):
         return [{"params": parameters}]
     kinds = sorted({type(item).__name__ for item in parameters})
     raise ValueError(f"parameters: expected nn.Parameters, or dicts with 'params', not both, got {kinds}")
+
+
+def _check_ratio(group: Mapping[str, Any]) -> None:
+    ratio = group.get("lr_ratio", 1.0)
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
+        raise ValueError(f"lr_ratio: expected a positive number, got {ratio!r}")
+    if "lr" in group and "lr_ratio" in group:
+        raise ValueError(
+            "a group: expected an lr of its own or an lr_ratio, which multiplies fit's lr, got both"
+        )
 
 
 def _by_kind(group: dict[str, Any]) -> list[dict[str, Any]]:

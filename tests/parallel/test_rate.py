@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank.processes import part
 from lowrank.train import fit
-from lowrank.train.rate import turning_step
+from lowrank.train.rate import turning_steps
 from tests.parallel.processes import refusal, sharded, together
 
 
@@ -51,12 +51,12 @@ def measured(rank: int, folder: Path) -> dict[str, Any]:
     for kind, made in KINDS.items():
         model = made(Network())
         before = [part(p).clone() for p in model.parameters()]
-        found[kind, "step"] = turning_step(model, mine, loss, distance=1e-2)
+        found[kind, "step"] = turning_steps(model, mine, loss, distance=1e-2)
         same = all(torch.equal(part(p), value) for p, value in zip(model.parameters(), before, strict=True))
         found[kind, "same"] = same and all(p.grad is None for p in model.parameters())
         found[kind, "rate"] = fit(model, mine, loss, lr="auto", progress=False).learning_rate
         bad = [(x, y * float("nan")) for x, y in mine] if rank == 1 else mine
-        found[kind, "nan"] = refusal(lambda made=made, bad=bad: turning_step(made(Network()), bad, loss))
+        found[kind, "nan"] = refusal(lambda made=made, bad=bad: turning_steps(made(Network()), bad, loss))
     return found
 
 
@@ -68,7 +68,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_one_process_with_all_batches(kind: str, done: list[dict[Any, Any]]) -> None:
-    alone = turning_step(Network(), batches(), loss, distance=1e-2)
+    alone = turning_steps(Network(), batches(), loss, distance=1e-2)
     rate = fit(Network(), batches(), loss, lr="auto", progress=False).learning_rate
     one, two = done
     assert one[kind, "step"] == two[kind, "step"] == pytest.approx(alone, rel=1e-3)

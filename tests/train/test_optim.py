@@ -81,6 +81,19 @@ def test_adamw_takes_groups_and_leaves_them_alone() -> None:
     assert given[0].keys() == {"params", "lr"}
 
 
+def test_a_ratio_multiplies_the_rate() -> None:
+    net = model()
+    given = [{"params": net[1].weight, "lr_ratio": 16}, {"params": [net[1].bias]}]
+    first, second = adamw(net, given, lr=0.1).param_groups
+    assert (first["lr"], second["lr"]) == (1.6, 0.1) and "lr_ratio" not in first
+    assert given[0]["lr_ratio"] == 16
+    for bad in (0, -1.0, math.inf, math.nan, True, "16"):
+        with pytest.raises(ValueError, match=f"lr_ratio: expected a positive number, got {bad!r}"):
+            adamw(net, [{"params": net[1].weight, "lr_ratio": bad}], lr=0.1)
+    with pytest.raises(ValueError, match="expected an lr of its own or an lr_ratio.*, got both"):
+        adamw(net, [{"params": net[1].weight, "lr_ratio": 2.0, "lr": 0.1}], lr=0.1)
+
+
 def test_adamw_fused_steps_as_the_plain_one_does() -> None:
     net = model()
     twin = [nn.Parameter(parameter.detach().clone()) for parameter in net[1].parameters()]

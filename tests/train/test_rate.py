@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lowrank.train import CheckpointError, History, NonFiniteLoss, fit
-from lowrank.train.rate import BATCHES, SHARE, turning_step
+from lowrank.train.rate import BATCHES, HIGHEST, SHARE, Turns, measured_rate, turning_steps
 
 
 class Point(nn.Module):
@@ -37,6 +37,12 @@ def bowl(model: Point, batch: Tensor) -> Tensor:
     return (CURVATURE * (model.x - batch).square()).sum() / 2
 
 
+@pytest.fixture
+def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No highest rate: these losses turn late."""
+    monkeypatch.setattr("lowrank.train.rate.HIGHEST", math.inf)
+
+
 def quiet(*arguments: Any, **options: Any) -> History:
     return fit(*arguments, progress=False, **options)
 
@@ -45,41 +51,62 @@ def test_the_turning_step_of_a_quadratic() -> None:
     """g = (2, −8, 1), so ‖g‖₁ = 11; sᵀHs = 1 + 4 + ½."""
     model = Point(x=[3.0, -1.0, 3.0])
     batches = [torch.tensor([1.0, 1.0, 1.0])]
-    assert turning_step(model, batches, bowl) == pytest.approx(11 / 5.5, rel=1e-3)
-    assert turning_step(model, batches, bowl, distance=0.25) == pytest.approx(11 / 5.5, rel=1e-5)
+    assert turning_steps(model, batches, bowl) == pytest.approx((2.0, 2.0), rel=1e-3)
+    assert turning_steps(model, batches, bowl, distance=0.25).curved == pytest.approx(2.0, rel=1e-5)
 
 
 def test_it_is_that_of_the_mean_loss_over_the_first_batches() -> None:
     """The mean of b is (1, 1, 1) over the first two, and the third is not seen."""
     model = Point(x=[3.0, -1.0, 3.0])
     batches = [torch.tensor([0.0, 2.0, 1.0]), torch.tensor([2.0, 0.0, 1.0]), torch.full((3,), 90.0)]
-    assert turning_step(model, batches, bowl, count=2) == pytest.approx(2.0, rel=1e-3)
+    assert turning_steps(model, batches, bowl, count=2) == pytest.approx((2.0, 2.0), rel=1e-3)
 
 
 def test_a_loss_that_bends_downward_at_first() -> None:
     """L = 1250 x⁴ − x² from .005 turns at .02. The slope 5000 x³ − 2 x rises over .016, not over .004."""
     slopes = [5000 * x**3 - 2 * x for x in (0.005, 0.009, 0.021)]
     assert slopes[1] < slopes[0] < 0 < slopes[2]
-    step = turning_step(Point(x=[0.005]), [None], lambda m, batch: (1250 * m.x**4 - m.x**2).sum())
-    assert step == pytest.approx(0.016 * slopes[0] / (slopes[0] - slopes[2]), rel=1e-3)
+    turns = turning_steps(Point(x=[0.005]), [None], lambda m, batch: (1250 * m.x**4 - m.x**2).sum())
+    assert turns.curved == pytest.approx(0.016 * slopes[0] / (slopes[0] - slopes[2]), rel=1e-3)
+    assert turns.walked == pytest.approx(0.015, rel=0.02)
 
 
-def test_entries_without_a_gradient_stay_where_they_are() -> None:
-    """At B = 0 the gradient of A is zero: L = ½(ab − 1)² + ½·8a², from (0, 3), bends along a alone."""
+def product(model: Point, batch: None) -> Tensor:
+    """½(9ab − 1)², as of B and A; from (0, 1) only b has a gradient."""
+    return (9 * model.x[0] * model.x[1] - 1).square() / 2
+
+
+def test_what_has_no_gradient_at_first_moves_once_it_has_one() -> None:
+    """Along b alone the loss turns at 1/9; where a grows too, at t(1 + t) = 1/9."""
+    turns = turning_steps(Point(x=[0.0, 1.0]), [None], product)
+    assert turns.curved == pytest.approx(1 / 9, rel=1e-3)
+    assert turns.walked == pytest.approx((math.sqrt(1 + 4 / 9) - 1) / 2, rel=0.02)
+
+
+def test_what_never_gets_a_gradient_stays() -> None:
+    alone = turning_steps(Point(x=[0.0, 1.0]), [None], product)
+    beside = Point(x=[0.0, 1.0], y=[5.0])
+    assert turning_steps(beside, [None], lambda m, batch: product(m, batch) + 0 * m.y.sum()) == alone
+
+
+def test_a_loss_that_rises_and_falls_again_has_turned() -> None:
+    """It falls, but for a rise by 3 at .01; its slope is negative at .006 and at .018."""
 
     def loss(model: Point, batch: None) -> Tensor:
-        return ((model.x[0] * model.x[1] - 1).square() + 8 * model.x[0].square()) / 2
+        return (5 * model.x.square() - model.x + 3 * ((model.x - 0.01) / 3e-4).sigmoid()).sum()
 
-    assert turning_step(Point(x=[0.0, 3.0]), [None], loss) == pytest.approx(3 / 17, rel=1e-3)
+    assert 0.006 < turning_steps(Point(x=[0.0]), [None], loss).walked < 0.018
 
 
 def test_half_precision_weights_are_measured_along_the_step_that_they_take() -> None:
-    """In bfloat16 a weight of 3 moves by no 0.001, and one of 2⁻⁷ does: g = (3, 2⁻⁷), H = 1."""
-    model = Point(x=[3.0, 2**-7]).bfloat16()
-    step = turning_step(model, [None], lambda model, batch: model.x.float().square().sum() / 2)
-    assert step == pytest.approx(2**-7, rel=0.2)
+    """In bfloat16 a weight of 300 moves by no 0.018, and one of 2⁻⁷ does: g = (300, 2⁻⁷), H = (0, 1)."""
+    model = Point(x=[300.0, 2**-7]).bfloat16()
+    turns = turning_steps(
+        model, [None], lambda m, _: 300 * (m.x[0].float() - 300) + m.x[1].float().square() / 2
+    )
+    assert turns == pytest.approx((2**-7, 2**-7), rel=0.2)
     with pytest.raises(ValueError, match="does not resolve a step of 0.001; give lr= a number"):
-        turning_step(Point(x=[3.0]).bfloat16(), [None], lambda model, batch: model.x.float().square().sum())
+        turning_steps(Point(x=[3.0]).bfloat16(), [None], lambda model, batch: model.x.float().square().sum())
 
 
 @pytest.mark.parametrize(
@@ -95,14 +122,14 @@ def test_half_precision_weights_are_measured_along_the_step_that_they_take() -> 
         (lambda model, batch: (model.x * 0).sqrt().sum(), "the gradient's norm is nan"),
     ],
 )
-@pytest.mark.parametrize("through", ["turning_step", "fit"])
+@pytest.mark.parametrize("through", ["turning_steps", "fit"])
 def test_where_nothing_can_be_measured(through: str, loss: Any, message: str) -> None:
     model = Point(x=[3.0, 2.0, 1.0])
     with pytest.raises(ValueError, match=f"no learning rate can be measured: .*{message}"):
         if through == "fit":
             quiet(model, [None], loss, lr="auto")
         else:
-            turning_step(model, [None], loss)
+            turning_steps(model, [None], loss)
     assert model.x.tolist() == [3.0, 2.0, 1.0] and model.x.grad is None
 
 
@@ -114,7 +141,7 @@ def test_a_loss_that_is_not_finite_keeps_its_class() -> None:
 def test_batches_without_a_label_are_named() -> None:
     batch = {"labels": torch.tensor([-100])}
     with pytest.raises(ValueError, match="the first 2 batches have no label that the loss counts"):
-        turning_step(
+        turning_steps(
             Point(x=[1.0, 2.0]), [batch, batch], lambda m, b: F.cross_entropy(m.x[None], b["labels"])
         )
 
@@ -152,7 +179,7 @@ def test_nothing_is_changed_bit_for_bit() -> None:
         p.grad = torch.randn_like(p)
     gradients, before = [p.grad for p in model.parameters()], everything(model, loader)
     modes = [module.training for module in model.modules()]
-    turning_step(model, loader, regression)
+    turning_steps(model, loader, regression)
     assert all(map(torch.equal, everything(model, loader), before))
     assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
     assert modes == [module.training for module in model.modules()]
@@ -176,14 +203,17 @@ def test_a_run_with_a_measured_rate_is_the_run_with_that_number() -> None:
         assert torch.equal(one, two)
 
 
-def test_the_rate_is_a_share_of_the_root_of_the_turning_step() -> None:
+def test_the_rate_is_a_share_of_both_lengths_up_to_a_highest() -> None:
+    assert measured_rate(Turns(0.006, 0.003)) == pytest.approx(SHARE * 0.002)
+    assert measured_rate(Turns(0.002, 1e9)) == pytest.approx(SHARE * 0.002)
+    assert measured_rate(Turns(1e9, 0.002)) == pytest.approx(SHARE * 0.002)
     model = Point(x=[3.0, -1.0, 3.0])
     history = quiet(model, [torch.ones(3)], bowl, lr="auto", warmup=0)
-    assert history.learning_rate == pytest.approx(SHARE * math.sqrt(2.0), rel=1e-3)
+    assert history.learning_rate == HIGHEST == measured_rate(Turns(2.0, 2.0))
     assert [record.lr for record in history] == [history.learning_rate]
 
 
-def test_groups_with_a_rate_of_their_own_keep_it_and_stay() -> None:
+def test_groups_with_a_rate_of_their_own_keep_it_and_stay(unlimited: None) -> None:
     def loss(model: Point, batch: Tensor) -> Tensor:
         return bowl(model, batch) + 50 * (model.y - model.x.sum()).square().sum()
 
@@ -196,7 +226,8 @@ def test_groups_with_a_rate_of_their_own_keep_it_and_stay() -> None:
 
     groups = ({"params": iter([p]), **own} for p, own in ((model.x, {}), (model.y, {"lr": 0.5})))
     history = quiet(model, [torch.ones(3)], loss, lr="auto", parameters=groups, optimizer=made)
-    expected = SHARE * math.sqrt(11 / (5.5 + 100))  # s = (1, −1, 1)
+    turn = 11 / (5.5 + 100)  # s = (1, −1, 1)
+    expected = measured_rate(Turns(turn, turn))
     assert history.learning_rate == pytest.approx(expected, rel=1e-3)
     assert rates == [[history.learning_rate, 0.5]]
     own = [{"params": [model.x], "lr": 0.1}]
@@ -204,6 +235,30 @@ def test_groups_with_a_rate_of_their_own_keep_it_and_stay() -> None:
         ValueError, match='lr="auto" has nothing to measure: every group has an lr of its own'
     ):
         quiet(model, [torch.ones(3)], loss, lr="auto", parameters=own)
+
+
+def test_groups_with_a_ratio_are_measured_along_the_step_that_they_take(unlimited: None) -> None:
+    """g = (2, −8, 1) and (10); the ratios' geometric mean over four numbers is 2, so d moves by ½ and 8."""
+
+    def loss(model: Point, batch: Tensor) -> Tensor:
+        return bowl(model, batch) + model.y.square().sum()
+
+    rates: list[list[float]] = []
+
+    def made(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        rates.append([group["lr"] for group in groups])
+        return torch.optim.SGD(groups, lr=0.0)
+
+    turn = (11 / 2 + 8 * 10) / (5.5 / 4 + 64 * 2)
+    for factor in (1, 3):  # in common to all ratios: it changes no rate
+        model = Point(x=[3.0, -1.0, 3.0], y=[5.0])
+        groups = [{"params": [model.x], "lr_ratio": factor}, {"params": model.y, "lr_ratio": 16.0 * factor}]
+        turns = turning_steps(model, [torch.ones(3)], loss, parameters=groups)
+        assert turns == pytest.approx((turn, turn), rel=1e-3)
+        history = quiet(model, [torch.ones(3)], loss, lr="auto", parameters=groups, optimizer=made)
+        assert history.learning_rate == pytest.approx(measured_rate(turns) / 2 / factor, rel=1e-3)
+    assert rates[1] == pytest.approx([measured_rate(turns) / 2, 8 * measured_rate(turns)], rel=1e-3)
+    assert rates[0] == pytest.approx(rates[-1], rel=1e-3)
 
 
 def test_what_cannot_be_gone_over_again_is_refused() -> None:
@@ -292,17 +347,17 @@ def test_batches_count_by_their_labels() -> None:
 
     labels = torch.tensor([0, 1, 1])
     model = Point(x=[0.3, -0.1, 0.2])
-    apart = turning_step(model, [{"labels": labels[:2]}, {"labels": labels[2:]}], loss, distance=0.1)
-    assert apart == pytest.approx(turning_step(model, [{"labels": labels}], loss, distance=0.1), rel=1e-4)
+    apart = turning_steps(model, [{"labels": labels[:2]}, {"labels": labels[2:]}], loss, distance=0.1)
+    assert apart == pytest.approx(turning_steps(model, [{"labels": labels}], loss, distance=0.1), rel=1e-4)
 
 
-def test_float16_is_measured_with_a_scaled_loss() -> None:
+def test_float16_is_measured_with_a_scaled_loss(unlimited: None) -> None:
     torch.manual_seed(0)
     model, x = nn.Linear(8, 8), torch.randn(16, 8)
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         return 1e-6 * model(batch).float().square().mean()
 
-    exact = turning_step(model, [x], loss, distance=0.05)
+    exact = turning_steps(model, [x], loss, distance=0.05)
     history = quiet(model, [x], loss, lr="auto", autocast=torch.float16)
-    assert history.learning_rate == pytest.approx(SHARE * math.sqrt(exact), rel=0.05)
+    assert history.learning_rate == pytest.approx(measured_rate(exact), rel=0.05)
