@@ -10,9 +10,7 @@ Writes JSON and Markdown to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import gc
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from timing import result_name, surroundings, write_results
+from timing import resident, result_name, surroundings, write_results
 from torch import nn
 
 import lowrank
@@ -28,8 +26,7 @@ from lowrank import presets
 from lowrank.models.projections import find_projections
 
 RESULTS = Path(__file__).parent / "results"
-COUNTS = (36, 360, 3600, 20_000)
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+COUNTS = (36, 360, 3600, 5760, 20_000)
 SHAPES: dict[str, Callable[[int], Any]] = {
     "Llama-70B shapes": lambda layers: transformers.LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
@@ -53,23 +50,10 @@ class Row:
     peak_MiB: float
 
 
-def _resident(key: str) -> float:
-    if not STATUS.exists():
-        return 0.0
-    return next(
-        int(line.split()[1]) / 1024 for line in STATUS.read_text().splitlines() if line.startswith(key)
-    )
-
-
 def timed(rows: list[Row], stage: str, count: int, run: Callable[[], Any]) -> Any:
-    gc.collect()
-    if CLEAR.exists():
-        CLEAR.write_text("5")  # the peak starts again from here
-    before, start = _resident("VmRSS"), time.perf_counter()
-    result = run()
-    seconds = time.perf_counter() - start
+    result, seconds, before, most = resident(run)
     count = count or len(result)
-    rows.append(Row(stage, count, seconds, 1e6 * seconds / count, max(0.0, _resident("VmHWM") - before)))
+    rows.append(Row(stage, count, seconds, 1e6 * seconds / count, max(0.0, most - before)))
     return result
 
 

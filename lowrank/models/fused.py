@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -57,12 +57,41 @@ def matches(path: str, pattern: str) -> bool:
     return len(parts) >= len(wanted) and all(map(fnmatchcase, parts[-len(wanted) :], wanted))
 
 
+def matching(paths: Iterable[str]) -> Callable[[str], list[str]]:
+    """Which of ``paths`` a pattern `matches`, in their order; one without wildcards is looked up."""
+    paths = list(paths)
+    ending: dict[str, list[str]] = {}
+    for path in paths:
+        for suffix in suffixes(path):
+            ending.setdefault(suffix, []).append(path)
+
+    def named(pattern: str) -> list[str]:
+        if any(sign in pattern for sign in "*?["):
+            return [path for path in paths if matches(path, pattern)]
+        return ending.get(pattern, [])
+
+    return named
+
+
+def suffixes(path: str) -> list[str]:
+    """The last part of ``path``, its last two parts, and so on."""
+    parts = path.split(".")
+    return [".".join(parts[-i:]) for i in range(1, len(parts) + 1)]
+
+
 def blocks_of(
-    model: nn.Module, path: str, rows: int, columns: int, fused: Fused, attends: Callable[[str], bool]
+    model: nn.Module,
+    path: str,
+    rows: int,
+    columns: int,
+    fused: Fused,
+    attends: Callable[[str], bool],
+    rows_named: Callable[[], Mapping[str, set[int]]],
 ) -> Blocks | Doubt:
     """Roles and rows of the blocks of one weight, or why they cannot be told.
 
-    ``attends`` says of a module by path whether it is an attention: see `attending`.
+    ``attends`` says of a module by path whether it is an attention: see `attending`; ``rows_named`` is of
+    `heights`.
     """
     parent_path, _, name = path.rpartition(".")
     if name in WRAPPERS and parent_path.rpartition(".")[2].lower() in FUSED_NAMES:  # qkv.linear
@@ -97,7 +126,7 @@ def blocks_of(
         shown = blocks_by_trial(model, path)
         if shown and set(holds) <= {role for role, _ in shown}:
             return shown
-        return Doubt(_ask_for_rows(model, path, rows, holds), frozenset(holds))
+        return Doubt(_ask_for_rows(path, rows, holds, rows_named()), frozenset(holds))
     if leaf in GATED_NAMES and rows % 2 == 0:
         return gate_up(parent, rows)
     if leaf == "wi":
@@ -108,7 +137,7 @@ def blocks_of(
     if role == Role.UP and _holds_two(parent, rows, columns):
         holds = (Role.GATE, Role.UP)
         return blocks_by_trial(model, path) or Doubt(
-            _ask_for_rows(model, path, rows, holds), frozenset(holds)
+            _ask_for_rows(path, rows, holds, rows_named()), frozenset(holds)
         )
     if not is_named(path):  # what a block computes goes before the words of a name
         shown = blocks_by_structure(model, path)
@@ -159,16 +188,24 @@ def _told(path: str, rows: int, fused: Fused) -> Blocks | None:
     return interleaved(groups, [(Role(role), size) for role, size in sizes.items()])
 
 
-def _ask_for_rows(model: nn.Module, path: str, rows: int, roles: tuple[Role, ...]) -> str:
+def heights(model: nn.Module) -> Callable[[], Mapping[str, set[int]]]:
+    """The rows of the linear layers of ``model`` that each suffix of a path names; found when first asked."""
+
+    @cache
+    def found() -> Mapping[str, set[int]]:
+        rows: dict[str, set[int]] = {}
+        for path, module in model.named_modules():
+            if path and is_linear(module) and (shape := declared_shape(module)) is not None:
+                for suffix in suffixes(path):
+                    rows.setdefault(suffix, set()).add(shape[0])
+        return rows
+
+    return found
+
+
+def _ask_for_rows(path: str, rows: int, roles: tuple[Role, ...], named: Mapping[str, set[int]]) -> str:
     """The reason, with the shortest pattern that names no weight of another height."""
-    parts = path.split(".")
-    patterns = [".".join(parts[-i:]) for i in range(1, len(parts) + 1)]
-    others = [
-        other
-        for other, module in model.named_modules()
-        if other and is_linear(module) and (declared_shape(module) or (rows,))[0] != rows
-    ]
-    pattern = next((each for each in patterns if not any(matches(other, each) for other in others)), path)
+    pattern = next((each for each in suffixes(path) if named.get(each, {rows}) == {rows}), path)
     said = ", ".join(f'"{role}": rows' for role in roles)
     return (
         f"{path}: nothing tells where {' and '.join(roles)} lie in its {rows} rows; say it with "

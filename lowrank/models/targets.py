@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import nn
 
-from lowrank.models.fused import Doubt, Fused, matches
+from lowrank.models.fused import Doubt, Fused, matches, matching
 from lowrank.models.heads import output_heads
 from lowrank.models.listing import as_names, large_weights, listed, nearest, under
 from lowrank.models.projections import Projection, Role, further, scan, unheld
@@ -102,7 +103,8 @@ def select(
         more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
         raise ValueError(f"{broken[0]}; it cannot be adapted: leave it out with exclude={more}")
     in_order = [p for p in doubts if p in chosen]
-    spelled = {name: [p for p in in_order if p in hits] for name, hits in meant.items()}
+    place = {p: i for i, p in enumerate(in_order)}
+    spelled = {name: sorted(place.keys() & hits, key=place.__getitem__) for name, hits in meant.items()}
     return Selection(in_order, notes, left_out, spelled)
 
 
@@ -115,6 +117,14 @@ class _Known:
     heads: Mapping[str, str]
     unheld: Sequence[str]
     further: Mapping[Projection, Doubt | None]
+
+    @cached_property
+    def _linear(self) -> Callable[[str], set[Projection]]:
+        return _called(self.doubts)
+
+    @cached_property
+    def _further(self) -> Callable[[str], set[Projection]]:
+        return _called(self.further)
 
     def named(self, name: str, *, excluding: bool = False) -> set[Projection]:
         """The projections that ``name`` means; raises ValueError where it means nothing."""
@@ -133,14 +143,15 @@ class _Known:
                 return hits
         # A name that linear projections have means these alone; embeddings and convolutions it means by
         # their whole path, or where nothing linear is called so.
-        hits = {p for p in self.doubts if _is_called(p, name)}
+        hits = self._linear(name)
         if excluding or not hits:
-            hits |= {p for p in self.further if _is_called(p, name)}
+            hits |= self._further(name)
         hits |= {p for p in self.further if p.name == name}
         if excluding:
-            inside = [path for path, _ in self.model.named_modules() if path and matches(path, name)]
-            hits |= {p for p in (*self.doubts, *self.further) if under(inside)(p.module)}
-            if inside:
+            named = [path for path, _ in self.model.named_modules() if path and matches(path, name)]
+            inside = under(named)
+            hits |= {p for p in (*self.doubts, *self.further) if inside(p.module)}
+            if named:
                 return hits
         if hits:
             return hits
@@ -233,6 +244,13 @@ def _nothing_left(target: Target, exclude: Sequence[str], train: Sequence[str], 
     return f"{by} nothing of target={target!r}{why}"
 
 
-def _is_called(projection: Projection, name: str) -> bool:
-    full = f"{projection.module}.{projection.param}"
-    return projection.name == name or matches(projection.module, name) or matches(full, name)
+def _called(projections: Iterable[Projection]) -> Callable[[str], set[Projection]]:
+    """Those of ``projections`` that a name means: by their own, or by a suffix of their module or tensor."""
+    own: dict[str, set[Projection]] = {}
+    paths: dict[str, set[Projection]] = {}
+    for p in projections:
+        own.setdefault(p.name, set()).add(p)
+        for path in (p.module, f"{p.module}.{p.param}"):
+            paths.setdefault(path, set()).add(p)
+    named = matching(paths)
+    return lambda name: own.get(name, set()).union(*(paths[path] for path in named(name)))

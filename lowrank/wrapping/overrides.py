@@ -15,7 +15,7 @@ from torch import nn
 from lowrank.allocate.base import Allocation
 from lowrank.allocate.budget import Costs
 from lowrank.models.experts import active_experts, within_experts
-from lowrank.models.fused import matches
+from lowrank.models.fused import matching
 from lowrank.models.projections import Projection
 from lowrank.models.roles import telling
 from lowrank.policy import Policy
@@ -111,8 +111,15 @@ def winning(said: Iterable[str], projections: Sequence[Projection], what: str) -
     Raises ValueError where one matches none.
     """
     found: dict[Projection, str] = {}
+    called: dict[str, list[Projection]] = {}
+    within: dict[str, list[Projection]] = {}
+    for p in projections:
+        within.setdefault(p.module, []).append(p)
+        for name in (p.name, p.role.value):
+            called.setdefault(name, []).append(p)
+    named = matching(within)
     for pattern in sorted(said, key=len):
-        hits = [p for p in projections if pattern in (p.name, p.role.value) or matches(p.module, pattern)]
+        hits = [*called.get(pattern, ()), *(p for path in named(pattern) for p in within[path])]
         if not hits:
             ends = list(dict.fromkeys(p.module.rpartition(".")[2] for p in projections))
             raise ValueError(
@@ -134,8 +141,11 @@ def matched(
     found = {f"target={name!r}": [p for p in hits if p in kept] for name, hits in meant.items()}
     for what, said in (("ranks", policy.ranks), ("alphas", policy.alphas)):
         counts = winning(said, projections, what)
-        for pattern, value in said.items():
-            found[f"{what}[{pattern!r}]={value}"] = [p for p in projections if counts.get(p) == pattern]
+        won: dict[str, list[Projection]] = {pattern: [] for pattern in said}
+        for p in projections:
+            if p in counts:
+                won[counts[p]].append(p)
+        found |= {f"{what}[{pattern!r}]={value}": won[pattern] for pattern, value in said.items()}
     for pattern, role in policy.roles.items():
         told = [p for p in projections if not p.block and telling(p.module, policy.roles) == pattern]
         found[f"roles[{pattern!r}]={role}"] = told
