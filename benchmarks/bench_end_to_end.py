@@ -4,8 +4,8 @@
 
 Random bf16 weights whose singular values fall off; TLoRA calibrates on short batches. The stages are
 reading the base, wrapping it, two steps of training, saving, and loading onto the base read anew, whose
-logits must be the trained model's bit for bit. Memory is the most that the process holds (Linux only, else 0).
-Writes JSON and Markdown to benchmarks/results/.
+logits must be the trained model's bit for bit. Memory is the most that the process holds (Linux only, else
+0). Writes JSON and Markdown to benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python benchmarks/bench_scale.py [--quick]
 
-Models of many small projections, and the shapes of large ones on the meta device, which cannot be saved.
+Models of many projections 64×64 at rank 16, and the shapes of large ones on the meta device at rank 1, whose
+factors are real: those of DeepSeek-V3 take 26 GB at rank 16. Such a model cannot be saved.
 Memory is the most that the process holds in a stage beyond what it held before it (Linux only, else 0).
 Writes JSON and Markdown to benchmarks/results/.
 """
@@ -62,9 +63,9 @@ def many(count: int) -> nn.Module:
     return nn.ModuleDict({f"p{i}": nn.Linear(64, 64, bias=False) for i in range(count)}).requires_grad_(False)
 
 
-def measure(build: Callable[[], nn.Module], *, saved: bool) -> list[Row]:
+def measure(build: Callable[[], nn.Module], *, rank: int, saved: bool) -> list[Row]:
     rows: list[Row] = []
-    model, policy = build(), presets.lora(rank=16)
+    model, policy = build(), presets.lora(rank=rank)
     count = len(timed(rows, "find", 0, lambda: find_projections(model)))
     plan = timed(rows, "plan", count, lambda: lowrank.plan_model(model, policy))
     timed(rows, "wrap", count, lambda: lowrank.wrap_model(model, plan, progress=False))
@@ -110,11 +111,11 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     cases = {}
     for count in COUNTS[:1] if options.quick else COUNTS:
-        cases[f"{count} projections"] = measure(lambda count=count: many(count), saved=True)
+        cases[f"{count} projections"] = measure(lambda count=count: many(count), rank=16, saved=True)
         print(f"{count}: " + ", ".join(f"{r.stage} {r.seconds:.2f} s" for r in cases[f"{count} projections"]))
     for name, config in list(SHAPES.items())[: 1 if options.quick else None]:
         made = config(2 if options.quick else 0)
-        cases[name] = measure(lambda made=made: on_meta(made), saved=False)
+        cases[name] = measure(lambda made=made: on_meta(made), rank=1, saved=False)
         print(f"{name}: " + ", ".join(f"{r.stage} {r.seconds:.2f} s" for r in cases[name]))
     facts, name = surroundings("cpu"), result_name("scale", options)
     report = markdown(facts, cases)
