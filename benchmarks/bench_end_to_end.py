@@ -154,8 +154,11 @@ def main() -> None:
         write_base(config, base)
         for method in options.only:
             rows += measure(method, base, batches(config), Path(folder) / method)
-    facts, name = surroundings("cpu"), result_name("end-to-end", options)
-    write_results(options.out, name, markdown(facts, config, rows), {"surroundings": facts, "rows": rows})
+            facts = surroundings("cpu")
+            data = {"surroundings": facts, "rows": rows}
+            write_results(
+                options.out, result_name("end-to-end", options), markdown(facts, config, rows), data
+            )
 
 
 if __name__ == "__main__":

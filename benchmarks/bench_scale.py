@@ -1,6 +1,6 @@
 """How finding, planning, wrapping, saving, loading and unwrapping grow with the number of projections.
 
-    python benchmarks/bench_scale.py [--quick]
+    python benchmarks/bench_scale.py [--quick] [--only counts | shapes]
 
 Models of many projections 64×64 at rank 16, and the shapes of large ones on the meta device at rank 1, whose
 factors are real: those of DeepSeek-V3 take 26 GB at rank 16. Such a model cannot be saved.
@@ -14,6 +14,7 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,24 +104,28 @@ def markdown(facts: dict[str, str], cases: dict[str, list[Row]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few projections: does it run?")
+    parser.add_argument("--only", choices=["counts", "shapes"], help="one half of the cases")
     parser.add_argument("--device", default="cpu", choices=["cpu"])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    cases = {}
-    for count in COUNTS[:1] if options.quick else COUNTS:
-        cases[f"{count} projections"] = measure(lambda count=count: many(count), rank=16, saved=True)
-        print(f"{count}: " + ", ".join(f"{r.stage} {r.seconds:.2f} s" for r in cases[f"{count} projections"]))
-    for name, config in list(SHAPES.items())[: 1 if options.quick else None]:
-        made = config(2 if options.quick else 0)
-        cases[name] = measure(lambda made=made: on_meta(made), rank=1, saved=False)
-        print(f"{name}: " + ", ".join(f"{r.stage} {r.seconds:.2f} s" for r in cases[name]))
-    facts, name = surroundings("cpu"), result_name("scale", options)
-    report = markdown(facts, cases)
-    data = {"surroundings": facts, "cases": cases}
-    write_results(options.out, name, report, data)
+    runs: dict[str, Callable[[], list[Row]]] = {}
+    if options.only != "shapes":
+        for count in COUNTS[:1] if options.quick else reversed(COUNTS):
+            runs[f"{count} projections"] = partial(measure, partial(many, count), rank=16, saved=True)
+    if options.only != "counts":
+        for name, config in list(SHAPES.items())[: 1 if options.quick else None]:
+            build = partial(on_meta, config(2 if options.quick else 0))
+            runs[name] = partial(measure, build, rank=1, saved=False)
+    cases: dict[str, list[Row]] = {}
+    name = result_name("scale", options, options.only or "")
+    for case, run in runs.items():
+        cases[case] = run()
+        print(f"{case}: " + ", ".join(f"{r.stage} {r.seconds:.2f} s" for r in cases[case]), flush=True)
+        facts = surroundings("cpu")  # written each time, so that a run that is cut short leaves what it has
+        write_results(options.out, name, markdown(facts, cases), {"surroundings": facts, "cases": cases})
 
 
 if __name__ == "__main__":
