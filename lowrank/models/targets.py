@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from torch import nn
 
-from lowrank.models.fused import Doubt, Fused, matches, matching
+from lowrank.models.fused import Doubt, Fused, matches
 from lowrank.models.heads import output_heads
 from lowrank.models.listing import as_names, large_weights, listed, nearest, under
+from lowrank.models.named import named_by
 from lowrank.models.projections import Projection, Role, further, scan, unheld
 from lowrank.models.roles import Roles, unnamed
 from lowrank.models.towers import within
@@ -120,11 +121,11 @@ class _Known:
 
     @cached_property
     def _linear(self) -> Callable[[str], set[Projection]]:
-        return _called(self.doubts)
+        return named_by(self.doubts)
 
     @cached_property
     def _further(self) -> Callable[[str], set[Projection]]:
-        return _called(self.further)
+        return named_by(self.further)
 
     def named(self, name: str, *, excluding: bool = False) -> set[Projection]:
         """The projections that ``name`` means; raises ValueError where it means nothing."""
@@ -242,15 +243,3 @@ def _nothing_left(target: Target, exclude: Sequence[str], train: Sequence[str], 
     by = f"{' and '.join(left)} leaves" if left else "the model has"
     why = f" ({'; '.join(notes)}); name what to adapt in target=" if notes else ""
     return f"{by} nothing of target={target!r}{why}"
-
-
-def _called(projections: Iterable[Projection]) -> Callable[[str], set[Projection]]:
-    """Those of ``projections`` that a name means: by their own, or by a suffix of their module or tensor."""
-    own: dict[str, set[Projection]] = {}
-    paths: dict[str, set[Projection]] = {}
-    for p in projections:
-        own.setdefault(p.name, set()).add(p)
-        for path in (p.module, f"{p.module}.{p.param}"):
-            paths.setdefault(path, set()).add(p)
-    named = matching(paths)
-    return lambda name: own.get(name, set()).union(*(paths[path] for path in named(name)))
