@@ -80,7 +80,7 @@ $(LOWEST)/.ready: pyproject.toml Makefile
 	@touch $@
 
 SIZE ?= --tiny
-EXAMPLES := with_transformers_trainer with_lightning with_accelerate serve_many_adapters diffusion vision own_initializer
+EXAMPLES := finetune_llm with_transformers_trainer with_lightning with_accelerate serve_many_adapters diffusion vision own_initializer
 
 examples: $(addprefix example-,$(EXAMPLES)) ## all examples, nothing downloaded; make example-vision SIZE= for one, larger
 

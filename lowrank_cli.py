@@ -14,69 +14,85 @@ METHODS = "lora rslora lora_fa dora pissa milora olora ailora tlora eva corda lo
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="lowrank",
-        description="Looks at adapter folders and works on them: lowrank's own, PEFT's and diffusers'.",
+        description="Inspect, compare, convert and merge adapters: those of lowrank, PEFT and diffusers.",
         epilog="Exit codes: 0 done (diff: equal), 1 diff found differences, 2 an error, in one line.",
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    an_adapter = "a folder of lowrank or PEFT, or a LoRA file of diffusers"
+    a_model = "folder of a model of transformers or diffusers"
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
-        added.add_argument("--json", action="store_true", help="print JSON")
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        added.add_argument("--json", action="store_true", help="print JSON in place of text")
         added.add_argument("--quiet", action="store_true", help="show no progress bars")
         return added
 
-    inspect = command("inspect", "what an adapter holds: ranks, scalings and the size of ΔW of each weight")
-    inspect.add_argument("adapter", type=Path)
+    inspect = command("inspect", "show the rank, the scaling and the size of ΔW of each adapted weight")
+    inspect.add_argument("adapter", type=Path, help=an_adapter)
 
-    diff = command("diff", "how far two adapters are from each other, weight by weight")
-    diff.add_argument("one", type=Path)
-    diff.add_argument("other", type=Path)
+    diff = command("diff", "compare two adapters, weight by weight")
+    diff.add_argument("one", type=Path, help=an_adapter)
+    diff.add_argument("other", type=Path, help="likewise")
 
-    verify = command("verify", "checks that an adapter is whole; with --base, that it fits that model")
-    verify.add_argument("adapter", type=Path)
-    verify.add_argument("--base", type=Path, help="folder of a model of transformers")
+    verify = command("verify", "check that an adapter is whole; with --base, that it fits that model")
+    verify.add_argument("adapter", type=Path, help=an_adapter)
+    verify.add_argument("--base", type=Path, help=a_model)
 
-    convert = command("convert", "writes an adapter in another format; the base is loaded to be sure")
-    convert.add_argument("adapter", type=Path)
+    convert = command(
+        "convert", "write an adapter in another format; the base is loaded to check that it fits"
+    )
+    convert.add_argument("adapter", type=Path, help=an_adapter)
     convert.add_argument("--to", required=True, choices=["peft", "lowrank", "diffusers"])
-    convert.add_argument("--base", type=Path, required=True, help="folder of the model that it adapts")
-    convert.add_argument("--out", type=Path, required=True)
-    convert.add_argument("--serving", action="store_true", help="with --to peft: one rank, scaling in B")
+    convert.add_argument("--base", type=Path, required=True, help=f"{a_model}, which it adapts")
+    convert.add_argument("--out", type=Path, required=True, help="a folder; for diffusers a file")
+    convert.add_argument(
+        "--serving", action="store_true", help="with --to peft: one rank for all, the scaling folded into B"
+    )
 
-    merge = command("merge", "adds an adapter to a checkpoint, file by file: the model is never in memory")
+    merge = command("merge", "add an adapter to a checkpoint, file by file, without loading the model")
     merge.add_argument("base", type=Path, help="folder with safetensors files")
-    merge.add_argument("adapter", type=Path)
+    merge.add_argument("adapter", type=Path, help=an_adapter)
     merge.add_argument("--out", type=Path, required=True, help="a new folder")
 
-    combine = command("combine", "the weighted sum of adapters as one adapter")
-    combine.add_argument("adapters", nargs="+", metavar="FOLDER=WEIGHT", help="a folder alone has weight 1")
-    combine.add_argument("--base", type=Path, required=True, help="folder of the model that they adapt")
-    combine.add_argument("--rank", type=int, help="the closest adapter of this rank; exact without")
-    combine.add_argument("--out", type=Path, required=True)
+    combine = command("combine", "write the weighted sum of adapters as one adapter of lowrank")
+    combine.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER=WEIGHT", help="an adapter alone has weight 1"
+    )
+    combine.add_argument("--base", type=Path, required=True, help=f"{a_model}, which they adapt")
+    combine.add_argument(
+        "--rank", type=int, help="rank of the sum, which is then the best approximation (default: exact)"
+    )
+    combine.add_argument("--out", type=Path, required=True, help="a folder")
 
-    plan = command("plan", "which projections of a model get how much rank")
+    plan = command("plan", "show which projections of a model get how much rank")
     plan.add_argument("model", type=Path, help="folder of a model of transformers")
-    plan.add_argument("--method", choices=METHODS, default="lora")
-    plan.add_argument("--rank", type=int, default=8)
+    plan.add_argument("--method", choices=METHODS, default="lora", help="a preset (default: %(default)s)")
+    plan.add_argument("--rank", type=int, default=8, help="(default: %(default)s)")
     plan.add_argument(
-        "--budget", type=int, help="trainable adapter parameters, instead of what the rank costs"
-    )
-    plan.add_argument("--target", nargs="+", default=["all-linear"])
-    plan.add_argument(
-        "--data", type=Path, help='JSON lines with "text": calibration, where a method needs it'
+        "--budget", type=int, help="trainable adapter parameters, in place of what the rank would take"
     )
     plan.add_argument(
-        "--examples", type=int, default=64, help="lines of --data to use (default: %(default)s)"
+        "--target", nargs="+", default=["all-linear"], help="roles or names (default: all-linear)"
     )
-    plan.add_argument("--tokens", type=int, default=256, help="of an example at most (default: %(default)s)")
-    plan.add_argument("--out", type=Path, help="also write the plan, as JSON")
+    plan.add_argument(
+        "--data", type=Path, help='JSON lines with "text", for methods that measure (tlora, eva)'
+    )
+    plan.add_argument(
+        "--examples", type=int, default=64, help="how many lines of --data to use (default: %(default)s)"
+    )
+    plan.add_argument(
+        "--tokens", type=int, default=256, help="longest example, in tokens (default: %(default)s)"
+    )
+    plan.add_argument("--out", type=Path, help="also write the plan to this file, as JSON")
 
-    report = command(
-        "report", "one HTML file about a run: plan, curves, memory, updates, what was trained, versions"
+    report = command("report", "write one HTML file about a run: plan, curves, memory, updates, versions")
+    report.add_argument(
+        "run", type=Path, help="folder that holds an adapter of lowrank and a log (JSON lines)"
     )
-    report.add_argument("run", type=Path, help="folder that holds an adapter and a log (JSON lines)")
     report.add_argument("--log", type=Path, help="the log, where it is elsewhere")
-    report.add_argument("--out", type=Path, default=Path("report.html"))
+    report.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="the file (default: %(default)s)"
+    )
     return root
 
 

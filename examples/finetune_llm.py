@@ -140,8 +140,11 @@ def main() -> None:
         "--every", type=int, default=50, help="steps between checkpoints (default: %(default)s)"
     )
     parser.add_argument("--data", type=Path, default=Path(".cache/data"), help="where WordNet is")
-    parser.add_argument("--out", type=Path, default=Path("out/finetune"), help="where results go")
+    parser.add_argument(
+        "--out", type=Path, help="where results go (default: out/finetune, or out/finetune-tiny)"
+    )
     options = parser.parse_args()
+    options.out = options.out or Path("out/finetune-tiny" if options.tiny else "out/finetune")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

@@ -15,6 +15,7 @@ from lowrank.layers import LoRALinear, lora_linear
 from lowrank.layers.tuning_report import tuning_report
 from lowrank.learning_rates import lora_plus, plan_learning_rate
 from lowrank.memory import memory_report
+from lowrank.merged_copies import MergedCopies, merged
 from lowrank.merging import merge, remove_adapter, unwrap
 from lowrank.models.projections import Projection, Role, find_projections
 from lowrank.notices import LowrankWarning, UnsavedParametersWarning, UnusedLayerWarning
@@ -28,7 +29,7 @@ from lowrank.wrap import add_adapter, measure, plan_model, wrap_model
 from lowrank.wrapping.new_heads import FrozenHeadWarning
 from lowrank.wrapping.pretrained import SavePretrainedWarning
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdapterError",
@@ -39,6 +40,7 @@ __all__ = [
     "LoRALinear",
     "LowrankWarning",
     "MemoryReport",
+    "MergedCopies",
     "PeftExport",
     "Plan",
     "Policy",
@@ -72,6 +74,7 @@ __all__ = [
     "measure",
     "memory_report",
     "merge",
+    "merged",
     "plan_learning_rate",
     "plan_model",
     "plan_of",

@@ -156,7 +156,7 @@ def load_adapter(
 ) -> nn.Module:
     """Adapts a base in place as it was when it was saved, bit for bit, and returns it.
 
-    ``model`` may hold adapters already: the new one hangs beside them, and acts once `set_adapters` names it.
+    ``model`` may hold adapters already: the new one goes beside them, and acts once `set_adapters` names it.
 
     The folder is not trusted: every claim is checked against the model, and the tensors against the
     claims, before anything large is read and before the model is touched. The modules that it replaces in

@@ -148,7 +148,8 @@ def read_weights(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, 
     for name, weight in names.items() if isinstance(names, Mapping) else ():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isfinite(weight):
             raise ValueError(f"expected a finite number as the weight of {name!r}, got {weight!r}")
-        weights[name] = torch.tensor(float(weight))  # not in fp64, which the compiler takes for a number
+        with torch.inference_mode(False):  # an inference tensor has no version, which layers look at
+            weights[name] = torch.tensor(float(weight))  # not in fp64, which the compiler takes for a number
     return list(dict.fromkeys(given)), weights
 
 
@@ -158,7 +159,7 @@ def _check_magnitudes(plans: Mapping[str, Plan], name: str, weights: Mapping[str
         return
     if weights[name] != 1:
         raise ValueError(
-            f"the adapter {name!r} has magnitudes (DoRA), which have no share: expected weight 1, got "
+            f"the adapter {name!r} has magnitudes (DoRA), which cannot be weighted: expected weight 1, got "
             f"{weights[name]:.4g}"
         )
     own = {p.module for p in plans[name].adapted}

@@ -52,7 +52,7 @@ def lora_plus(model: nn.Module, lr: float, *, ratio: float = 16.0) -> list[dict[
     """
     for name, value in (("lr", lr), ("ratio", ratio)):
         if not 0 < value < math.inf:
-            raise ValueError(f"{name} is a positive number, not {value}")
+            raise ValueError(f"{name}: expected a positive number, got {value}")
     faster = {
         module.B for module in model.modules() if isinstance(module, Adapter) and module.B.requires_grad
     }

@@ -1,6 +1,6 @@
 """`memory_report`: what training a planned model will hold, before anything is loaded twice or wrapped.
 
-The step itself is followed by `train.memory`; here the plan's adapters are put into a stand-in of the model.
+`train.stand_in` follows the step itself; here the plan's adapters are put into a stand-in of the model.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from lowrank.layers.expert_stack import ExpertStack
 from lowrank.layers.magnitude import Magnitude
 from lowrank.plan import Plan
 from lowrank.train.known_integers import is_known
-from lowrank.train.memory import Optimizers, StandIn, optimizer_factory, plain
+from lowrank.train.memory import optimizer_factory
 from lowrank.train.memory_helps import lighter, with_helps
 from lowrank.train.memory_table import MemoryReport
+from lowrank.train.stand_in import Optimizers, StandIn, plain
 from lowrank.wrapping.install import bare
 from lowrank.wrapping.planning import fitted_plan
 from lowrank.wrapping.rows import weight_of

@@ -20,7 +20,7 @@ from lowrank.adapters import (
     wrapped_root,
 )
 from lowrank.choosing import check_together
-from lowrank.layers.adapter import full_delta, updates, weighted
+from lowrank.layers.adapter import add_updates, full_delta, weighted
 from lowrank.layers.functional import Block
 from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.linear import LoRALinear
@@ -154,12 +154,7 @@ def _merge_weight(
         every = [(each, block) for p, block in held for each in p.apart(stack.out)]
         _merge_experts(weight, stack, [block._replace(rows=p.rows) for p, block in every])
         return False
-    rows = as_rows(holder(root, p), p.param)
-    for start, stop, update in updates([block for _, block in held]):
-        update.add_(rows[start:stop])
-        rows[start:stop].copy_(
-            update if excess is None else update.addcmul_(update, excess[start:stop, None])
-        )
+    add_updates(as_rows(holder(root, p), p.param), [block for _, block in held], excess)
     if unpacked:
         weight.data = weight.data.to(dtype)
         _match_bias(holder(root, p), dtype)

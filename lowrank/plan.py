@@ -45,7 +45,7 @@ class Plan(Mapping[Projection, Allocation]):
         reference_rank: the rank that the scalings refer to: what the uniform allocation of the budget gives.
             None where it is not known, as in a plan made by hand.
         learning_rate: a peak rate to train with; None where it was not measured, by `plan_learning_rate`.
-        rows: of embeddings, that alone train.
+        rows: of embeddings: where there are some, only these rows of the embedding train.
 
     Raises:
         ValueError: a rank below 0 or above ``min(in, out)``, no rank anywhere, or a scaling or dropout out of
@@ -74,15 +74,17 @@ class Plan(Mapping[Projection, Allocation]):
         for projection, allocation in allocations.items():
             most = min(projection.shape)
             if not 0 <= allocation.rank <= most:
-                raise ValueError(f"{projection.name}: rank {allocation.rank} is not between 0 and {most}")
+                raise ValueError(
+                    f"{projection.name}: expected a rank from 0 to {most}, got {allocation.rank}"
+                )
             if not isfinite(allocation.scaling):
-                raise ValueError(f"{projection.name}: scaling {allocation.scaling} is not finite")
+                raise ValueError(f"{projection.name}: expected a finite scaling, got {allocation.scaling}")
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1: {dropout}")
+            raise ValueError(f"dropout: expected a number from 0 to below 1, got {dropout}")
         if reference_rank is not None and reference_rank < 1:
-            raise ValueError(f"reference_rank must be at least 1: {reference_rank}")
+            raise ValueError(f"reference_rank: expected at least 1, got {reference_rank}")
         if learning_rate is not None and not 0 < learning_rate < inf:
-            raise ValueError(f"learning_rate must be positive: {learning_rate}")
+            raise ValueError(f"learning_rate: expected a positive number, got {learning_rate}")
         if not any(allocation.rank for allocation in allocations.values()):
             raise ValueError("the plan gives no projection any rank")
         self._allocations = dict(allocations)

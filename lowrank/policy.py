@@ -26,8 +26,9 @@ class Policy:
 
     Args:
         target: ``"all-linear"`` (all but embeddings, heads and what ``train`` names), a role such as
-            ``"query"``, a dotted-suffix pattern with ``*`` (``"layers.1*.mlp.up_proj"``), several of
-            these, or a predicate of a `Projection`. ``part:target`` means it in a part of the model only:
+            ``"query"``, a dotted-suffix pattern with ``*`` (``"layers.1*.mlp.up_proj"``, and of rows
+            of a weight as plans print them, ``"c_attn[query]"``), several of these, or a predicate of a
+            `Projection`. ``part:target`` means it in a part of the model only:
             ``"vision:all-linear"``, ``"language:query"``, ``"projector:all-linear"``, ``"audio:value"``, or
             in a module, ``"visual.blocks:query"``.
         exclude: names of projections, or of modules around them, to leave out.
@@ -50,8 +51,8 @@ class Policy:
         expert_rank: of experts: ``"rank"``, as of any projection, or ``"rank/active"``: divided by the number
             of experts that act on a token, and at least 1. Their scaling is that of the divided rank. Not
             beside a budget.
-        experts: ``"each"`` has an adapter of its own, or all experts of a tensor have one: ``"shared"``.
-            That one starts from the inputs or gradients of all, or from neither, but not from a weight.
+        experts: ``"each"``: every expert has an adapter of its own; ``"shared"``: all experts of a tensor
+            have one, which may start from the inputs or gradients of all of them, but not from a weight.
         dora: train the magnitude of each output row apart from its direction (DoRA, 2402.09353). Such an
             adapter acts alone, with weight 1. Its magnitudes, ``out`` for each projection, count in a budget.
         train: modules trained in full and saved with the adapter, such as a new classifier head.
@@ -59,9 +60,9 @@ class Policy:
             ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
             rows of one group, and how many there are: ``{"wqkv": {"groups": 8, "query": 512, "key": 128,
             "value": 128}}``.
-        rows: of embeddings, which alone train, as those of new tokens: ``{"embed_tokens": [32000, 32001]}``.
-            A head that is tied to the embedding follows. They are trainable parameters beside the budget.
-        roles: of weights that names tell nothing of, or tell wrongly, by dotted-suffix pattern:
+        rows: token ids by embedding, such as those of new tokens: ``{"embed_tokens": [32000, 32001]}``. Only
+            these rows of it train, beside the budget. A head that is tied to the embedding follows.
+        roles: of weights whose names do not tell it, or tell it wrongly, by dotted-suffix pattern:
             ``{"mixer.theta": "query"}``. The longest pattern counts. `ByRole` and targets by role follow it.
         seed: of every random draw in wrapping.
 
@@ -96,53 +97,53 @@ class Policy:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_overrides()
         if not is_whole(self.rank) or self.rank < 1:
-            raise ValueError(f"rank must be a whole number, at least 1: {self.rank!r}")
+            raise ValueError(f"rank: expected a whole number of at least 1, got {self.rank!r}")
         if not is_number(self.alpha) or not isfinite(self.alpha) or self.alpha <= 0:
-            raise ValueError(f"alpha must be positive: {self.alpha!r}")
+            raise ValueError(f"alpha: expected a positive number, got {self.alpha!r}")
         if self.scaling not in SCALINGS and not (
             is_number(self.scaling) and isfinite(self.scaling) and self.scaling > 0  # type: ignore[arg-type,operator]
         ):
             choices = ", ".join(f'"{name}"' for name in SCALINGS)
-            raise ValueError(f"scaling must be {choices} or a positive number: {self.scaling!r}")
+            raise ValueError(f"scaling: expected {choices} or a positive number, got {self.scaling!r}")
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1: {self.dropout!r}")
+            raise ValueError(f"dropout: expected a number from 0 to below 1, got {self.dropout!r}")
         if not isinstance(self.dora, bool):
-            raise ValueError(f"dora must be True or False: {self.dora!r}")
+            raise ValueError(f"dora: expected True or False, got {self.dora!r}")
         if not is_whole(self.seed):
-            raise ValueError(f"seed must be a whole number: {self.seed!r}")
+            raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
         counted = is_whole(self.budget) and self.budget >= 1  # type: ignore[operator]
         fraction = isinstance(self.budget, float) and 0 < self.budget < 1
         if not (self.budget is None or counted or fraction):
             raise ValueError(
-                "budget is a count of trainable parameters (a whole number) or a fraction of the model's "
-                f"(between 0 and 1): {self.budget!r}"
+                "budget: expected a count of trainable parameters (a whole number) or a fraction of the "
+                f"model's (between 0 and 1), got {self.budget!r}"
             )
         if not isinstance(self.fused, Mapping) or not all(map(is_rows, self.fused.values())):
             raise ValueError(
-                'fused says rows by role for each name, such as {"qkv_proj": {"query": 64, "key": 16, '
-                f'"value": 16}}}}: {self.fused!r}'
+                'fused: expected the rows of each role by name, such as {"qkv_proj": {"query": 64, "key": '
+                f'16, "value": 16}}}}, got {self.fused!r}'
             )
         if not isinstance(self.roles, Mapping) or not all(
             isinstance(name, str) and name and role in set(Role) for name, role in self.roles.items()
         ):
             raise ValueError(
-                f'roles says the role of each name, such as {{"mixer.theta": "query"}}, one of '
-                f"{', '.join(Role)}: {self.roles!r}"
+                f'roles: expected a role by name, such as {{"mixer.theta": "query"}}, one of '
+                f"{', '.join(Role)}, got {self.roles!r}"
             )
         if not isinstance(self.rows, Mapping) or not all(map(are_ids, self.rows, self.rows.values())):
             raise ValueError(
-                'rows says which rows of which embedding train, each once, such as {"embed_tokens": [7, 8]}: '
-                f"{self.rows!r:.200}"
+                'rows: expected ids by embedding, each once, such as {"embed_tokens": [7, 8]}, '
+                f"got {self.rows!r:.200}"
             )
         object.__setattr__(self, "rows", {name: tuple(ids) for name, ids in self.rows.items()})
         for name in ("init", "allocate"):
             choice = getattr(self, name)
             if not callable(choice) or isinstance(choice, type) or not hasattr(choice, "needs"):
                 example = "Kaiming()" if name == "init" else "Uniform()"
-                raise ValueError(f"{name} takes an instance, such as {name}={example}: {choice!r}")
+                raise ValueError(f"{name}: expected an instance, such as {name}={example}, got {choice!r}")
         if self.budget is not None and getattr(self.allocate, "unit", "parameters") == "ranks":
             raise ValueError(
-                f'{self.allocate!r} spends n·rank ranks, whatever they cost: with unit="ranks" give rank=, '
+                f'{self.allocate!r} counts ranks and not parameters: with unit="ranks" give rank=, '
                 "and leave budget=None"
             )
 
@@ -157,25 +158,23 @@ class Policy:
             )
             object.__setattr__(self, "layers", tuple(layers) if right and layers is not None else layers)
         if not right:
-            raise ValueError(f'layers takes numbers, range(8, 24) or "8:24", got {self.layers!r}')
+            raise ValueError(f'layers: expected numbers, range(8, 24) or "8:24", got {self.layers!r}')
         for name, fits in (("ranks", is_whole), ("alphas", is_number)):
             said = getattr(self, name)
             if not isinstance(said, Mapping) or not all(
                 isinstance(key, str) and key and fits(n) and 0 < n < float("inf") for key, n in said.items()
             ):
                 raise ValueError(
-                    f'{name} says a positive number by name, such as {{"q_proj": 32}}, got {said!r}'
+                    f'{name}: expected positive numbers by name, such as {{"q_proj": 32}}, got {said!r}'
                 )
         for name, choices in (("expert_rank", EXPERT_RANKS), ("experts", EXPERTS)):
             if getattr(self, name) not in choices:
                 one, other = choices
-                raise ValueError(f'{name} must be "{one}" or "{other}", got {getattr(self, name)!r}')
+                raise ValueError(f'{name}: expected "{one}" or "{other}", got {getattr(self, name)!r}')
         if self.expert_rank != "rank" and self.budget is not None:
-            raise ValueError(
-                'expert_rank="rank/active" divides a rank: leave budget=None, or expert_rank out'
-            )
+            raise ValueError('expert_rank="rank/active" does not go with a budget: leave one of them out')
         if self.ranks and self.budget is not None:
-            raise ValueError("ranks says ranks whatever they cost: leave budget=None, or ranks out")
+            raise ValueError("ranks= does not go with a budget: leave one of them out")
         if self.alphas and self.scaling not in SCALINGS:
             raise ValueError(f"alphas has no effect with scaling={self.scaling!r}: leave one of them out")
 
@@ -227,7 +226,7 @@ class Policy:
             said = {key: decode(value) for key, value in said.items()}
             for name in said.keys() & {"init", "allocate"}:
                 if not type(said[name]).__module__.startswith(f"lowrank.{name}."):
-                    raise ValueError(f"{name} must be one that lowrank.{name} offers: {said[name]!r:.80}")
+                    raise ValueError(f"{name}: expected one of lowrank.{name}, got {said[name]!r:.80}")
             return cls(**said)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is not a policy: {type(error).__name__}: {error}") from error

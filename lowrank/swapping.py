@@ -10,6 +10,7 @@ from torch import nn
 from lowrank.adapters import adaptation, adapters_of, one_name, plan_of, wrapped_root
 from lowrank.files import AdapterError, read_header, read_tensors
 from lowrank.formats.folder import read_config, refuse, tensors_file
+from lowrank.layers.copied import renew_copies
 from lowrank.plan import Plan
 from lowrank.processes import fill
 from lowrank.wrapping.claims import (
@@ -97,4 +98,5 @@ def _exchange_values(model: nn.Module, path: str | Path, name: str, *, whole_bas
         saved[f"{ROWS}{path}.offsets"] = offsets
     for key, tensor in here.items():
         fill(tensor, saved[key])
+    renew_copies()
     return saved_plan

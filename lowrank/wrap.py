@@ -231,7 +231,8 @@ def _check_factors(p: Projection, factors: Factors, rank: int, declared: frozens
     wanted = (rank, p.in_features), (p.out_features, rank)
     if (tuple(factors.A.shape), tuple(factors.B.shape)) != wanted:
         raise ValueError(
-            f"the initializer made A {tuple(factors.A.shape)} and B {tuple(factors.B.shape)}, not {wanted}"
+            f"the initializer: expected factors {wanted}, got A {tuple(factors.A.shape)} "
+            f"and B {tuple(factors.B.shape)}"
         )
     if factors.frozen != declared:
         raise ValueError(

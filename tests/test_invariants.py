@@ -15,7 +15,7 @@ from lowrank import presets
 from lowrank.layers.trained import TrainedModule
 from lowrank.models.projections import Role
 from tests import zoo
-from tests.helpers import frozen_logits, logits
+from tests.helpers import frozen_logits, logits, perturb
 
 PRESETS: dict[str, Callable[..., lowrank.Policy]] = {
     "lora": presets.lora,
@@ -138,6 +138,28 @@ def test_wrap_train_save_and_take_out(preset: str, layout: str, dtype: torch.dty
     assert not any(isinstance(m, (lowrank.LoRALinear, TrainedModule)) for m in merged.modules())
     if dtype == torch.float32:
         assert (logits(merged, batch) - trained).abs().max() < 1e-4 * trained.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize(("preset", "layout"), ROWS)
+def test_merged_copies_are_what_merge_makes(preset: str, layout: str) -> None:
+    model, batch = build(layout, torch.bfloat16), batch_of(layout, torch.bfloat16)
+    perturb(wrap(model, preset, layout, torch.bfloat16))
+    state, trained = snapshot(model), logits(model, batch)
+    layers = lowrank.adapted_layers(model)
+    with lowrank.merged(model, progress=False) as copies:
+        inside = logits(model, batch)
+        made = {path: layers[path].copied.weight for path in copies.layers}
+    assert {*made, *copies.by_factors} == set(layers)
+    assert torch.equal(logits(model, batch), trained), "the context left something"
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+    lowrank.merge(model)
+    for path, copy in made.items():
+        weight = model.get_submodule(path).weight
+        assert torch.equal(copy, weight if weight.stride() == copy.stride() else weight.t()), path
+    if not copies.by_factors:
+        assert not torch.equal(inside, trained), "the copies were not used"
+        assert torch.equal(inside, logits(model, batch))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -26,7 +26,7 @@ LAYERS = [
     {"policy", "adapters", "comparing"},
     {"choosing"},
     {"wrapping"},  # what wrapping, loading and importing share
-    {"merging", "combining"},
+    {"merging", "merged_copies", "combining"},
     {"wrap"},
     {"presets", "checkpoint", "swapping", "peft_format"},
     {"train"},  # whatever requires grad; see ONLY for what it may import

@@ -99,5 +99,5 @@ def test_what_cannot_be_measured() -> None:
         lowrank.plan_learning_rate(nn.Linear(2, 2), batches(), loss)
     plan = lowrank.plan_of(network())
     for bad in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="learning_rate must be positive"):
+        with pytest.raises(ValueError, match="learning_rate: expected a positive number"):
             Plan(plan, learning_rate=bad)

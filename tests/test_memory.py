@@ -170,7 +170,7 @@ def test_a_model_on_the_meta_device_is_enough() -> None:
 
 
 def test_what_would_help_is_told_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank.train.memory.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("lowrank.train.stand_in.free_bytes", lambda device: 1000)
     model = build("SmolLM2-135M", torch.float32)
     plan = lowrank.plan_model(model, presets.lora(rank=8))
     report = lowrank.memory_report(model, plan, batch=4, tokens=64)

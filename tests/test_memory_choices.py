@@ -90,7 +90,7 @@ def test_fit_puts_the_report_into_the_history_and_the_log(
 ) -> None:
     monkeypatch.setattr("lowrank.train.begin.measured_rate", lambda turning: 1e-3)
     monkeypatch.setattr("lowrank.train.begin.turning", lambda *args: 1.0)
-    monkeypatch.setattr("lowrank.train.memory.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("lowrank.train.stand_in.free_bytes", lambda device: 1000)
     model, batches = wrapped("llama"), [zoo.batch("llama", seed) for seed in range(2)]
     log = tmp_path / "log.jsonl"
     history = lowrank.train.fit(model, batches, lr=lr, report=True, log=log, progress=False, accumulate=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -39,6 +40,27 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return room / "site"
 
 
+def test_the_version_is_the_same_everywhere() -> None:
+    """In the package, in CITATION.cff and at the top of the changelog, below what is not released yet."""
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    unreleased, *released = re.findall(r"^## (.*)$", changes, re.MULTILINE)
+    cited = dict(re.findall(r"^([a-z-]+): (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
+    assert unreleased == "[Unreleased]"
+    assert released[0] == f"[{cited['version']}] - {cited['date-released']}"
+    assert cited["version"] == lowrank.__version__
+
+
+def test_the_workflow_has_the_versions_of_python_that_are_promised() -> None:
+    workflow = ROOT / ".github/workflows/tests.yml"
+    if not workflow.exists():
+        pytest.skip("an sdist has no workflows")
+    promised = re.findall(
+        r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text()
+    )
+    run = re.search(r"python: \[(.*)\]", workflow.read_text())
+    assert run is not None and re.findall(r'"([\d.]+)"', run[1]) == promised
+
+
 @pytest.mark.slow
 def test_it_is_imported_from_where_it_was_installed(installed: Path, tmp_path: Path) -> None:
     code = "import lowrank, importlib.metadata as m; print(lowrank.__file__, m.version('lowrank-torch'))"
@@ -68,5 +90,7 @@ def test_help_imports_nothing_heavy(installed: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_sdist_has_what_its_tests_need(installed: Path) -> None:
     (source,) = (path for path in installed.parent.iterdir() if (path / "pyproject.toml").exists())
-    for needed in ("tests/helpers.py", "examples/finetune_llm.py", "docs/DESIGN.md", "README.md", "LICENSE"):
+    folders = "tests/helpers.py examples/finetune_llm.py examples/notebooks/vision.ipynb docs/DESIGN.md"
+    files = "README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CITATION.cff LICENSE Makefile mkdocs.yml"
+    for needed in f"{folders} {files}".split():
         assert (source / needed).is_file(), needed

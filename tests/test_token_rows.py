@@ -259,7 +259,7 @@ def test_rows_do_not_count_in_the_budget() -> None:
     "rows", [{"e": []}, {"e": [1, 1]}, {"e": [-1]}, {"e": [True]}, {"e": "12"}, {"": [1]}, [1]]
 )
 def test_what_is_no_list_of_rows_is_refused(rows: Any) -> None:
-    with pytest.raises(ValueError, match="^rows says which rows of which embedding train, each once"):
+    with pytest.raises(ValueError, match="^rows: expected ids by embedding, each once"):
         Policy(rows=rows)
 
 
@@ -317,7 +317,7 @@ def test_a_plan_of_another_model_is_refused() -> None:
     plan = lowrank.plan_model(zoo.build("tied_llama"), policy("tied_llama", target="q_proj"))
     model = zoo.build("tied_llama")
     model.model.embed_tokens = nn.Embedding(zoo.VOCABULARY, 16)
-    with pytest.raises(ValueError, match="model.embed_tokens: its rows have 16 numbers, not 32"):
+    with pytest.raises(ValueError, match="model.embed_tokens: expected rows of 32 numbers, got 16"):
         lowrank.wrap_model(model, plan, progress=False)
 
 

@@ -80,7 +80,11 @@ BAD = {
         "not finite",
     ),
     "unknown module to train": (presets.lora(train=("hed",)), {}, "train='hed' names no module"),
-    "factors of a wrong shape": (presets.lora(init=WrongShape()), {}, "the initializer made A"),
+    "factors of a wrong shape": (
+        presets.lora(init=WrongShape()),
+        {},
+        "the initializer: expected factors .*, got A",
+    ),
     "factors that are not finite": (presets.lora(init=NaN()), {}, "not finite"),
     "a failure half-way": (presets.lora(init=Late(RuntimeError("out of memory"))), {}, "out of memory"),
     "not a policy": ("lora", {}, "expected a Policy"),

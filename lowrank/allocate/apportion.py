@@ -31,7 +31,9 @@ def apportion(
     """
     floors = floors or [0] * len(shares)
     if not all(isfinite(share) and share >= 0 for share in shares) or not any(shares):
-        raise ValueError(f"shares must be finite, not negative, and not all zero: {list(shares)}")
+        raise ValueError(
+            f"shares: expected finite numbers, none negative and not all zero, got {list(shares)}"
+        )
     largest = max(shares)
     shares = [share / largest for share in shares]
     lows = [min(low, cap) if share else 0 for low, cap, share in zip(floors, caps, shares, strict=True)]

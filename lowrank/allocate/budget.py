@@ -107,7 +107,7 @@ def unspent(
     elif min(growing) > left:
         why = f"one more rank costs {min(growing):,} or more"
     else:
-        why = f"{allocator!r} gives no projection more"
+        why = f"{allocator!r} raises no rank further"
     return [f"{left:,} parameters of the budget of {budget:,} are left: {why}"]
 
 

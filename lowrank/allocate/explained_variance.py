@@ -35,7 +35,7 @@ class ExplainedVariance(Rule):
 
     def __post_init__(self) -> None:
         if not self.rho >= 1:
-            raise ValueError(f"rho must be at least 1: {self.rho}")
+            raise ValueError(f"rho: expected at least 1, got {self.rho}")
         if self.unit not in ("parameters", "ranks"):
             raise ValueError(f'unit: expected "parameters" or "ranks", got {self.unit!r}')
 

@@ -41,7 +41,7 @@ class Sensitivity(Rule):
         if self.unit not in ("parameters", "ranks"):
             raise ValueError(f'unit: expected "parameters" or "ranks", got {self.unit!r}')
         if self.floor < 0:
-            raise ValueError(f"floor must not be negative: {self.floor}")
+            raise ValueError(f"floor: expected zero or more, got {self.floor}")
 
     def allocated(self, asked: Request) -> dict[Projection, Allocation]:
         """Raises ValueError without sensitivities, or where the budget is too small for one rank."""

@@ -40,7 +40,7 @@ class EnergyRank(Rule):
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise ValueError(f"share must lie between 0 and 1: {self.share}")
+            raise ValueError(f"share: expected a number between 0 and 1, got {self.share}")
 
     def allocated(self, asked: Request) -> dict[Projection, Allocation]:
         """Raises ValueError where all weights are zero, or the budget is too small for one rank."""

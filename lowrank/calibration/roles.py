@@ -7,7 +7,6 @@ stays as it is.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,9 +18,10 @@ from lowrank.calibration.undisturbed import undisturbed
 from lowrank.linalg.rows import height, pieces
 from lowrank.models.copies import can_be_copied
 from lowrank.models.families import Role
-from lowrank.models.fused import GROUPS, credible, matches
+from lowrank.models.fused import GROUPS, credible
 from lowrank.models.influence import CPU, Call
 from lowrank.models.layouts import Blocks
+from lowrank.models.patterns import matches, starred
 from lowrank.models.projections import scan
 from lowrank.models.storage import declared_shape, is_linear
 from lowrank.models.structure import blocks_around, tried_with
@@ -85,7 +85,7 @@ def find_roles(model: nn.Module, batch: Any, *, loss: Loss | None = None) -> Fou
 def _kind(model: nn.Module, path: str) -> Any:
     block = model.get_submodule(path)
     shapes = tuple(declared_shape(module) for module in block.modules() if is_linear(module))
-    return type(block), _starred(path), shapes
+    return type(block), starred(path), shapes
 
 
 def _recorded(model: nn.Module, batch: Any, loss: Loss | None, blocks: list[str]) -> dict[str, Call]:
@@ -139,11 +139,7 @@ def _by_pattern(model: nn.Module, found: Mapping[str, T]) -> dict[str, T]:
     layers = [path for path, module in model.named_modules() if path and is_linear(module)]
     made: dict[str, T] = {}
     for path, what in found.items():
-        pattern = _starred(path)
+        pattern = starred(path)
         same = all(found.get(other) == what for other in layers if matches(other, pattern))
         made[pattern if same else path] = what
     return made
-
-
-def _starred(path: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)

@@ -62,8 +62,8 @@ def calibrate(
 
     Everything is accumulated in fp32 (fp64 for fp64 models), from products that are as exact as their
     inputs; only the sensitivity's may round, to TF32 (CUDA) or bf16 (CPU). In float16 the loss is scaled
-    for the backward pass, so that small gradients are not zero. The model is in evaluation mode for the
-    while. Peak extra memory: `predicted_bytes`, the inputs of one example while gradients are asked for,
+    for the backward pass, so that small gradients are not zero. The model is in evaluation mode
+    meanwhile. Peak extra memory: `predicted_bytes`, the inputs of one example while gradients are asked for,
     and one ``(out, in)`` gradient at a time. Under `torch.distributed` every rank gets the statistics of
     all ranks' batches, of which they may have different numbers; what fails in one rank fails in all.
 
@@ -91,7 +91,7 @@ def calibrate(
             f"batches=: expected a list of batches or a DataLoader, got one {type(batches).__name__}"
         )
     if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1: {steps}")
+        raise ValueError(f"steps: expected at least 1, got {steps}")
     if not wanted:
         return Statistics({})
     home = model_device(model)

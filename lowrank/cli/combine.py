@@ -14,7 +14,7 @@ from lowrank.cli.models import load, load_onto
 
 def run(options: Namespace) -> None:
     shares = [_share(text) for text in options.adapters]
-    model = load(options.base)
+    model = load(options.base, quiet=options.quiet)
     weights: dict[str, float] = {}
     for path, weight in shares:
         name = _name(path, weights)
@@ -35,11 +35,11 @@ def _name(path: Path, taken: Collection[str]) -> str:
 
 
 def _share(text: str) -> tuple[Path, float]:
-    """``folder=0.5`` as a folder and its weight; a folder of such a name comes first."""
+    """``adapter=0.5`` as a path and a weight; a path of such a name comes first."""
     folder, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         return Path(text), 1.0
     try:
         return Path(folder), float(weight)
     except ValueError:
-        raise ValueError(f"{text}: expected FOLDER=WEIGHT with a number, got {weight!r}") from None
+        raise ValueError(f"{text}: expected ADAPTER=WEIGHT with a number, got {weight!r}") from None

@@ -12,7 +12,7 @@ from lowrank.cli.models import load, load_onto
 def run(options: Namespace) -> None:
     if options.serving and options.to != "peft":
         raise ValueError("--serving goes with --to peft")
-    model = load(options.base)
+    model = load(options.base, quiet=options.quiet)
     load_onto(model, options.adapter)
     if options.to == "peft":
         said = str(lowrank.export_peft(model, options.out, serving=options.serving))

@@ -10,16 +10,18 @@ import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowrank.cli.placing import Matrix, Names, matrices
 from lowrank.cli.saved import Saved, Update, read, whole
-from lowrank.cli.shards import DTYPES, Stored, others, resolve, rewrite, stored_tensors, values_at
+from lowrank.cli.shards import DTYPES, Stored, others, rewrite, stored_tensors, values_at
 from lowrank.files import AdapterError, make_folder, sync, unused_name
-from lowrank.linalg.rows import Rows, lie_within, view
+from lowrank.linalg.rows import lie_within, view
 from lowrank.models.fingerprint import OF_PROJECTION, Sample, difference, spread
 from lowrank.progress import bar
 
@@ -63,10 +65,10 @@ def merge_files(base: Path, saved: Saved, out: Path, *, progress: bool = True) -
             for file in files:
                 shutil.copyfile(file, room / file.name)
                 shown.update()
-                for name, change in changes.items():
-                    if stored[name].file == file:
-                        shown.set_postfix_str(name, refresh=False)
-                        rewrite(room / file.name, stored[name], change)
+                for step in changes:
+                    if step.stored.file == file:
+                        shown.set_postfix_str(step.tensor, refresh=False)
+                        rewrite(room / file.name, step.stored, step.change)
                         shown.update()
                 sync(room / file.name)
         if out.exists():
@@ -75,25 +77,34 @@ def merge_files(base: Path, saved: Saved, out: Path, *, progress: bool = True) -
         sync(out.absolute().parent)
     finally:
         shutil.rmtree(room, ignore_errors=True)
-    return sorted(changes)
+    return sorted({step.tensor for step in changes})
 
 
-def _changes(stored: Mapping[str, Stored], saved: Saved) -> dict[str, Change]:
+class _Step(NamedTuple):
+    """A change of a tensor, or of a matrix of it."""
+
+    tensor: str
+    stored: Stored
+    change: Change
+
+
+def _changes(stored: Mapping[str, Stored], saved: Saved) -> list[_Step]:
     """What to do to which tensor; raises AdapterError with all that does not fit."""
     if any(update.magnitudes is not None for update in saved.updates.values()):
         raise AdapterError(f"{saved.path} has magnitudes (DoRA): load the model and use lowrank.merge")
-    changes: dict[str, Change] = {}
+    changes: list[_Step] = []
     problems = []
+    names = Names(stored)
     for weight, updates in saved.by_weight().items():
         try:
-            name = resolve(stored, weight)
-            changes[name] = _addition(name, stored[name], updates)
+            for matrix in matrices(stored, names, weight, updates):
+                changes.append(_Step(matrix.tensor, matrix.stored, _addition(matrix)))
         except AdapterError as error:
             problems.append(str(error))
     for wanted, tensor in saved.trained.items():
         try:
-            name = resolve(stored, wanted)
-            changes[name] = _replacement(name, stored[name], tensor)
+            name = names.find(wanted)
+            changes.append(_Step(name, stored[name], _replacement(name, stored[name], tensor)))
         except AdapterError as error:
             problems.append(str(error))
     if problems:
@@ -121,7 +132,8 @@ class _Addition:
         return torch.where(delta == 0, values, values + delta)
 
 
-def _addition(name: str, stored: Stored, updates: Sequence[Update]) -> Change:
+def _addition(matrix: Matrix) -> Change:
+    name, stored, updates = matrix.name, matrix.stored, matrix.updates
     if stored.dtype not in DTYPES:
         raise AdapterError(f"{name}: it is {stored.dtype}; a quantized weight cannot take an update")
     if len(stored.shape) != 2:
@@ -155,17 +167,32 @@ def _difference(stored: Stored, updates: Sequence[Update], transposed: bool) -> 
     for update in updates:
         if update.sample is None or update.sample.values is None:
             continue
-        places = _places(stored, transposed, update.rows)
+        there = replace(update.sample, values=update.sample.values[_own_part(update)])
+        places = _places(stored, transposed, update)
         here = Sample(str(DTYPES[stored.dtype]).removeprefix("torch."), None, values_at(stored, places))
-        if problem := difference(here, update.sample):
+        if problem := difference(here, there):
             return problem
     return None
 
 
-def _places(stored: Stored, transposed: bool, rows: Rows) -> Tensor:
+def _taken(update: Update) -> Tensor:
+    """Places of the sample's values, counted row by row in the update's rows, as `fingerprint` takes them."""
+    numbers = update.pair.B.shape[0] * update.pair.A.shape[1]
+    return spread(numbers, max(OF_PROJECTION, update.shared))
+
+
+def _own_part(update: Update) -> slice:
+    """Which values of the sample are of this expert: those of one expert follow those of another."""
+    if update.shared == 1:
+        return slice(None)
+    counts = [len(_taken(update)[e :: update.shared]) for e in range(update.expert + 1)]
+    return slice(sum(counts[:-1]), sum(counts))
+
+
+def _places(stored: Stored, transposed: bool, update: Update) -> Tensor:
     """Where in the file the values lie that a sample of these rows of ``(out, in)`` takes."""
     out, columns = reversed(stored.shape) if transposed else stored.shape
-    lines = view(torch.arange(out), rows).flatten()
-    taken = spread(len(lines) * columns, OF_PROJECTION)
+    lines = view(torch.arange(out), update.rows).flatten()
+    taken = _taken(update)[update.expert :: update.shared]
     line, column = lines[taken // columns], taken % columns
     return column * stored.shape[1] + line if transposed else line * columns + column

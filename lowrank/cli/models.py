@@ -15,10 +15,10 @@ from lowrank.peft_format import import_diffusers, import_peft
 from lowrank.peft_format.folder import CONFIG as PEFT_CONFIG
 
 
-def load(folder: Path) -> nn.Module:
+def load(folder: Path, *, quiet: bool = False) -> nn.Module:
     """The model in ``folder``, of the class that ``config.json`` names, in the dtype of the files.
 
-    Raises ValueError where there is none.
+    ``quiet`` hides the library's own progress bars, from here on. Raises ValueError where there is none.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -30,6 +30,8 @@ def load(folder: Path) -> nn.Module:
     kind = getattr(importlib.import_module(library), name, None)
     if kind is None:
         raise ValueError(f"{folder}: {library} has no class {name}")
+    if quiet:
+        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
     options = {"dtype": "auto"} if library == "transformers" else {}
     return kind.from_pretrained(folder, local_files_only=True, **options)
 

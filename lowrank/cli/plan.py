@@ -21,7 +21,7 @@ def run(options: Namespace) -> None:
             f"{options.method} measures the model on data before it plans: name a file by --data"
         )
     rows = list(_rows(options.data, options.examples)) if needed else []
-    model = load(options.model)
+    model = load(options.model, quiet=options.quiet)
     batches = list(_batches(rows, options)) if needed else None
     plan = lowrank.plan_model(model, policy, batches=batches, progress=not options.quiet)
     if options.out is not None:

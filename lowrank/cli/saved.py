@@ -41,6 +41,9 @@ class Update:
         sample: of the weight that it was made for, where it is known.
         transposed: is the weight stored ``(in, out)``? None where the folder does not say.
         magnitudes: (rows,) of W + ΔW (DoRA), where they are trained apart.
+        label: of its rows among those of the weight ("query"; "3.gate" of the fourth expert).
+        shared: how many experts it is added to; the rows are those of the first. The sample is of all.
+        expert: which of these, where it stands for one of them.
     """
 
     weight: str
@@ -51,6 +54,9 @@ class Update:
     sample: Sample | None = None
     transposed: bool | None = None
     magnitudes: Tensor | None = None
+    label: str = ""
+    shared: int = 1
+    expert: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def _own(folder: Path) -> Saved:
             updates[p.name] = Update(
                 weight, p.rows, plain(adapter, torch.float32), p.role.value, plan[p].rank,
                 _sample(config["fingerprint"][p.name]),
-                magnitudes=parts[0] + parts[1] if parts else None,
+                magnitudes=parts[0] + parts[1] if parts else None, label=p.block, shared=p.shared,
             )  # fmt: skip
     except AdapterError:
         raise

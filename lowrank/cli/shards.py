@@ -6,7 +6,7 @@ Only a slice of one tensor is in memory at a time. It knows no adapter.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def values_at(stored: Stored, places: Tensor) -> Tensor:
     return torch.cat(read).double()
 
 
-def resolve(names: Mapping[str, Stored], wanted: str) -> str:
+def resolve(names: Collection[str], wanted: str) -> str:
     """The name in ``names`` of the tensor ``wanted``, which may have another prefix there.
 
     Raises AdapterError where there is none, or more than one.

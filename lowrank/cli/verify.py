@@ -12,7 +12,7 @@ from lowrank.cli.saved import read
 def run(options: Namespace) -> None:
     saved = read(options.adapter)
     if options.base is not None:
-        load_onto(load(options.base), options.adapter)
+        load_onto(load(options.base, quiet=options.quiet), options.adapter)
     fits = "" if options.base is None else f" and fits {options.base}"
     if options.json:
         print(json.dumps({"whole": True, "format": saved.format, "base": options.base and str(options.base)}))

@@ -53,7 +53,9 @@ def plan_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         if data["format"] != FORMAT or data["version"] != VERSION:
-            raise ValueError(f"this is {data['format']} version {data['version']}, not {FORMAT} {VERSION}")
+            raise ValueError(
+                f"expected {FORMAT} version {VERSION}, got {data['format']} version {data['version']}"
+            )
         allocations: dict[Projection, Allocation] = {}
         costs, energies = {}, {}
         for row in data["projections"]:
@@ -126,7 +128,7 @@ def _number(value: Any) -> float:
 
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{value!r} is neither true nor false")
+        raise TypeError(f"expected true or false, got {value!r}")
     return value
 
 

@@ -117,5 +117,5 @@ def belongs(value: Any, *rooms: str) -> bool:
 
 def typed(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is not {getattr(kind, '__name__', 'a number')}")
+        raise TypeError(f"expected {getattr(kind, '__name__', 'a number')}, got {value!r}")
     return value

@@ -52,7 +52,8 @@ class Initializer(Protocol):
     ``needs`` says which statistics must be measured first: of ``{"covariance", "moment", "sensitivity",
     "gradient"}``. An initializer may say more, each for a role:
 
-    - ``needs_by_role(role) -> frozenset[str]``, where needs differ by role: nothing is measured in vain;
+    - ``needs_by_role(role) -> frozenset[str]``, where needs differ by role, so that no more is
+      measured than is used;
     - ``frozen(role) -> frozenset[str]``, the factors that it does not train: a plan counts what is left;
     - ``largest_rank(shape, role) -> int``, with shape ``(out, in)``, where it cannot make every rank up to
       ``min(out, in)``: a plan is within its limits before anything is measured;

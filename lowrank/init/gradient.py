@@ -29,7 +29,7 @@ class GradientAligned(Start):
 
     def __post_init__(self) -> None:
         if not self.gamma > 0:
-            raise ValueError(f"gamma must be positive: {self.gamma}")
+            raise ValueError(f"gamma: expected a positive number, got {self.gamma}")
 
     def largest_rank(self, shape: tuple[int, int], role: Role) -> int:
         """Half of the directions that a gradient ``(out, in)`` has: 2·rank are taken."""

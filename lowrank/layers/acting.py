@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from lowrank.layers.copied import renew_copies
 from lowrank.layers.grouped import ExampleAdapters
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ class Acting:
         self, names: Iterable[str], weights: Mapping[str, Tensor], rows: ExampleAdapters | None = None
     ) -> None:
         self.names, self.weights, self.rows = tuple(names), dict(weights), rows
+        renew_copies()
 
     def among(self, held: Mapping[str, T]) -> Iterator[tuple[T, Tensor | None]]:
         """What of ``held`` acts, each with its weight; None is 1."""

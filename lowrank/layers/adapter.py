@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowrank.layers.functional import Block
 from lowrank.layers.magnitude import Magnitude
 from lowrank.layers.offsets import TokenOffsets
+from lowrank.linalg.precision import without_autocast
 from lowrank.linalg.rows import Rows, add_, height, pieces
 
 
@@ -58,7 +59,7 @@ class Adapter(nn.Module):
         if A.dim() != 2 or B.shape != (height(rows), rank):
             raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit rows {rows}")
         if set(frozen) - {"A", "B"} or {"A", "B"} <= set(frozen):
-            raise ValueError(f'of "A" and "B" at most one can be frozen, not {sorted(frozen)}')
+            raise ValueError(f'expected at most one of "A" and "B" as frozen, got {sorted(frozen)}')
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError("the initializer made factors that are not finite")
         A, B = (factor.detach().to(dtype).contiguous().clone() for factor in (A, B))
@@ -189,7 +190,7 @@ def weighted(block: Block, weight: Tensor | None) -> Block:
 def product(block: Block) -> Tensor:
     """``ΔW`` (rows, in) in fp32 (fp64 for fp64 factors), differentiable; zero offsets give zero."""
     dtype = torch.promote_types(torch.float32, block.A.dtype)
-    with torch.autocast(block.A.device.type, enabled=False):
+    with without_autocast(block.A):
         A, B = block.A.to(dtype), block.B.to(dtype)
         if block.A0 is None or block.B0 is None:
             return (block.scaling * B) @ A
@@ -216,6 +217,18 @@ def updates(blocks: Sequence[Block]) -> Iterator[tuple[int, int, Tensor]]:
         here = [delta[start - first : stop - first] for first, _, delta in open_]
         if here:
             yield start, stop, sum(here[1:], start=here[0])
+
+
+@torch.no_grad()
+def add_updates(weight: Tensor, blocks: Sequence[Block], excess: Tensor | None = None) -> None:
+    """Adds all updates to ``weight`` (out, in) in place: some rows at a time in fp32, each rounded once.
+
+    With magnitudes, ``excess`` (out,) is by how much each row is scaled then, less 1.
+    """
+    for start, stop, update in updates(blocks):
+        rows = weight[start:stop]
+        update.add_(rows)
+        rows.copy_(update if excess is None else update.addcmul_(update, excess[start:stop, None]))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.functional import Block
 from lowrank.layers.offsets import TokenOffsets
+from lowrank.linalg.precision import without_autocast
 from lowrank.linalg.rows import Rows, shifted, spread
 
 
@@ -182,7 +183,7 @@ class ExpertStacks(nn.ModuleList):
         """W + ΔW in full, ``(experts, out, in)``, added in fp32 (fp64 for fp64 factors); differentiable."""
         for stack in self.stacks():
             A, B, scaling = stack.pair(factor, torch.promote_types(torch.float32, stack.A.dtype))
-            with torch.autocast(weight.device.type, enabled=False):
+            with without_autocast(weight):
                 if stack.rows == (0, self.layout.out) and not self.layout.shared:
                     weight = torch.baddbmm(weight.to(A.dtype), B, A, alpha=scaling)
                 else:

@@ -18,6 +18,7 @@ from lowrank.layers.inference import Kept, infer, infer_beside
 from lowrank.layers.row_blocks import RowBlockProduct
 from lowrank.layers.single import SingleProduct
 from lowrank.layers.tuning import Tuned, allowed, case_of
+from lowrank.linalg.precision import autocasts
 from lowrank.linalg.rows import height, lie_within, spread
 
 BASE_FIRST = "base first"
@@ -93,7 +94,7 @@ def fused_lora(
 
 def to_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The three as F.linear would take them: in autocast's dtype where it is on, and fp64 as it is."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocasts(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return x, weight, bias

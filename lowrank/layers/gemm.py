@@ -12,6 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from lowrank.linalg.precision import autocasts, without_autocast
+
 
 def flat(t: Tensor) -> Tensor:
     """``(..., n)`` as ``(tokens, n)``."""
@@ -143,9 +145,9 @@ def differentiable_once(gradients: Callable[..., tuple]) -> Callable[..., Any]:
 
     def backward(ctx: Any, *dY: Tensor | None) -> tuple:
         run = refusing if torch.is_grad_enabled() else gradients
-        kinds = {d.device.type for d in dY if d is not None and torch.is_autocast_enabled(d.device.type)}
-        if kinds:
-            with torch.autocast(kinds.pop(), enabled=False):
+        cast = [d for d in dY if d is not None and autocasts(d)]
+        if cast:
+            with without_autocast(cast[0]):
                 return run(ctx, *dY)
         return run(ctx, *dY)
 

@@ -17,6 +17,7 @@ from lowrank.layers.functional import Block
 from lowrank.layers.loading import move_below_base
 from lowrank.layers.offsets import TokenOffsets
 from lowrank.layers.reading import AS_STORED, TRANSPOSED, Layout, read_weight, readable
+from lowrank.layers.weight import elsewhere
 
 
 class AdaptedLayer(nn.Module):
@@ -79,14 +80,14 @@ class AdaptedLayer(nn.Module):
         """W + ΔW for whatever computes with it, in the base's dtype and layout; see `ReadWeight`.
 
         Dropout does not act in it. It is the base's own parameter while no adapter acts, and where ΔW cannot
-        be added to that: packed, sharded, or on the meta device.
+        be added to that: packed, sharded, or on the meta device without the adapters.
         """
         weight = cast(Tensor, self.base.weight)
         acting = list(self.acting.among(self._parts()))
         rows = self.acting.rows
         if rows is not None:
             acting = [(part, None) for name, part in self._parts().items() if name in rows.names]
-        if not acting or not readable(weight) or weight.dim() < 2:
+        if not acting or not readable(weight) or weight.dim() < 2 or elsewhere(weight, self.adapters):
             return weight
         if self.layout.rows(weight).shape != (self.out_features, self.in_features):
             return weight

@@ -10,12 +10,14 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter, RowBlocks, full_delta
 from lowrank.layers.bases import plain_weight
 from lowrank.layers.block import Block
+from lowrank.layers.copied import MergedWeight
 from lowrank.layers.functional import add_lora, fused_lora, to_autocast, transformed
 from lowrank.layers.grouped import ExampleAdapters, add_grouped
 from lowrank.layers.inference import Kept, infer
@@ -36,7 +38,7 @@ class LoRALinear(AdaptedLayer):
 
     Args:
         base: the layer to adapt; it stays as it is and should not require grad.
-        adapters: of the first name, on rows that do not overlap. `put` hangs others beside them.
+        adapters: of the first name, on rows that do not overlap. `put` adds others.
         in_features, out_features: the base's shape.
         dropout: on the input of these adapters, in training.
         name: of these adapters.
@@ -58,7 +60,7 @@ class LoRALinear(AdaptedLayer):
     ) -> None:
         super().__init__(base, in_features=in_features, out_features=out_features, name=name, acting=acting)
         self.transposed = hasattr(base, "nf") if transposed is None else transposed
-        self.ready, self.kept = Ready(), Kept()
+        self.ready, self.kept, self.copied = Ready(), Kept(), MergedWeight()
         first = list(adapters)
         if first:
             self.put(name, first, dropout)
@@ -69,6 +71,10 @@ class LoRALinear(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base makes of its arguments, of which the first is x, plus the updates."""
+        if self.copied.on and len(args) == 1 and not kwargs:
+            y = self._merged(args[0])
+            if y is not None:
+                return y
         if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training or kwargs):
             y = self._without_graph(*args)
             if y is not None:
@@ -94,6 +100,7 @@ class LoRALinear(AdaptedLayer):
             blocks, dropout = products.pop(0)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self.kept.drop()
+                self.copied.stale = True
             y = fused_lora(x, weight, base._parameters["bias"], blocks, dropout=dropout, kept=self.kept)
         for blocks, dropout in products:
             y = add_lora(y, x, blocks, dropout=dropout)
@@ -103,6 +110,23 @@ class LoRALinear(AdaptedLayer):
         for offsets, factor in tokens:
             y = offsets.multiplied(y, x, factor)
         return y
+
+    def _merged(self, x: Tensor) -> Tensor | None:
+        """The output by the copy that `lowrank.merged` keeps; None where this call needs the factors."""
+        if torch.is_grad_enabled() or transformed():
+            return None
+        if self.training and any(part.dropout for part, _ in self.acting.among(self._parts())):
+            return None
+        base = cast(nn.Module, self._modules["base"])
+        weight = plain_weight(base)
+        if weight is None:
+            return None
+        if torch.compiler.is_compiling():
+            note_compiler()
+            merged = self.copied.as_made(self.acting, weight)
+        else:
+            merged = self.copied.current(self, weight)
+        return None if merged is None else F.linear(x, merged, base._parameters["bias"])
 
     def _without_graph(self, x: Tensor, *rest: Any) -> Tensor | None:
         """The output where a plain base is called in evaluation and no graph is built, else None."""

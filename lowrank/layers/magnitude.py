@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowrank.layers.functional import Block
 from lowrank.layers.gemm import down, up
+from lowrank.linalg.precision import without_autocast
 from lowrank.linalg.rows import spread, take
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Magnitude(nn.Module):
         ``s·B ∘ (2·P + s·B·G)``: W + ΔW is not formed.
         """
         squares = cast(Tensor, self.squares)
-        with torch.no_grad(), torch.autocast(squares.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(squares):
             A = down(block.A, block.A0, squares.dtype)
             B = block.scaling * up(block.B, block.B0, squares.dtype)
             P = take(times(A), block.rows, dim=1).t().to(squares.dtype)

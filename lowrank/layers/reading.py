@@ -56,12 +56,11 @@ def read_weight(
 
 
 def readable(weight: Any) -> bool:
-    """Can ΔW be added to ``weight``? Not where it is packed, sharded, elsewhere (meta), or in 8 bits."""
+    """Can ΔW be added to ``weight``? Not where it is packed, sharded, or in 8 bits."""
     return (
         (type(weight) in (nn.Parameter, Tensor) or fake(weight))
         and weight.is_floating_point()
         and weight.itemsize > 1
-        and not weight.is_meta
     )
 
 

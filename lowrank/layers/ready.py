@@ -7,12 +7,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from lowrank.layers.acting import Acting
-from lowrank.layers.adapter import Adapter, RowBlocks
+from lowrank.layers.adapter import RowBlocks
 from lowrank.layers.block import Block
 from lowrank.layers.transient import Transient
+from lowrank.layers.watch import Watch
 
 
 class Ready(Transient):
@@ -24,10 +23,7 @@ class Ready(Transient):
 
     def __init__(self) -> None:
         self._choice: tuple[Any, Any] = (None, None)
-        self._read: list[
-            tuple[Mapping[str, Any], str, Any]
-        ] = []  # where, under which key, and what was there
-        self._weights: list[tuple[Tensor, int]] = []  # each with its version
+        self._watch = Watch()
         self._blocks: tuple[Block, ...] = ()
 
     def blocks(self, acting: Acting, parts: Mapping[str, RowBlocks]) -> tuple[Block, ...]:
@@ -36,42 +32,26 @@ class Ready(Transient):
         Empty where nothing acts, or where something does that is no block: magnitudes, rows that train apart.
         """
         names, weights = self._choice
-        if acting.names is not names or acting.weights is not weights or not self._current():
+        if acting.names is not names or acting.weights is not weights or not self._watch.unchanged():
             self._find(acting, parts)
         return self._blocks
 
-    def _current(self) -> bool:
-        for where, key, held in self._read:
-            if where.get(key) is not held:
-                return False
-        for weight, version in self._weights:
-            if weight._version != version:
-                return False
-        return True
-
     def _find(self, acting: Acting, parts: Mapping[str, RowBlocks]) -> None:
         self._choice = acting.names, acting.weights
-        self._read, self._weights, self._blocks = [], [], ()
+        self._watch, self._blocks = Watch(), ()
         blocks, special = list[Block](), False
         for name in acting.names:
             part = parts.get(name)
-            self._read.append((parts, name, part))
+            self._watch.item(parts, name)
             if part is None:
                 continue
             special = special or part.rescales or part.tokens is not None
             part.note("called")
             weight = acting.weights.get(name)
             if weight is not None:
-                self._read.append((acting.weights, name, weight))
-                self._weights.append((weight, weight._version))
-            for key, adapter in part._modules.items():
-                if not isinstance(adapter, Adapter):
-                    continue
-                own, factors, anchor = adapter.__dict__, adapter._parameters, adapter._buffers
-                self._read.append((part._modules, key, adapter))
-                self._read.append((own, "scaling", own["scaling"]))
-                held = factors if anchor["A0"] is None else factors | anchor
-                self._read += [(factors if each in factors else anchor, each, held[each]) for each in held]
+                self._watch.item(acting.weights, name)
+                self._watch.values(weight)
+            self._watch.adapters(part)
             factor = 1.0 if weight is None else float(weight)
             blocks += [block._replace(scaling=block.scaling * factor) for block in part.blocks()]
         self._blocks = () if special else tuple(blocks)

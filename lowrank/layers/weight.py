@@ -21,6 +21,7 @@ from lowrank.layers.adapter import Adapter, RowBlocks, full_delta, updates
 from lowrank.layers.expert_stack import ExpertStacks, Layout
 from lowrank.layers.experts import adapted_experts
 from lowrank.layers.functional import Block
+from lowrank.linalg.precision import without_autocast
 
 ADAPTERS = "lora"  # the child module that holds them, in state dicts too
 
@@ -135,7 +136,7 @@ def _simple(weight: Tensor, blocks: Sequence[Block]) -> bool:
 def _added(rows: Tensor, blocks: Sequence[Block]) -> Tensor:
     """W + ΔW where the factors have W's dtype: one product that starts from W, without ΔW beside it."""
     parts, done = [], 0
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows):
         for (start, stop), A, B, scaling, _, _ in blocks:
             parts += [rows[done:start]] if start > done else []
             parts.append(torch.addmm(rows[start:stop], B, A, alpha=scaling))
@@ -144,10 +145,15 @@ def _added(rows: Tensor, blocks: Sequence[Block]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def elsewhere(weight: Tensor, adapters: nn.Module) -> bool:
+    """Is ``weight`` on the meta device and an adapter is not? It is loaded later then, or for each call."""
+    return weight.is_meta and not all(each.is_meta for each in adapters.parameters())
+
+
 def _read(module: Any, param: str) -> Tensor:
     # A replica of nn.DataParallel has a plain attribute in its place.
     weight = module._parameters[param] if param in module._parameters else module.__dict__[param]
-    parts = [] if weight.is_meta else module.lora.acting(param)
+    parts = [] if elsewhere(weight, module.lora) else module.lora.acting(param)
     if not parts:
         return weight
     cache = module.__dict__.get("_adapted", {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from threading import RLock
 from typing import Any
 
@@ -14,6 +14,16 @@ _SWITCHES = RLock()  # they are the process's, and a backward pass may have a th
 STRIPE = 256  # rows that are mirrored at a time
 SMALL = 512  # rows of a matrix whose eigenvectors are found in fp64 on CUDA
 BLOCKS, NARROW = 6, 256  # of a Gram matrix's rows: 7/12 of it is computed; below the width, all at once
+
+
+def autocasts(x: Tensor) -> bool:
+    """Is autocast on for what is computed with ``x``? PyTorch cannot be asked that on the meta device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """For what is computed with ``x``, on whatever device it is."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def difference(here: Sample, there: Sample) -> str | None:
     if here.values is None or there.values is None:
         return None
     if len(here.values) != len(there.values):
-        return f"its fingerprint has {len(there.values)} samples, not {len(here.values)}"
+        return f"expected a fingerprint of {len(here.values)} samples, got {len(there.values)}"
     if here.dtype == there.dtype:
         # The scales of a packed weight may be rounded later, as bitsandbytes does on some CPUs, and another
         # device may round to another step.

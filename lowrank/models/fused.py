@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache
 
 from torch import nn
@@ -23,6 +22,7 @@ from lowrank.models.layouts import (
     interleaved,
     layout_of,
 )
+from lowrank.models.patterns import matches, suffixes
 from lowrank.models.storage import declared_shape, is_linear
 from lowrank.models.structure import blocks_by_structure, blocks_by_trial
 
@@ -49,34 +49,6 @@ class Doubt:
     def why(self, module: str) -> str:
         """The reason without the path of ``module``."""
         return self.reason.removeprefix(module).removeprefix(": ").strip()
-
-
-def matches(path: str, pattern: str) -> bool:
-    """Does the dotted-suffix ``pattern``, with ``*`` inside its parts, name ``path``?"""
-    parts, wanted = path.split("."), pattern.split(".")
-    return len(parts) >= len(wanted) and all(map(fnmatchcase, parts[-len(wanted) :], wanted))
-
-
-def matching(paths: Iterable[str]) -> Callable[[str], list[str]]:
-    """Which of ``paths`` a pattern `matches`, in their order; one without wildcards is looked up."""
-    paths = list(paths)
-    ending: dict[str, list[str]] = {}
-    for path in paths:
-        for suffix in suffixes(path):
-            ending.setdefault(suffix, []).append(path)
-
-    def named(pattern: str) -> list[str]:
-        if any(sign in pattern for sign in "*?["):
-            return [path for path in paths if matches(path, pattern)]
-        return ending.get(pattern, [])
-
-    return named
-
-
-def suffixes(path: str) -> list[str]:
-    """The last part of ``path``, its last two parts, and so on."""
-    parts = path.split(".")
-    return [".".join(parts[-i:]) for i in range(1, len(parts) + 1)]
 
 
 def blocks_of(
@@ -208,7 +180,7 @@ def _ask_for_rows(path: str, rows: int, roles: tuple[Role, ...], named: Mapping[
     pattern = next((each for each in suffixes(path) if named.get(each, {rows}) == {rows}), path)
     said = ", ".join(f'"{role}": rows' for role in roles)
     return (
-        f"{path}: nothing tells where {' and '.join(roles)} lie in its {rows} rows; say it with "
-        f'fused={{"{pattern}": {{{said}}}}}, as they are stored, and where they are interleaved with '
-        f'"{GROUPS}": how many times, and the rows of one group'
+        f"{path}: it is not known where {' and '.join(roles)} lie in its {rows} rows; give them with "
+        f'fused={{"{pattern}": {{{said}}}}}, in the order of storage; where they are interleaved, '
+        f'add "{GROUPS}": the number of groups, and give the rows of one group'
     )

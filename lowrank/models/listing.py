@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import nn
 
+from lowrank.models.patterns import parts, starred
+
 LARGE = 0.01  # of the model's parameters
 
 
@@ -17,8 +19,7 @@ def listed(modules: Iterable[str], large: Collection[str] = ()) -> str:
     """
     kinds: dict[str, list[str]] = {}
     for module in dict.fromkeys(modules):
-        pattern = ".".join("*" if part.isdigit() else part for part in module.split("."))
-        kinds.setdefault(pattern, []).append(module)
+        kinds.setdefault(starred(module), []).append(module)
     count = max(6, sum(any(module in large for module in held) for held in kinds.values()))
     if len(kinds) > count:
         kinds = dict(sorted(kinds.items(), key=lambda kind: not any(module in large for module in kind[1])))
@@ -44,17 +45,17 @@ def large_weights(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 def nearest(name: str, paths: Sequence[str]) -> str:
-    """`; the nearest names are …`, by the suffixes of as many parts as ``name`` has."""
-    parts = name.count(".") + 1
-    suffixes = list(dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))
+    """`; the nearest names are …`, or `name is` for one, by the suffixes of as many parts as ``name`` has."""
+    count = len(parts(name))
+    suffixes = list(dict.fromkeys(".".join(parts(path)[-count:]) for path in paths))
     near = difflib.get_close_matches(name, suffixes, n=4, cutoff=0.3) or suffixes[:8]
-    return f"; the nearest names are {', '.join(near)}"
+    return f"; the nearest {'name is' if len(near) == 1 else 'names are'} {', '.join(near)}"
 
 
 def as_names(names: str | Sequence[str], what: str) -> list[str]:
     listed = [names] if isinstance(names, str) else names
     if not isinstance(listed, Iterable) or not all(isinstance(name, str) and name for name in listed):
-        raise ValueError(f"{what} takes names, not {names!r}")
+        raise ValueError(f"{what}: expected names, got {names!r}")
     return list(listed)
 
 

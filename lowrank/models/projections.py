@@ -18,10 +18,8 @@ from lowrank.models.experts import GATED, stacks_of
 from lowrank.models.families import INDEXERS, ROUTERS, Role
 from lowrank.models.fused import Doubt, Fused, attending, blocks_of, heights
 from lowrank.models.fused_beside import fused_beside
-from lowrank.models.kinds import kind_of
-from lowrank.models.listing import large_weights
-from lowrank.models.roles import Roles, told_role
-from lowrank.models.storage import declared_shape, is_linear, rows_of, weight_shape
+from lowrank.models.patterns import SHARED, matches, matches_label, parts
+from lowrank.models.storage import declared_shape, is_linear, rows_of
 from lowrank.models.trials import try_layer
 
 
@@ -46,10 +44,23 @@ class Projection:
     shared: int = 1
 
     @property
+    def path(self) -> str:
+        """Of the module, or of the tensor where that is no ``weight``."""
+        return self.module if self.param == "weight" else f"{self.module}.{self.param}".lstrip(".")
+
+    @property
     def name(self) -> str:
         """Readable and unique in its model: ``h.0.attn.c_attn[query]``."""
-        path = self.module if self.param == "weight" else f"{self.module}.{self.param}".lstrip(".")
-        return f"{path}[{self.block}]" if self.block else path
+        return f"{self.path}[{self.block}]" if self.block else self.path
+
+    def is_labelled(self, pattern: str) -> bool:
+        """Does ``pattern`` name these rows of a weight, as in ``c_attn[query]``?"""
+        return matches_label(self.path, self.block, pattern)
+
+    def is_called(self, pattern: str) -> bool:
+        """Does ``pattern`` name it: the end of its module's path, of its tensor's, or of its name?"""
+        paths = self.module, f"{self.module}.{self.param}"
+        return any(matches(path, pattern) for path in paths) or self.is_labelled(pattern)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,7 +80,7 @@ class Projection:
         """The projection of each expert, of ``out`` rows, that shares this one; itself where none does."""
         if self.shared == 1:
             return [self]
-        each = (f"{e}.{self.block.removeprefix('shared.')}" for e in range(self.shared))
+        each = (f"{e}.{self.block.removeprefix(SHARED)}" for e in range(self.shared))
         rows = (shifted(self.rows, e * out) for e in range(self.shared))
         return [replace(self, rows=r, block=b, shared=1) for r, b in zip(rows, each, strict=True)]
 
@@ -89,6 +100,7 @@ READ_BY_WEIGHT = {
 
 
 Found = tuple[Projection, Doubt | None]
+Roles = Mapping[str, str]  # dotted-suffix pattern → role
 
 
 def find_projections(
@@ -103,8 +115,8 @@ def find_projections(
             ``{"qkv_proj": {"query": 4096, "key": 1024, "value": 1024}}``. Where heads are interleaved, the
             rows of one group, and ``"groups"``: how many there are. Of several patterns that name a weight,
             the longest counts.
-        roles: of weights of one role, by dotted-suffix pattern: ``{"mixer.theta": "query"}``. It goes before
-            what names tell. A router stays one.
+        roles: by dotted-suffix pattern, of weights of one role, ``{"mixer.theta": "query"}``, or of rows by
+            their label, ``{"c_attn[query]": "key"}``. It goes before what names tell. A router stays one.
     """
     return list(scan(model, fused, roles))
 
@@ -122,9 +134,18 @@ def scan(
 
 
 def said(p: Projection, roles: Roles) -> Projection:
-    """``p`` with the role that ``roles`` say, where they name it; a block of a fused weight keeps its own."""
-    role = None if p.block else told_role(p.module, roles)
-    return p if role is None else replace(p, role=role)
+    """``p`` with the role that ``roles`` say, where they name it."""
+    pattern = telling(p, roles)
+    return p if pattern is None else replace(p, role=Role(roles[pattern]))
+
+
+def telling(p: Projection, roles: Iterable[str]) -> str | None:
+    """The pattern of ``roles`` that says the role of ``p``: of several the longest.
+
+    Rows of a fused weight keep their own role, but where a pattern names these rows: ``c_attn[query]``.
+    """
+    called = p.is_labelled if p.block else p.is_called
+    return max(filter(called, roles), key=lambda each: (len(parts(each)), len(each)), default=None)
 
 
 def read_by_weight(model: nn.Module, path: str) -> bool:
@@ -222,42 +243,3 @@ def _experts(path: str, module: nn.Module) -> Iterator[Found]:
     flat = up.shape[0] * up.shape[1]
     doubt = Doubt(reason, frozenset({Role.GATE, Role.UP, Role.DOWN}), adaptable=False)
     yield Projection(path, "gate_up_proj", (0, flat), Role.OTHER, up.shape[2], flat), doubt
-
-
-def further(model: nn.Module) -> dict[Projection, Doubt | None]:
-    """Projections beside the linear ones, each with what speaks against adapting it: see `kinds`."""
-    found: dict[Projection, Doubt | None] = {}
-    for path, module in model.named_modules():
-        kind = kind_of(module)
-        weight = None if kind is None else module._parameters.get("weight")
-        if kind is None or weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
-            continue
-        out, columns = weight_shape(module, "weight")
-        problem = kind.problem(module)
-        doubt = Doubt(f"{path}: {problem}", adaptable=False) if problem else None
-        found[Projection(path, "weight", (0, out), kind.role, columns, out)] = doubt
-    return found
-
-
-def unheld(model: nn.Module, projections: Iterable[Projection]) -> dict[str, str]:
-    """Matrices that none of ``projections`` covers, such as an LSTM's: names, each with its module's path.
-
-    Embeddings and convolutions do not count, nor does what is called a bias, a position or a token, unless it
-    is large.
-    """
-    covered = {(p.module, p.param) for p in projections}
-    found = {}
-    for path, module in model.named_modules():
-        if kind_of(module) is not None or isinstance(module, nn.modules.conv._ConvNd):
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
-            if (path, name) not in covered and not lazy and sum(size > 1 for size in parameter.shape) > 1:
-                found[f"{path}.{name}".lstrip(".")] = path
-    large = large_weights(model, found)
-    return {name: path for name, path in found.items() if name in large or not _is_minor(name)}
-
-
-def _is_minor(name: str) -> bool:
-    leaf = name.rpartition(".")[2]
-    return any(word in leaf for word in ("bias", "pos", "token", "embed", "A_log"))

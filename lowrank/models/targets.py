@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from torch import nn
 
-from lowrank.models.fused import Doubt, Fused, matches
+from lowrank.models.beside import further, unheld
+from lowrank.models.fused import Doubt, Fused
 from lowrank.models.heads import output_heads
 from lowrank.models.listing import as_names, large_weights, listed, nearest, under
 from lowrank.models.named import named_by
-from lowrank.models.projections import Projection, Role, further, scan, unheld
-from lowrank.models.roles import Roles, unnamed
+from lowrank.models.patterns import matches
+from lowrank.models.projections import Projection, Role, Roles, scan, telling
 from lowrank.models.towers import within
 from lowrank.models.trained import trained_modules
 
-ROLE_UNKNOWN = "left out, since its role is not known: roles={pattern: role} says it"
+ROLE_UNKNOWN = "left out, since its role is not known: give it with roles={pattern: role}"
 _ROLES = frozenset(role.value for role in Role)
 
 Target = str | Sequence[str] | Callable[[Projection], bool]
@@ -56,21 +56,21 @@ def select(
         if not any(matches(path, pattern) for path in paths):
             raise ValueError(f"fused={pattern!r} names no module{nearest(pattern, paths)}")
     doubts = scan(model, fused, roles)
-    layers = dict.fromkeys(p.module for p in doubts if not p.block)
-    for pattern in unnamed(layers, roles or {}):
-        raise ValueError(
-            f"roles={pattern!r} names no projection of one role{nearest(pattern, list(layers) or paths)}"
-        )
+    for pattern in roles or {}:
+        if not any(telling(p, [pattern]) for p in doubts):
+            near = nearest(pattern, [p.name for p in doubts] or paths)
+            raise ValueError(f"roles={pattern!r} names no projection of one role{near}")
     if not doubts:
         raise ValueError(f"{type(model).__name__} has no linear projection to adapt")
     excludes = as_names(exclude, "exclude")
     trained = trained_modules(model, train)
-    aside = under([*trained, *(path for path in paths if any(matches(path, name) for name in excludes))])
-    unheld_ = [name for name, path in unheld(model, doubts).items() if not aside(path)]
     inside_trained = under(trained)
+    held_by_none = [name for name, path in unheld(model, doubts).items() if not inside_trained(path)]
     doubts = {p: doubt for p, doubt in doubts.items() if not inside_trained(p.module)}
     besides = {p: doubt for p, doubt in further(model).items() if not inside_trained(p.module)}
-    known = _Known(model, doubts, output_heads(model), unheld_, besides)
+    known = _Known(
+        model, doubts, output_heads(model), held_by_none, besides, named_by(doubts), named_by(besides)
+    )
 
     excluded = {p for name in excludes for p in known.named(name, excluding=True)}
     meant: dict[str, set[Projection]] = {}
@@ -94,7 +94,10 @@ def select(
     chosen -= excluded
     for name in excludes:
         known.check_role(f"exclude={name!r}", name, chosen)
-    left_out = known.left_out(target, chosen, excluded)
+    aside = under([name for name in (*paths, *held_by_none) if any(matches(name, each) for each in excludes)])
+    left_out = {
+        name: why for name, why in known.left_out(target, chosen, excluded).items() if not aside(name)
+    }
     notes = known.notes(target, chosen, excluded, left_out)
     if not chosen:
         raise ValueError(_nothing_left(target, excludes, train, notes))
@@ -111,21 +114,15 @@ def select(
 
 @dataclass(frozen=True)
 class _Known:
-    """What a model offers to a policy: projections with their doubts, heads, and matrices in no layer."""
+    """What a model offers to a policy: projections with their doubts, heads, and weights in no layer."""
 
     model: nn.Module
     doubts: Mapping[Projection, Doubt | None]
     heads: Mapping[str, str]
     unheld: Sequence[str]
     further: Mapping[Projection, Doubt | None]
-
-    @cached_property
-    def _linear(self) -> Callable[[str], set[Projection]]:
-        return named_by(self.doubts)
-
-    @cached_property
-    def _further(self) -> Callable[[str], set[Projection]]:
-        return named_by(self.further)
+    linear_by_name: Callable[[str], list[Projection]]
+    further_by_name: Callable[[str], list[Projection]]
 
     def named(self, name: str, *, excluding: bool = False) -> set[Projection]:
         """The projections that ``name`` means; raises ValueError where it means nothing."""
@@ -144,9 +141,9 @@ class _Known:
                 return hits
         # A name that linear projections have means these alone; embeddings and convolutions it means by
         # their whole path, or where nothing linear is called so.
-        hits = self._linear(name)
+        hits = set(self.linear_by_name(name))
         if excluding or not hits:
-            hits |= self._further(name)
+            hits.update(self.further_by_name(name))
         hits |= {p for p in self.further if p.name == name}
         if excluding:
             named = [path for path, _ in self.model.named_modules() if path and matches(path, name)]
@@ -159,6 +156,11 @@ class _Known:
         if excluding and any(doubt and name in doubt.roles for doubt in self.doubts.values()):
             return set()
         what = "exclude" if excluding else "target"
+        alone = [weight for weight in self.unheld if matches(weight, name)]
+        if alone and excluding:
+            return set()
+        if alone:
+            raise ValueError(f"{what}={name!r}: no linear layer holds {alone[0]}, so it cannot be adapted")
         roles = [p.role.value for p in self.doubts if p.role != Role.OTHER]
         suggestions = nearest(
             name, [*(p.module for p in (*self.doubts, *self.further)), *(p.name for p in self.doubts), *roles]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lowrank.models.embeddings import embedding_problem
-from lowrank.models.fused import matches
 from lowrank.models.listing import nearest
+from lowrank.models.patterns import matches
 from lowrank.models.projections import Projection
 from lowrank.models.storage import is_embedding, is_linear, weight_shape
 
@@ -79,7 +79,9 @@ def row_problems(model: nn.Module, rows: Iterable[TokenRows]) -> list[str]:
         size, ids = module.num_embeddings, each.ids
         outside = [i for i in ids if not 0 <= i < size]
         if module.embedding_dim != each.width:
-            problems.append(f"{each.module}: its rows have {module.embedding_dim} numbers, not {each.width}")
+            problems.append(
+                f"{each.module}: expected rows of {each.width} numbers, got {module.embedding_dim}"
+            )
         elif outside:
             problems.append(
                 f"{each.module}: it has the rows 0 to {size - 1}, got {_few(outside)}; for new tokens call "

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lowrank.models.fused import matches
+from lowrank.models.patterns import matches
 
 VISION, AUDIO, PROJECTOR, LANGUAGE = "vision", "audio", "projector", "language"
 PARTS = (VISION, AUDIO, PROJECTOR, LANGUAGE)

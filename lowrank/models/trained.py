@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lowrank.models.fused import matches
 from lowrank.models.listing import as_names, nearest, under
+from lowrank.models.patterns import matches
 
 
 def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:

@@ -159,7 +159,7 @@ def _check_start(start: Any) -> None:
 def _mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = data.get(name) or {}
     if not isinstance(value, dict):
-        raise AdapterError(f"{name} = {shortened(value)} is not a mapping of module names")
+        raise AdapterError(f"{name}: expected a mapping of module names, got {shortened(value)}")
     return value
 
 
@@ -171,12 +171,12 @@ def _names(data: Mapping[str, Any], name: str, otherwise: Any) -> Any:
         return frozenset(value)
     if isinstance(value, str):
         return value
-    raise AdapterError(f"{name} = {shortened(value)} is not a list of names")
+    raise AdapterError(f"{name}: expected a list of names, got {shortened(value)}")
 
 
 def _listed(value: Any, name: str) -> frozenset[str]:
     if isinstance(value, str):
-        raise AdapterError(f"{name} = {value!r} is not a list of names")
+        raise AdapterError(f"{name}: expected a list of names, got {value!r}")
     return value
 
 
@@ -184,7 +184,7 @@ def _tokens(value: Any) -> Any:
     if isinstance(value, dict) and all(isinstance(key, str) and key for key in value):
         return {key: _tokens(ids) for key, ids in value.items()}
     if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
-        raise AdapterError(f"trainable_token_indices = {shortened(value)} is not a list of token ids")
+        raise AdapterError(f"trainable_token_indices: expected a list of token ids, got {shortened(value)}")
     if len(set(value)) != len(value):
         raise AdapterError(f"trainable_token_indices = {shortened(value)} has an id twice")
     return tuple(value)
@@ -192,31 +192,31 @@ def _tokens(value: Any) -> Any:
 
 def _rank(value: Any, name: str) -> int:
     if type(value) is not int or not 1 <= value < 1 << 31:
-        raise AdapterError(f"the rank of {name} is {shortened(value)}, expected an integer of at least 1")
+        raise AdapterError(f"the rank of {name}: expected an integer of at least 1, got {shortened(value)}")
     return value
 
 
 def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e30:
-        raise AdapterError(f"the alpha of {name} is {shortened(value)}, not a number")
+        raise AdapterError(f"the alpha of {name}: expected a number, got {shortened(value)}")
     return float(value)
 
 
 def _dropout(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise AdapterError(f"lora_dropout is {shortened(value)}, not a number from 0 to below 1")
+        raise AdapterError(f"lora_dropout: expected a number from 0 to below 1, got {shortened(value)}")
     return float(value)
 
 
 def _text(data: Mapping[str, Any], name: str) -> str | None:
     value = data.get(name)
     if value is not None and not isinstance(value, str):
-        raise AdapterError(f"{name} is {shortened(value)}, not a text")
+        raise AdapterError(f"{name}: expected a string, got {shortened(value)}")
     return value
 
 
 def _flag(data: Mapping[str, Any], name: str) -> bool:
     value = data.get(name) or False
     if not isinstance(value, bool):
-        raise AdapterError(f"{name} is {shortened(value)}, neither true nor false")
+        raise AdapterError(f"{name}: expected true or false, got {shortened(value)}")
     return value

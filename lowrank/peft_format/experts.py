@@ -151,7 +151,7 @@ def mismatch(experts: Experts, entries: Mapping[str, Entry], rank: int, old: boo
     wanted = experts.shapes(rank, old)
     shapes = {factor: entry.shape for factor, entry in sorted(entries.items())}
     if shapes != wanted:
-        return f"its factors are {shapes}, not {wanted}"
+        return f"expected factors {wanted}, got {shapes}"
     if any(entry.dtype not in FLOATS for entry in entries.values()):
         return "its factors are not floating point"
     return problem(experts)

@@ -72,9 +72,9 @@ def export_peft(
     plain LoRA of rank 2r, ``[b, B₀]·[A₀ + a; a]``: the same product as ``[B, −B₀]·[A; A₀]``, but nothing in
     it cancels. A tensor of experts becomes a target parameter (PEFT 0.19 or later), of one rank for all
     experts: the largest, to which the others are padded with zeros; what experts share is written for each.
-    Modules trained in full become PEFT's
-    ``modules_to_save``, rows of embeddings its ``trainable_token_indices``. The written files are read
-    again; if they do not give every ΔW to 1e-5, the export fails and nothing is left behind.
+    Modules trained in full become PEFT's ``modules_to_save``, rows of embeddings its
+    ``trainable_token_indices``. The written files are read again; if they do not give every ΔW to 1e-5, the
+    export fails and nothing is left behind.
 
     Args:
         path: the folder. The two files of an earlier export are replaced; whatever else is there stays.

@@ -49,7 +49,7 @@ def import_diffusers(
 
 @contextmanager
 def as_peft_folder(path: str | Path, prefix: str | None = None) -> Iterator[Path]:
-    """A folder of PEFT with what the LoRA file ``path`` holds, for the while.
+    """Inside, a folder of PEFT with what the LoRA file ``path`` holds.
 
     Raises AdapterError as `import_diffusers` does; one that is raised inside names the file too.
     """

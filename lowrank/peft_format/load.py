@@ -16,8 +16,9 @@ from lowrank.allocate.base import Allocation
 from lowrank.files import FLOATS, AdapterError
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
+from lowrank.models.beside import further
 from lowrank.models.kinds import kind_of
-from lowrank.models.projections import Projection, Role, further, scan
+from lowrank.models.projections import Projection, Role, scan
 from lowrank.models.storage import weight_shape
 from lowrank.models.tokens import check_rows
 from lowrank.notices import logger
@@ -38,7 +39,7 @@ def import_peft(
 ) -> nn.Module:
     """Adapts ``model`` in place as the PEFT folder ``path`` says, and returns it.
 
-    ``model`` may hold adapters already: the new one hangs beside them, and acts once `set_adapters` names it.
+    ``model`` may hold adapters already: the new one goes beside them, and acts once `set_adapters` names it.
 
     Both factors are trainable afterwards, in fp32. A fused weight gets one adapter over all its rows, as in
     PEFT, and so does each expert of a tensor of experts. A rank above min(in, out) is brought down to that,
@@ -149,7 +150,7 @@ def _mismatches(model: nn.Module, contents: Contents, known: Mapping[str, Projec
         wanted = factor_shapes(module, rank, (out, columns))
         shapes = {factor: entry.shape for factor, entry in sorted(entries.items())}
         if shapes != wanted:
-            problems.append(f"{path}: its factors are {shapes}, not {wanted}")
+            problems.append(f"{path}: expected factors {wanted}, got {shapes}")
         elif any(f"{path}.{factor_key(module, each)}" not in contents.keys for each in entries):
             problems.append(
                 f"{path}: its factors have the names of another kind of layer than {type(module).__name__}"
@@ -210,9 +211,9 @@ def _trained(model: nn.Module, contents: Contents) -> tuple[list[str], list[str]
             if entry is None:
                 problems.append(f"{path}.{name}: modules_to_save names it, but it is not in the folder")
             elif entry.shape != tuple(tensor.shape):
-                problems.append(f"{path}.{name}: its shape is {entry.shape}, not {tuple(tensor.shape)}")
+                problems.append(f"{path}.{name}: expected the shape {tuple(tensor.shape)}, got {entry.shape}")
             elif (entry.dtype in FLOATS) != tensor.is_floating_point():
-                problems.append(f"{path}.{name}: its dtype is {entry.dtype}, not {tensor.dtype}")
+                problems.append(f"{path}.{name}: expected the dtype {tensor.dtype}, got {entry.dtype}")
         if any(above in taken for above in ancestors(path)):
             problems.append(f"{path}: it lies inside another module that modules_to_save names")
         if path in adapted:

@@ -76,7 +76,7 @@ class _Best(Callback):
 
 @dataclass
 class EarlyStopping(_Best):
-    """Ends the run when ``metric`` has not improved in ``patience`` evaluations on end."""
+    """Ends the run when ``metric`` has not improved in ``patience`` evaluations in a row."""
 
     patience: int = 3
     without: int = field(default=0, init=False)
@@ -99,7 +99,7 @@ class EarlyStopping(_Best):
 
 @dataclass
 class KeepBest(_Best):
-    """Puts the tensors back, at the end, that the best evaluation was made with. They are kept on the CPU."""
+    """At the end, puts back the tensors that the best evaluation was made with. They are kept on the CPU."""
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 

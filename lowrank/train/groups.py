@@ -34,7 +34,9 @@ class Groups:
     def plan(cls, batches: Iterable[Any], epochs: int, steps: int | None, size: int) -> Groups:
         """Raises ValueError where batches are none, or cannot be gone over as often as is asked."""
         if not isinstance(batches, Iterable) or isinstance(batches, Mapping | Tensor):
-            raise ValueError(f"batches are a DataLoader, a list or an iterator, not {type(batches).__name__}")
+            raise ValueError(
+                f"batches: expected a DataLoader, a list or an iterator, got {type(batches).__name__}"
+            )
         length = _length(batches)
         if length == 0:
             raise ValueError("there are no batches")

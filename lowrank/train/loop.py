@@ -215,7 +215,7 @@ def _scores(evaluate: Callable[[nn.Module], Mapping[str, float]], model: nn.Modu
         measured = evaluate(model)
     if not isinstance(measured, Mapping):
         raise ValueError(
-            f"evaluate must return a mapping such as {{'accuracy': 0.9}}, not {type(measured).__name__}"
+            f"evaluate: expected a mapping such as {{'accuracy': 0.9}}, got {type(measured).__name__}"
         )
     return {name: float(value) for name, value in measured.items()}
 

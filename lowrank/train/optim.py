@@ -23,9 +23,8 @@ class Schedule:
     """The share of the peak learning rate at each step, a factor in (0, 1].
 
     It rises linearly over ``warmup`` steps (an int), or over that fraction of all (a float), and then falls
-    towards
-    zero: ``(1 + cos πt)/2`` or ``1 − t``, with t the share of the other steps that are done. Neither the
-    first step nor the last has a rate of zero, so that none is wasted.
+    towards zero: ``(1 + cos πt)/2`` or ``1 − t``, with t the share of the other steps that are done. Neither
+    the first step nor the last has a rate of zero, so that none is wasted.
     """
 
     kind: str
@@ -34,19 +33,19 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
-            raise ValueError(f"schedule is {self.kind!r}; it is one of {', '.join(map(repr, SCHEDULES))}")
+            raise ValueError(
+                f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}, got {self.kind!r}"
+            )
         if isinstance(self.warmup, float):
             if not 0 <= self.warmup <= 1:
-                raise ValueError(
-                    f"warmup as a float is a fraction of the steps, from 0 to 1, and is {self.warmup}"
-                )
+                raise ValueError(f"warmup: expected a fraction of the steps, from 0 to 1, got {self.warmup}")
         elif (
             isinstance(self.warmup, bool)
             or not isinstance(self.warmup, int)
             or not 0 <= self.warmup <= self.steps
         ):
             raise ValueError(
-                f"warmup is a fraction, or an int from 0 to the {self.steps} steps, not {self.warmup!r}"
+                f"warmup: expected a fraction, or an int from 0 to {self.steps} steps, got {self.warmup!r}"
             )
 
     @property
@@ -79,10 +78,12 @@ def make_optimizer(
     groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in usual.param_groups]
     made = factory(groups)
     if not isinstance(made, torch.optim.Optimizer):
-        raise ValueError(f"optimizer must give a torch.optim.Optimizer, not {type(made).__name__}")
+        raise ValueError(
+            f"optimizer: expected a function to a torch.optim.Optimizer, got {type(made).__name__}"
+        )
     if _ids(made) != _ids(usual):
         raise ValueError(
-            "optimizer must give one that trains the parameters of the groups that it gets, all of them"
+            "optimizer: expected one that trains all parameters of the groups that it gets, and no others"
         )
     return made
 
@@ -156,7 +157,7 @@ def _groups(parameters: list[Any]) -> list[dict[str, Any]]:
     if all(isinstance(item, nn.Parameter) for item in parameters):
         return [{"params": parameters}]
     kinds = sorted({type(item).__name__ for item in parameters})
-    raise ValueError(f"parameters are nn.Parameters, or dicts with 'params', not both; got {kinds}")
+    raise ValueError(f"parameters: expected nn.Parameters, or dicts with 'params', not both, got {kinds}")
 
 
 def _by_kind(group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -167,8 +168,8 @@ def _by_kind(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _check_options(lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
     if not 0 < lr < math.inf:
-        raise ValueError(f"lr is a positive number, not {lr}")
+        raise ValueError(f"lr: expected a positive number, got {lr}")
     if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay is zero or more, not {weight_decay}")
+        raise ValueError(f"weight_decay: expected zero or more, got {weight_decay}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas are two numbers from 0 to below 1, not {betas}")
+        raise ValueError(f"betas: expected two numbers from 0 to below 1, got {betas}")

@@ -59,21 +59,21 @@ class Options:
         for name in COUNTS:
             count = getattr(self, name)
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-                raise ValueError(f"{name} is a positive integer, not {count!r}")
+                raise ValueError(f"{name}: expected a positive integer, got {count!r}")
         if isinstance(self.lr, str) and not self.measures:
-            raise ValueError(f"lr is a positive number, or 'auto' to measure it, not {self.lr!r}")
+            raise ValueError(f"lr: expected a positive number, or 'auto' to measure it, got {self.lr!r}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(
-                f"clip is a positive norm, or None to leave the gradient as it is, not {self.clip}"
+                f"clip: expected a positive norm, or None to leave the gradient as it is, got {self.clip}"
             )
         if self.autocast not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"autocast is torch.bfloat16, torch.float16 or None, not {self.autocast}")
+            raise ValueError(f"autocast: expected torch.bfloat16, torch.float16 or None, got {self.autocast}")
         if self.evaluate_every is not None and self.evaluate is None:
-            raise ValueError("evaluate_every says when to evaluate, but there is no evaluate")
+            raise ValueError("evaluate_every= needs evaluate=")
         if self.every is not None and self.checkpoint is None:
-            raise ValueError("every says when to save a checkpoint, but there is no checkpoint folder")
+            raise ValueError("every= needs checkpoint=, the folder to save in")
         if self.check not in CHECKS:
-            raise ValueError(f"check is 'step', 'late' or None, not {self.check!r}")
+            raise ValueError(f"check: expected 'step', 'late' or None, got {self.check!r}")
 
     @property
     def measures(self) -> bool:

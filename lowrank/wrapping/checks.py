@@ -66,7 +66,7 @@ def check_name(name: Any) -> None:
 def check_adaptable(model: nn.Module) -> None:
     """Raises ValueError where nothing can be put into ``model``: it is compiled, parallel, or no module."""
     if not isinstance(model, nn.Module):
-        raise ValueError(f"expected a torch.nn.Module, not {type(model).__name__}")
+        raise ValueError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if "_orig_mod" in model._modules:
         raise ValueError("the model is compiled: wrap it first, then call torch.compile")
     _check_not_parallel(model)

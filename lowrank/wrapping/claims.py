@@ -15,9 +15,10 @@ from lowrank.files import FLOATS, Entry
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import base_modules, hung_at, original
 from lowrank.linalg.rows import pieces
+from lowrank.models.beside import further
 from lowrank.models.fingerprint import Sample, difference, differences, of_projection, of_tensor
 from lowrank.models.listing import under
-from lowrank.models.projections import Projection, find_projections, further
+from lowrank.models.projections import Projection, find_projections
 from lowrank.models.storage import weight_shape
 from lowrank.models.tokens import row_problems
 from lowrank.plan import Plan
@@ -73,10 +74,12 @@ def plan_problems(model: nn.Module, plan: Plan) -> list[str]:
     if not problems:  # all rows are there
         problems += _overlaps(model, plan)
     problems += [
-        f"{p.name}: scaling {plan[p].scaling}" for p in plan.adapted if not abs(plan[p].scaling) < 1e30
+        f"{p.name}: expected a finite scaling, got {plan[p].scaling}"
+        for p in plan.adapted
+        if not abs(plan[p].scaling) < 1e30
     ]
     if not 0 <= plan.dropout < 1:
-        problems.append(f"dropout {plan.dropout} is not between 0 and 1")
+        problems.append(f"dropout: expected a number from 0 to below 1, got {plan.dropout}")
     problems += row_problems(model, plan.rows)
     paths = {path for path, _ in model.named_modules() if path}
     for name in plan.train:
@@ -131,7 +134,7 @@ def tensor_problems(model: nn.Module, plan: Plan, header: Mapping[str, Entry]) -
             problems.append(f"{name} is missing")
         elif (entry.shape, entry.dtype in FLOATS) != (shape, floating):
             problems.append(
-                f"{name} is {entry.shape} {entry.dtype}, not {shape}{' floating point' * floating}"
+                f"{name}: expected {shape}{' floating point' * floating}, got {entry.shape} {entry.dtype}"
             )
     unknown = sorted(header.keys() - wanted.keys())
     return problems + ([f"it holds tensors that its plan does not name: {unknown[:5]}"] if unknown else [])

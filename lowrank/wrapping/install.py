@@ -1,6 +1,6 @@
 """Puts ready-made adapters into a model, and takes them out again. It decides nothing and checks nothing.
 
-A model that holds adapters already is brought back to its base for the while: planning, calibration and
+A model that holds adapters already is meanwhile brought back to its base: planning, calibration and
 initialization then meet nothing but the base, whatever hangs beside it.
 """
 
@@ -16,6 +16,7 @@ from lowrank.adapters import Adaptation
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import master_dtype
+from lowrank.layers.copied import renew_copies
 from lowrank.layers.expert_stack import Layout, trained_within
 from lowrank.layers.layer import AdaptedLayer
 from lowrank.layers.offsets import TokenOffsets
@@ -104,6 +105,7 @@ class Fittings:
             adapt_weights(module, adapters)
         if self.state is not None:
             attach(self.root)
+        renew_copies()
 
     def install(
         self,

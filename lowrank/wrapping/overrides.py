@@ -15,9 +15,8 @@ from torch import nn
 from lowrank.allocate.base import Allocation
 from lowrank.allocate.budget import Costs
 from lowrank.models.experts import active_experts, within_experts
-from lowrank.models.fused import matching
-from lowrank.models.projections import Projection
-from lowrank.models.roles import telling
+from lowrank.models.named import named_by
+from lowrank.models.projections import Projection, telling
 from lowrank.policy import Policy
 
 
@@ -99,7 +98,9 @@ def overridden(
     for p in {**ranks, **alphas}:
         rank = ranks.get(p, made[p].rank)
         if rank > cost.largest[p]:
-            raise ValueError(f"{p.name} of shape {p.shape}: ranks says {rank}, at most {cost.largest[p]}")
+            raise ValueError(
+                f"ranks: expected at most {cost.largest[p]} for {p.name} of shape {p.shape}, got {rank}"
+            )
         own = replace(policy, alpha=alphas.get(p, policy.alpha), ranks={}, alphas={})
         made[p] = Allocation(rank, own.reference_scaling(ranks.get(p, own_reference.get(p, reference))))
     return made
@@ -111,15 +112,11 @@ def winning(said: Iterable[str], projections: Sequence[Projection], what: str) -
     Raises ValueError where one matches none.
     """
     found: dict[Projection, str] = {}
-    called: dict[str, list[Projection]] = {}
-    within: dict[str, list[Projection]] = {}
+    named, of_role = named_by(projections), dict[str, list[Projection]]()
     for p in projections:
-        within.setdefault(p.module, []).append(p)
-        for name in (p.name, p.role.value):
-            called.setdefault(name, []).append(p)
-    named = matching(within)
+        of_role.setdefault(p.role.value, []).append(p)
     for pattern in sorted(said, key=len):
-        hits = [*called.get(pattern, ()), *(p for path in named(pattern) for p in within[path])]
+        hits = [*of_role.get(pattern, ()), *named(pattern)]
         if not hits:
             ends = list(dict.fromkeys(p.module.rpartition(".")[2] for p in projections))
             raise ValueError(
@@ -137,8 +134,12 @@ def matched(
     Args:
         meant: what each name in the target means.
     """
-    kept = set(projections)
-    found = {f"target={name!r}": [p for p in hits if p in kept] for name, hits in meant.items()}
+    found = {}
+    for name, hits in meant.items():
+        each, weights = set(hits), {(p.module, p.param, p.role) for p in hits}
+        found[f"target={name!r}"] = [
+            p for p in projections if p in each or (p.shared > 1 and (p.module, p.param, p.role) in weights)
+        ]
     for what, said in (("ranks", policy.ranks), ("alphas", policy.alphas)):
         counts = winning(said, projections, what)
         won: dict[str, list[Projection]] = {pattern: [] for pattern in said}
@@ -147,6 +148,6 @@ def matched(
                 won[counts[p]].append(p)
         found |= {f"{what}[{pattern!r}]={value}": won[pattern] for pattern, value in said.items()}
     for pattern, role in policy.roles.items():
-        told = [p for p in projections if not p.block and telling(p.module, policy.roles) == pattern]
+        told = [p for p in projections if telling(p, policy.roles) == pattern]
         found[f"roles[{pattern!r}]={role}"] = told
     return found

@@ -33,7 +33,7 @@ def make_plan(model: nn.Module, policy: Policy, source: Source, *, start: bool) 
     """The plan, and the statistics measured for it; with ``start`` the initializer's too, if they fit."""
     check_unwrapped(model)
     if not isinstance(policy, Policy):
-        raise ValueError(f"expected a Policy, such as lowrank.presets.lora(), not {policy!r}")
+        raise ValueError(f"expected a Policy, such as lowrank.presets.lora(), got {policy!r}")
     train, rows = trained_modules(model, policy.train), find_rows(model, policy.rows)
     projections, notes, left_out, meant = select(
         model, policy.target, policy.exclude, policy.train, policy.fused, policy.roles

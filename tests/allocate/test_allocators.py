@@ -119,7 +119,7 @@ def test_what_cannot_be_allocated(allocator: Allocator, kwargs: dict, message: s
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match='unit: expected "parameters" or "ranks"'):
         Sensitivity(unit="bytes")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="floor must not be negative"):
+    with pytest.raises(ValueError, match="floor: expected zero or more"):
         Sensitivity(floor=-1)
 
 

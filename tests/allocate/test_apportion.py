@@ -124,5 +124,5 @@ def test_the_remainder_is_not_spent_on_the_cheapest(budget: int, ranks: list[int
 
 @pytest.mark.parametrize("shares", [[0.0, 0.0], [1.0, -1.0], [float("nan"), 1.0], [float("inf"), 1.0]])
 def test_bad_shares(shares: list[float]) -> None:
-    with pytest.raises(ValueError, match="shares must be finite"):
+    with pytest.raises(ValueError, match="shares: expected finite numbers"):
         apportion(shares, [1, 1], [1, 1], 10)

@@ -86,7 +86,7 @@ def test_the_scaling_refers_to_the_reference_rank(allocate: Any, scaling: Any, e
 
 @pytest.mark.parametrize("scaling", ["alpha", "alpha / r", "", 0, 0.0, -1.0, math.inf, math.nan, True, None])
 def test_bad_scalings(scaling: Any) -> None:
-    with pytest.raises(ValueError, match='scaling must be "alpha/r", "alpha/sqrt.r." or a positive number'):
+    with pytest.raises(ValueError, match='scaling: expected "alpha/r", "alpha/sqrt.r." or a positive number'):
         Policy(scaling=scaling)
 
 
@@ -191,7 +191,7 @@ def test_uniform_needs_one_rank_each_and_the_others_do_not() -> None:
     ("policy", "left", "why"),
     [
         (Policy(budget=1872), 16, "one more rank costs 48 or more"),
-        (Policy(budget=2700), 2700 - 1856, "Uniform() gives no projection more"),
+        (Policy(budget=2700), 2700 - 1856, "Uniform() raises no rank further"),
         (Policy(budget=100_000), 100_000 - 26_624, "every projection has the largest rank that it can have"),
         (Policy(allocate=Recording(1), budget=2000), 1072, "Recording"),
         (Policy(allocate=Recording(1), rank=2), 928, "Recording"),
@@ -266,18 +266,18 @@ def test_a_field_that_is_not_said_has_its_default() -> None:
         ({"version": 2}, "expected lowrank-policy 1, got lowrank-policy 2"),
         ({"format": "lowrank-plan"}, "got lowrank-plan"),
         ({"rnk": 3}, "a policy has no field rnk; it has allocate, alpha"),
-        ({"rank": 0}, "rank must be"),
-        ({"scaling": "r"}, "scaling must be"),
-        ({"init": {"class": "Uniform", "fields": {}}}, "init must be one that lowrank.init offers"),
+        ({"rank": 0}, "rank: expected a whole number"),
+        ({"scaling": "r"}, "scaling: expected"),
+        ({"init": {"class": "Uniform", "fields": {}}}, "init: expected one of lowrank.init, got"),
         (
             {"allocate": {"class": "Kaiming", "fields": {}}},
-            "allocate must be one that lowrank.allocate offers",
+            "allocate: expected one of lowrank.allocate, got",
         ),
         (
             {"allocate": {"class": "System", "fields": {}}},
-            r"must be one that lowrank.allocate offers: System\(\)",
+            r"expected one of lowrank.allocate, got System\(\)",
         ),
-        ({"allocate": {"class": "Sensitivity", "fields": {"x": 1}}}, r"offers: Sensitivity\(x=1\)"),
+        ({"allocate": {"class": "Sensitivity", "fields": {"x": 1}}}, r"got Sensitivity\(x=1\)"),
     ],
 )
 def test_what_is_no_policy(change: dict, message: str) -> None:
@@ -302,7 +302,7 @@ def test_plans_keep_the_reference_rank_and_older_ones_have_none() -> None:
     old = Plan.from_json(data)
     assert old.reference_rank is None and dict(old) == dict(made)
     assert "reference rank" not in str(old)
-    with pytest.raises(ValueError, match="reference_rank must be at least 1"):
+    with pytest.raises(ValueError, match="reference_rank: expected at least 1"):
         Plan.from_json({**data, "reference_rank": 0})
 
 

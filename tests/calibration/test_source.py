@@ -59,7 +59,7 @@ def test_no_more_batches_than_asked_for() -> None:
     for p in projections:
         assert torch.equal(two[p].covariance, wanted[p].covariance)
         assert two[p].sensitivity == wanted[p].sensitivity
-    with pytest.raises(ValueError, match="steps must be at least 1"):
+    with pytest.raises(ValueError, match="steps: expected at least 1"):
         calibrate(model, projections, ALL, many, steps=0)
 
 

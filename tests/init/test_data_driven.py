@@ -193,13 +193,13 @@ def test_what_was_not_measured_is_asked_for(init: Any) -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="gamma must be positive"):
+    with pytest.raises(ValueError, match="gamma: expected a positive number, got"):
         GradientAligned(gamma=0)
     with pytest.raises(ValueError, match=r"takes 2·rank directions"):
         start(
             GradientAligned(), torch.randn(8, 12), ProjectionStatistics(gradient=torch.randn(8, 12)), rank=5
         )
-    with pytest.raises(ValueError, match="rho must be at least 1"):
+    with pytest.raises(ValueError, match="rho: expected at least 1, got"):
         ExplainedVariance(rho=0.5)
 
 

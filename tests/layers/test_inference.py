@@ -368,6 +368,16 @@ def test_a_change_is_seen_by_the_next_token(change: Callable[[nn.Module], None])
         assert torch.equal(after, copy.deepcopy(net)(x))
 
 
+def test_weights_may_be_chosen_in_inference_mode() -> None:
+    net, x = model().eval(), torch.randn(3, IN, dtype=BF16)
+    edit(net)
+    lowrank.set_adapters(net, {"default": 0.5})
+    with torch.inference_mode():
+        wanted = net(x)
+        lowrank.set_adapters(net, {"default": 0.5})
+        assert torch.equal(net(x), wanted)
+
+
 @pytest.mark.parametrize("tokens", [3, 3000], ids=["few", "many"])
 def test_a_mixture_is_one_pair(tokens: int) -> None:
     net, x = model().eval(), torch.randn(tokens, IN, dtype=BF16)

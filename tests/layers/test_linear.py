@@ -125,8 +125,8 @@ def test_state_is_kept_bit_for_bit() -> None:
         (torch.ones(2, 8), torch.ones(6, 3), {}, "do not fit rows"),
         (torch.ones(2, 8), torch.full((6, 2), float("inf")), {}, "not finite"),
         (torch.ones(2, 8), torch.zeros(6, 2), {"frozen": {"B"}}, "a frozen B must not be zero"),
-        (torch.ones(2, 8), torch.ones(6, 2), {"frozen": {"A", "B"}}, "at most one can be frozen"),
-        (torch.ones(2, 8), torch.ones(6, 2), {"frozen": {"C"}}, "at most one can be frozen"),
+        (torch.ones(2, 8), torch.ones(6, 2), {"frozen": {"A", "B"}}, 'expected at most one of "A" and "B"'),
+        (torch.ones(2, 8), torch.ones(6, 2), {"frozen": {"C"}}, 'expected at most one of "A" and "B"'),
     ],
 )
 def test_factors_that_make_no_adapter(A: Tensor, B: Tensor, options: dict, message: str) -> None:

@@ -153,7 +153,7 @@ def test_what_cannot_be_shared_is_refused() -> None:
     some = Policy(target=lambda p: p.block.startswith(("0.", "1.")), experts="shared")
     with pytest.raises(ValueError, match="acts on all 4 of the tensor, and the target names 2"):
         lowrank.plan_model(build("qwen3_moe"), some)
-    with pytest.raises(ValueError, match='experts must be "each" or "shared", got \'one\''):
+    with pytest.raises(ValueError, match='experts: expected "each" or "shared", got \'one\''):
         Policy(experts="one")
     plan = lowrank.plan_model(build("qwen3_moe"), Policy(target="q_proj", experts="shared"))
     assert "no targeted weight is a tensor of experts" in str(plan)

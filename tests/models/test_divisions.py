@@ -623,7 +623,7 @@ def two_widths() -> nn.Module:
 
 def test_the_error_spells_a_pattern_that_fits() -> None:
     with pytest.raises(
-        ValueError, match=r'say it with fused=\{"0.attn.qkv": \{"query": rows, "key": rows'
+        ValueError, match=r'give them with fused=\{"0.attn.qkv": \{"query": rows, "key": rows'
     ) as raised:
         select(two_widths(), "query")
     assert "exclude=('qkv',)" in str(raised.value)

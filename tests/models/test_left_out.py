@@ -289,7 +289,7 @@ def towers() -> nn.Module:
 
 def test_a_role_that_would_leave_a_tower_out_is_an_error() -> None:
     with pytest.raises(
-        ValueError, match=r"text.self_attn.qkv_proj: nothing tells.*fused=.*exclude=\('qkv_proj',\)"
+        ValueError, match=r"text.self_attn.qkv_proj: it is not known.*fused=.*exclude=\('qkv_proj',\)"
     ):
         plan_model(towers(), presets.ailora(rank=2))
     plan = plan_model(towers(), presets.ailora(rank=2, exclude=("qkv_proj",)))
@@ -304,7 +304,7 @@ def test_a_role_that_would_leave_a_tower_out_is_an_error() -> None:
 
 
 def test_a_predicate_that_leaves_an_undivided_weight_out_has_a_note() -> None:
-    assert "text.self_attn.qkv_proj: left out, and nothing tells" in notes(
+    assert "text.self_attn.qkv_proj: left out, and it is not known" in notes(
         towers(), lambda p: p.role == Role.QUERY
     )
     assert "adapted as a whole" in notes(towers(), lambda p: True)
@@ -313,7 +313,7 @@ def test_a_predicate_that_leaves_an_undivided_weight_out_has_a_note() -> None:
 def test_a_role_target_says_which_layers_have_no_known_role() -> None:
     model = nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": linear(), "mystery": linear()})})
     assert notes(model, "query") == (
-        "attn.mystery: left out, since its role is not known: roles={pattern: role} says it"
+        "attn.mystery: left out, since its role is not known: give it with roles={pattern: role}"
     )
     assert notes(model, "q_proj") == ""
 
@@ -404,7 +404,7 @@ def test_an_attention_is_told_by_its_keys_and_values_too() -> None:
 
 def test_a_fused_weight_in_a_wrapper_is_one() -> None:
     wrapped = chain(queries_keys_values=chain(linear=nn.Linear(4, 16)), q_proj=linear())
-    with pytest.raises(ValueError, match="queries_keys_values.linear: nothing tells where query"):
+    with pytest.raises(ValueError, match="queries_keys_values.linear: it is not known where query"):
         select(chain(attention=wrapped), "query")
 
 

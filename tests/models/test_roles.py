@@ -42,7 +42,7 @@ def test_what_the_user_says_goes_before_the_name() -> None:
 
 @pytest.mark.parametrize("roles", [{"theta": "qery"}, {"": "query"}, ["theta"], {"theta": 1}])
 def test_a_role_that_is_none_is_refused(roles: Any) -> None:
-    with pytest.raises(ValueError, match="roles says the role of each name.*one of query, key, value"):
+    with pytest.raises(ValueError, match="roles: expected a role by name.*one of query, key, value"):
         Policy(roles=roles)
 
 

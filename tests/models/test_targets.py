@@ -76,7 +76,7 @@ def test_a_name_that_is_a_role_of_nothing_is_a_name() -> None:
         ("q_porj", {}, "target='q_porj' matches no projection; the nearest names are q_proj"),
         (["q_proj", "nothing"], {}, "target='nothing' matches no projection"),
         ((), {}, "no target: name projections"),
-        ("", {}, "target takes names"),
+        ("", {}, "target: expected names"),
         (lambda p: False, {}, "accepts none of the model's 15 projections"),
         ("q_proj", {"exclude": ("q_proj",)}, r"leaves nothing of target='q_proj'"),
         (
@@ -85,10 +85,10 @@ def test_a_name_that_is_a_role_of_nothing_is_a_name() -> None:
             "exclude='v_porj' matches no projection; the nearest names are v_proj",
         ),
         ("qurey", {}, "target='qurey' matches no projection; the nearest names are query"),
-        ("q_proj", {"train": ("hed",)}, "train='hed' names no module; the nearest names are"),
-        (None, {}, "target takes names, not None"),
-        ("q_proj", {"exclude": None}, "exclude takes names, not None"),
-        ("q_proj", {"train": 5}, "train takes names, not 5"),
+        ("q_proj", {"train": ("hed",)}, "train='hed' names no module; the nearest name is lm_head"),
+        (None, {}, "target: expected names, got None"),
+        ("q_proj", {"exclude": None}, "exclude: expected names, got None"),
+        ("q_proj", {"train": 5}, "train: expected names, got 5"),
         ("q_proj", {"fused": {"qkv": {"query": 1}}}, "fused='qkv' names no module; the nearest names are"),
         ("q_proj", {"train": ("layers",)}, r"a ModuleList, which is never called: .* such as 'layers\.\*'"),
     ],
@@ -131,7 +131,7 @@ def test_an_undivided_weight_is_adapted_whole_by_all_linear_and_by_name() -> Non
 
 @pytest.mark.parametrize("target", ["query", ("value", "dense_h_to_4h"), ("output", "key")])
 def test_a_role_that_may_lie_in_an_undivided_weight_is_an_error(target: object) -> None:
-    with pytest.raises(ValueError, match="nothing tells where.*1 more.*exclude=.'query_key_value',."):
+    with pytest.raises(ValueError, match="it is not known where.*1 more.*exclude=.'query_key_value',."):
         select(undivided(), target)
     with pytest.raises(ValueError, match="matches no projection"):
         select(undivided(), "query", exclude=("query_key_value",))

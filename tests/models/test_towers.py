@@ -67,5 +67,5 @@ def test_a_weight_that_is_not_divided_counts_in_its_part_only() -> None:
         "text_model": nn.ModuleDict({"attn": Fused()}),
     })  # fmt: skip
     assert [p.module for p in chosen(model, "vision:query")] == ["vision_model.attn.q_proj"]
-    with pytest.raises(ValueError, match="nothing tells where"):
+    with pytest.raises(ValueError, match="it is not known where"):
         chosen(model, ["vision:query", "language:query"])

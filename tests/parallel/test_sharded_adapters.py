@@ -38,6 +38,7 @@ def saved_and_swapped(rank: int, folder: Path) -> dict[str, Any]:
     model = sharded(adapted("lora"))
     batch = zoo.batch("llama")
     found["merge"] = refusal(lambda: lowrank.merge(model))
+    found["merged"] = refusal(lambda: lowrank.merged(model).__enter__())
     found["export"] = refusal(lambda: lowrank.export_peft(model, folder / "peft"))
     found["load"] = refusal(lambda: lowrank.load_adapter(model, folder / "lora", name="other"))
 
@@ -140,7 +141,7 @@ def test_an_unwrapped_sharded_model_is_its_base(done: Any) -> None:
         assert torch.equal(found["logits"], wanted)
 
 
-@pytest.mark.parametrize("act", ["merge", "export", "load"])
+@pytest.mark.parametrize("act", ["merge", "merged", "export", "load"])
 def test_what_needs_the_whole_model_is_refused(act: str, done: Any) -> None:
     for found in done[1]:
         kind, message = found[act]

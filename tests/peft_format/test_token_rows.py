@@ -112,7 +112,7 @@ def test_what_peft_would_train_otherwise_is_refused_by_name(tmp_path: Path) -> N
         ({"embed_tokens": [4, 9]}, r"embed_tokens: its rows are \(3, 32\) F32, expected 2"),
         ({"embed_tokens": [4, 9, 64]}, "embed_tokens: it has the rows 0 to 63, got 64"),
         ({"embed_tokens": [4, 9, 9]}, "has an id twice"),
-        ({"embed_tokens": [4, 9, -1]}, "is not a list of token ids"),
+        ({"embed_tokens": [4, 9, -1]}, "expected a list of token ids"),
         (
             {"embed_tokens": IDS, "lm_head": IDS},
             "lm_head: trainable_token_indices names it, but the folder has no",

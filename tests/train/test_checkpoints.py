@@ -277,7 +277,7 @@ def test_an_optimizer_of_the_users_own_resumes(tmp_path: Path) -> None:
     broken_off(tmp_path / "run", optimizer=sgd)
     model, again = run(tmp_path / "run", optimizer=sgd, callbacks=[Interrupt(9, fail)])
     assert same(whole, model) and bare(history) == bare(again)
-    with pytest.raises(ValueError, match="must give one that trains the parameters of the groups"):
+    with pytest.raises(ValueError, match="expected one that trains all parameters of the groups"):
         run(tmp_path / "other", optimizer=lambda groups: torch.optim.SGD([nn.Parameter(torch.ones(1))]))
 
 

@@ -72,9 +72,9 @@ def test_a_stream_needs_steps_and_repeats() -> None:
         (DataLoader(Stream(), batch_size=None), 2, 3, "epochs= or steps=, not both"),
         (iter([1]), 1, None, "can be gone over once and has no length: give steps="),
         (iter([1]), 2, None, "can be gone over once"),
-        (7, 1, None, "not int"),
-        ({"input_ids": [1]}, 1, None, "are a DataLoader, a list or an iterator, not dict"),
-        (torch.ones(2), 1, None, "not Tensor"),
+        (7, 1, None, "got int"),
+        ({"input_ids": [1]}, 1, None, "expected a DataLoader, a list or an iterator, got dict"),
+        (torch.ones(2), 1, None, "got Tensor"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(

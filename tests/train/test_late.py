@@ -271,7 +271,7 @@ def plain_adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"check": "never"}, "check is 'step', 'late' or None, not 'never'"),
+        ({"check": "never"}, "check: expected 'step', 'late' or None, got 'never'"),
         ({"check": "late", "autocast": torch.float16}, "the scale of a float16 loss depends on each step"),
         (
             {"check": "late", "optimizer": plain_adamw},

@@ -120,7 +120,7 @@ def test_evaluation_is_once_an_epoch_or_at_the_end(options: dict[str, int], expe
 
 def test_evaluate_returns_a_mapping() -> None:
     model, data = problem()
-    with pytest.raises(ValueError, match=r"must return a mapping .*, not float"):
+    with pytest.raises(ValueError, match=r"expected a mapping .*, got float"):
         quiet(model, DataLoader(data, 16), regression, evaluate=lambda model: 0.5)
 
 
@@ -313,17 +313,20 @@ def test_a_loss_that_nothing_trained_reaches_is_named() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs is a positive integer, not 0"),
-        ({"epochs": 1.5}, "epochs is a positive integer, not 1.5"),
-        ({"steps": 0}, "steps is a positive integer"),
-        ({"accumulate": True}, "accumulate is a positive integer"),
-        ({"evaluate_every": 0, "evaluate": lambda model: {}}, "evaluate_every is a positive integer"),
-        ({"evaluate_every": 2}, "there is no evaluate"),
-        ({"clip": 0.0}, "clip is a positive norm, or None"),
-        ({"clip": math.nan}, "clip is a positive norm, or None"),
-        ({"autocast": torch.float32}, "autocast is torch.bfloat16, torch.float16 or None, not torch.float32"),
-        ({"lr": -1.0}, "lr is a positive number"),
-        ({"schedule": "step"}, "schedule is 'step'"),
+        ({"epochs": 0}, "epochs: expected a positive integer, got 0"),
+        ({"epochs": 1.5}, "epochs: expected a positive integer, got 1.5"),
+        ({"steps": 0}, "steps: expected a positive integer"),
+        ({"accumulate": True}, "accumulate: expected a positive integer"),
+        ({"evaluate_every": 0, "evaluate": lambda model: {}}, "evaluate_every: expected a positive integer"),
+        ({"evaluate_every": 2}, "evaluate_every= needs evaluate="),
+        ({"clip": 0.0}, "clip: expected a positive norm, or None"),
+        ({"clip": math.nan}, "clip: expected a positive norm, or None"),
+        (
+            {"autocast": torch.float32},
+            "autocast: expected torch.bfloat16, torch.float16 or None, got torch.float32",
+        ),
+        ({"lr": -1.0}, "lr: expected a positive number"),
+        ({"schedule": "step"}, "schedule: expected .*, got 'step'"),
         ({"warmup": 2.0}, "warmup"),
         ({"steps": 3, "epochs": 2}, "not both"),
         ({"parameters": []}, "nothing requires grad"),

@@ -218,7 +218,9 @@ def test_what_cannot_be_gone_over_again_is_refused() -> None:
     with pytest.raises(ValueError, match="batches is an iterator, whose first batches cannot be taken twice"):
         quiet(model, stream(), bowl, lr="auto", steps=3)
     assert not taken
-    with pytest.raises(ValueError, match="lr is a positive number, or 'auto' to measure it, not 'fast'"):
+    with pytest.raises(
+        ValueError, match="lr: expected a positive number, or 'auto' to measure it, got 'fast'"
+    ):
         quiet(model, [torch.ones(3)], bowl, lr="fast")
 
 

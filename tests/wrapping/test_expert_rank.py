@@ -70,7 +70,7 @@ def test_experts_that_are_modules() -> None:
 def test_the_policy_says_what_it_takes() -> None:
     policy = Policy(expert_rank="rank/active")
     assert Policy.from_json(policy.to_json()) == policy
-    with pytest.raises(ValueError, match='expert_rank must be "rank" or "rank/active", got \'active\''):
+    with pytest.raises(ValueError, match='expert_rank: expected "rank" or "rank/active", got \'active\''):
         Policy(expert_rank="active")
-    with pytest.raises(ValueError, match="divides a rank: leave budget=None"):
+    with pytest.raises(ValueError, match="does not go with a budget"):
         Policy(expert_rank="rank/active", budget=1000)
