@@ -135,11 +135,14 @@ def matched(
         meant: what each name in the target means.
     """
     found = {}
+    place = {p: i for i, p in enumerate(projections)}
+    shared: dict[tuple[str, str, str], list[Projection]] = {}
+    for p in projections:
+        if p.shared > 1:
+            shared.setdefault((p.module, p.param, p.role), []).append(p)
     for name, hits in meant.items():
-        each, weights = set(hits), {(p.module, p.param, p.role) for p in hits}
-        found[f"target={name!r}"] = [
-            p for p in projections if p in each or (p.shared > 1 and (p.module, p.param, p.role) in weights)
-        ]
+        instead = (each for p in hits for each in shared.get((p.module, p.param, p.role), ()))
+        found[f"target={name!r}"] = sorted(place.keys() & {*hits, *instead}, key=place.__getitem__)
     for what, said in (("ranks", policy.ranks), ("alphas", policy.alphas)):
         counts = winning(said, projections, what)
         won: dict[str, list[Projection]] = {pattern: [] for pattern in said}
