@@ -63,12 +63,16 @@ test-level-%: $(READY)-test
 	$(if $(LEVEL_$*),,$(error there is no level $*: LEVEL is one of $(LEVELS)))
 	$(LEVEL_$*) TORCHINDUCTOR_CACHE_DIR=$(abspath .cache)/inductor-$* $(PY) -m pytest -n $(JOBS) $(ARGS)
 
-# The oldest versions that pyproject.toml allows, in an environment of their own. Tests that need further libraries
-# are left out: the newest of those need newer versions.
+# The oldest versions that pyproject.toml allows, in an environment of their own. Left out are the tests that need
+# further libraries, those of experts, which follow the newest transformers (torch 2.8 admits 5.12), and one of FSDP2,
+# which with torch 2.8 sums over gloo what it should average.
 LOWEST := $(VENV)-lowest
 LOWEST_PINS := torch==2.8.0 einops==0.8.0 safetensors==0.5.0 tqdm==4.66.0
+LOWEST_LEFT_OUT := init/test_data_driven.py calibration/test_experts.py calibration/test_offloaded.py \
+	layers/test_experts.py layers/test_shared_experts.py train/test_accumulation.py
 LOWEST_TESTS := tests/linalg tests/init tests/allocate tests/layers tests/calibration tests/train tests/test_wrap.py \
-	tests/test_plan.py tests/test_policy.py tests/test_notices.py --ignore tests/init/test_data_driven.py
+	tests/test_plan.py tests/test_policy.py tests/test_notices.py $(addprefix --ignore tests/,$(LOWEST_LEFT_OUT)) \
+	-k "not experts and not packed_weight and not two_processes_agree"
 
 test-lowest: $(LOWEST)/.ready ## most tests with the lowest supported versions of torch, einops, safetensors and tqdm
 	$(LOWEST)/bin/python -m pytest -n $(JOBS) $(LOWEST_TESTS) $(ARGS)

@@ -89,12 +89,17 @@ def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
 
 def down(A: Tensor, A0: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What x is multiplied by: A ``(r, in)``, or ``[A0 + A; A]`` beside an anchor."""
-    return (A if A0 is None else torch.cat((A0 + A, A))).to(dtype)
+    return cast_to(A if A0 is None else torch.cat((A0 + A, A)), dtype)
 
 
 def up(B: Tensor, B0: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What multiplies that: B ``(rows, r)``, or ``[B, B0]`` beside an anchor."""
-    return (B if B0 is None else torch.cat((B, B0), 1)).to(dtype)
+    return cast_to(B if B0 is None else torch.cat((B, B0), 1), dtype)
+
+
+def cast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, which takes a microsecond also where there is nothing to do."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def through_up(
@@ -145,6 +150,8 @@ def differentiable_once(gradients: Callable[..., tuple]) -> Callable[..., Any]:
 
     def backward(ctx: Any, *dY: Tensor | None) -> tuple:
         run = refusing if torch.is_grad_enabled() else gradients
+        if not torch._C._is_any_autocast_enabled():
+            return run(ctx, *dY)
         cast = [d for d in dY if d is not None and autocasts(d)]
         if cast:
             with without_autocast(cast[0]):

@@ -75,8 +75,8 @@ class LoRALinear(AdaptedLayer):
             y = self._merged(args[0])
             if y is not None:
                 return y
-        if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training or kwargs):
-            y = self._without_graph(*args)
+        if not (torch.compiler.is_compiling() or kwargs):
+            y = self._usual(*args)
             if y is not None:
                 return y
         if self.acting.rows is not None:
@@ -128,17 +128,22 @@ class LoRALinear(AdaptedLayer):
             merged = self.copied.current(self, weight)
         return None if merged is None else F.linear(x, merged, base._parameters["bias"])
 
-    def _without_graph(self, x: Tensor, *rest: Any) -> Tensor | None:
-        """The output where a plain base is called in evaluation and no graph is built, else None."""
+    def _usual(self, x: Tensor, *rest: Any) -> Tensor | None:
+        """The output of the usual case, a plain base and blocks without dropout or weights; else None."""
         acting, modules = self.acting, self._modules  # a module's __getattr__ takes ten times as long
         base: Any = modules["base"]
         weight = plain_weight(base)
         if weight is None or rest or acting.rows is not None or transformed():
             return None
         blocks = self.ready.blocks(acting, modules["adapters"]._modules)  # type: ignore[arg-type, union-attr]
-        if not blocks:
+        graph = torch.is_grad_enabled()
+        if not blocks or (self.training and self.ready.dropout) or (graph and acting.weights):
             return None
         bias = base._parameters["bias"]
+        if graph:
+            self.kept.drop()
+            self.copied.stale = True
+            return fused_lora(x, weight, bias, blocks)
         if torch._C._is_any_autocast_enabled():
             x, weight, bias = to_autocast(x, weight, bias)
         return infer(x, weight, bias, blocks, self.kept)

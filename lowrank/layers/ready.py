@@ -1,5 +1,6 @@
-"""What acts in one layer, found out once for the calls that build no graph: in generation each line of Python
-costs as much as the arithmetic. It computes nothing.
+"""What acts in one layer, found out once and not at each call. It computes nothing.
+
+On small models, and in generation, each line of Python costs as much as the arithmetic.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Ready(Transient):
         self._choice: tuple[Any, Any] = (None, None)
         self._watch = Watch()
         self._blocks: tuple[Block, ...] = ()
+        self.dropout = 0.0  # the largest of what acts
 
     def blocks(self, acting: Acting, parts: Mapping[str, RowBlocks]) -> tuple[Block, ...]:
         """The blocks of what acts, without dropout, a mixture's weights in their scalings.
@@ -38,7 +40,7 @@ class Ready(Transient):
 
     def _find(self, acting: Acting, parts: Mapping[str, RowBlocks]) -> None:
         self._choice = acting.names, acting.weights
-        self._watch, self._blocks = Watch(), ()
+        self._watch, self._blocks, self.dropout = Watch(), (), 0.0
         blocks, special = list[Block](), False
         for name in acting.names:
             part = parts.get(name)
@@ -46,6 +48,8 @@ class Ready(Transient):
             if part is None:
                 continue
             special = special or part.rescales or part.tokens is not None
+            self._watch.item(part.__dict__, "dropout")
+            self.dropout = max(self.dropout, part.dropout)
             part.note("called")
             weight = acting.weights.get(name)
             if weight is not None:

@@ -10,7 +10,6 @@ from math import inf, log10, sqrt
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lowrank.linalg.operators import Operator
 from lowrank.linalg.precision import eigh
@@ -73,7 +72,7 @@ def leading(
         answer, inside = _extension(left[:, :known], image, _norm(image), generator)
         right[:, known:], left[:, known:] = fresh, answer
         column = torch.cat([inside, answer.mT @ image]).cpu().double()
-        core = torch.cat([pad(core, (0, 0, 0, width)), column], 1)
+        core = torch.cat([torch.cat([core, core.new_zeros(width, known)]), column], 1)
         block = operator.adjoint(answer)
         size = _norm(block)
         block = block - right @ (right.mT @ block)  # Mᵀ·left = right·coreᵀ + [0, block]

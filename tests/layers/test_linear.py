@@ -14,6 +14,7 @@ from lowrank.layers import Adapter, LoRALinear
 from lowrank.layers.acting import Acting
 from lowrank.layers.bases import plain_weight
 from lowrank.layers.functional import Block
+from lowrank.layers.ready import Ready
 from lowrank.layers.trained import TrainedModule
 from lowrank.layers.weight import (
     AdaptedWeight,
@@ -174,6 +175,30 @@ def test_hooks_on_the_base_still_run() -> None:
     assert plain_weight(base) is None
     torch.testing.assert_close(layer(x), base(x) + x @ layer.delta_weight().T)
     assert len(seen) == 2
+
+
+def test_what_acts_is_found_once_and_again_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, find = [], Ready._find
+    monkeypatch.setattr(Ready, "_find", lambda *a: (found.append(1), find(*a)))
+    layer = LoRALinear(nn.Linear(8, 6), [moved(adapter())], in_features=8, out_features=6)
+    x = torch.randn(5, 8)
+
+    def right() -> bool:
+        y = layer.train()(x)
+        y.sum().backward()
+        W = layer.base.weight + layer.delta_weight()
+        return torch.allclose(y, F.linear(x, W, layer.bias), atol=1e-4)
+
+    assert all(right() for _ in range(3)) and len(found) == 1
+    with torch.no_grad():
+        next(iter(layer.adapters["default"])).B.mul_(3)
+    assert right() and len(found) == 1
+    next(iter(layer.adapters["default"])).scaling = 2.0
+    assert right() and len(found) == 2
+    layer.put("default", [moved(adapter())])
+    assert right() and len(found) == 3
+    layer.adapters["default"].dropout = 0.5
+    assert not right() and len(found) == 4
 
 
 def test_a_linear_of_zeros_and_one_row_inputs() -> None:

@@ -365,7 +365,10 @@ def test_gradients_of_before_do_not_count() -> None:
     assert quiet(model, loader, regression).losses == quiet(twin, loader, regression).losses
 
 
-def test_the_bar_shows_the_run_and_can_be_switched_off(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_shows_the_run_and_can_be_switched_off(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # what is too long is cut off
     model, data = problem()
     fit(model, DataLoader(data, 16), regression)
     shown = capfd.readouterr().err
