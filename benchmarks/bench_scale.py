@@ -1,8 +1,9 @@
 """How finding, planning, wrapping, saving, loading and unwrapping grow with the number of projections.
 
-    python benchmarks/bench_scale.py [--quick]
+    python benchmarks/bench_scale.py [--quick] [--only counts | shapes]
 
-Models of many small projections, and the shapes of large ones on the meta device, which cannot be saved.
+Models of many projections 64×64 at rank 16, and the shapes of large ones on the meta device at rank 1, whose
+factors are real: those of DeepSeek-V3 take 26 GB at rank 16. Such a model cannot be saved.
 Memory is the most that the process holds in a stage beyond what it held before it (Linux only, else 0).
 Writes JSON and Markdown to benchmarks/results/.
 """
@@ -10,17 +11,16 @@ Writes JSON and Markdown to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import gc
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from timing import result_name, surroundings, write_results
+from timing import resident, result_name, surroundings, write_results
 from torch import nn
 
 import lowrank
@@ -28,8 +28,7 @@ from lowrank import presets
 from lowrank.models.projections import find_projections
 
 RESULTS = Path(__file__).parent / "results"
-COUNTS = (36, 360, 3600, 20_000)
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+COUNTS = (36, 360, 3600, 5760, 20_000)
 SHAPES: dict[str, Callable[[int], Any]] = {
     "Llama-70B shapes": lambda layers: transformers.LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
@@ -53,23 +52,10 @@ class Row:
     peak_MiB: float
 
 
-def _resident(key: str) -> float:
-    if not STATUS.exists():
-        return 0.0
-    return next(
-        int(line.split()[1]) / 1024 for line in STATUS.read_text().splitlines() if line.startswith(key)
-    )
-
-
 def timed(rows: list[Row], stage: str, count: int, run: Callable[[], Any]) -> Any:
-    gc.collect()
-    if CLEAR.exists():
-        CLEAR.write_text("5")  # the peak starts again from here
-    before, start = _resident("VmRSS"), time.perf_counter()
-    result = run()
-    seconds = time.perf_counter() - start
+    result, seconds, before, most = resident(run)
     count = count or len(result)
-    rows.append(Row(stage, count, seconds, 1e6 * seconds / count, max(0.0, _resident("VmHWM") - before)))
+    rows.append(Row(stage, count, seconds, 1e6 * seconds / count, max(0.0, most - before)))
     return result
 
 
@@ -78,9 +64,9 @@ def many(count: int) -> nn.Module:
     return nn.ModuleDict({f"p{i}": nn.Linear(64, 64, bias=False) for i in range(count)}).requires_grad_(False)
 
 
-def measure(build: Callable[[], nn.Module], *, saved: bool) -> list[Row]:
+def measure(build: Callable[[], nn.Module], *, rank: int, saved: bool) -> list[Row]:
     rows: list[Row] = []
-    model, policy = build(), presets.lora(rank=16)
+    model, policy = build(), presets.lora(rank=rank)
     count = len(timed(rows, "find", 0, lambda: find_projections(model)))
     plan = timed(rows, "plan", count, lambda: lowrank.plan_model(model, policy))
     timed(rows, "wrap", count, lambda: lowrank.wrap_model(model, plan, progress=False))
@@ -118,24 +104,28 @@ def markdown(facts: dict[str, str], cases: dict[str, list[Row]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few projections: does it run?")
+    parser.add_argument("--only", choices=["counts", "shapes"], help="one half of the cases")
     parser.add_argument("--device", default="cpu", choices=["cpu"])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    cases = {}
-    for count in COUNTS[:1] if options.quick else COUNTS:
-        cases[f"{count} projections"] = measure(lambda count=count: many(count), saved=True)
-        print(f"{count}: " + ", ".join(f"{r.stage} {r.seconds:.2f} s" for r in cases[f"{count} projections"]))
-    for name, config in list(SHAPES.items())[: 1 if options.quick else None]:
-        made = config(2 if options.quick else 0)
-        cases[name] = measure(lambda made=made: on_meta(made), saved=False)
-        print(f"{name}: " + ", ".join(f"{r.stage} {r.seconds:.2f} s" for r in cases[name]))
-    facts, name = surroundings("cpu"), result_name("scale", options)
-    report = markdown(facts, cases)
-    data = {"surroundings": facts, "cases": cases}
-    write_results(options.out, name, report, data)
+    runs: dict[str, Callable[[], list[Row]]] = {}
+    if options.only != "shapes":
+        for count in COUNTS[:1] if options.quick else reversed(COUNTS):
+            runs[f"{count} projections"] = partial(measure, partial(many, count), rank=16, saved=True)
+    if options.only != "counts":
+        for name, config in list(SHAPES.items())[: 1 if options.quick else None]:
+            build = partial(on_meta, config(2 if options.quick else 0))
+            runs[name] = partial(measure, build, rank=1, saved=False)
+    cases: dict[str, list[Row]] = {}
+    name = result_name("scale", options, options.only or "")
+    for case, run in runs.items():
+        cases[case] = run()
+        print(f"{case}: " + ", ".join(f"{r.stage} {r.seconds:.2f} s" for r in cases[case]), flush=True)
+        facts = surroundings("cpu")  # written each time, so that a run that is cut short leaves what it has
+        write_results(options.out, name, markdown(facts, cases), {"surroundings": facts, "cases": cases})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ It knows nothing of what is measured. Results are given as plain data; each scri
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -20,12 +21,13 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 Step = Callable[[int], object]
 """One forward and backward; its argument counts the rounds, so that it can rotate its inputs."""
 
@@ -159,6 +161,34 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+class Resident(NamedTuple):
+    """What a run took: its result, seconds, and MiB that the process held before it and at most in it."""
+
+    result: Any
+    seconds: float
+    before: float
+    most: float
+
+
+def resident(run: Callable[[], Any]) -> Resident:
+    """One run, by the clock of `surroundings`; the memory is what is resident (Linux only, else 0)."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    gc.collect()
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")  # the peak starts again from here
+    before, start = _resident("VmRSS"), clock()
+    result = run()
+    return Resident(result, clock() - start, before, _resident("VmHWM"))
+
+
+def _resident(key: str) -> float:
+    if not _STATUS.exists():
+        return 0.0
+    return next(
+        int(line.split()[1]) / 1024 for line in _STATUS.read_text().splitlines() if line.startswith(key)
+    )
 
 
 def verdict(value: float, aim: float | None, unit: str = "") -> str:

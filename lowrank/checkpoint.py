@@ -6,7 +6,6 @@ rename, so that a crash leaves the old adapter or the new one; it carries the te
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from lowrank.adapters import (
 from lowrank.batches import model_device
 from lowrank.files import (
     AdapterError,
+    json_bytes,
     make_folder,
     read_header,
     read_tensors,
@@ -132,15 +132,16 @@ def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], dict[s
 
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    content = json.dumps(config, indent=1, allow_nan=False).encode()
+    content = json_bytes(config, CONFIG)
     make_folder(folder)
     before, file = own_tensors(folder), folder / str(config["tensors"])
-    obsolete = {before} if file.exists() else {before, file}
+    obsolete, written = {before} if file.exists() else {before, file}, False
     try:
         write_pieces(file, packed(tensors))
         write(folder / CONFIG, content)
+        written = True
     finally:  # whichever of the two adapters adapter.json names now stays
-        for each in obsolete - {own_tensors(folder)}:
+        for each in obsolete - {file if written else own_tensors(folder)}:
             if each is not None:
                 each.unlink(missing_ok=True)
 
@@ -246,4 +247,7 @@ def _adapter(
 
 
 def sample_to_json(sample: Sample) -> dict[str, Any]:
-    return {"dtype": sample.dtype, "sample": None if sample.values is None else sample.values.tolist()}
+    """Plain data; 9 digits tell fp32 values apart, and `difference` compares no more."""
+    values = sample.values
+    numbers = None if values is None else [float(f"{value:.9g}") for value in values.tolist()]
+    return {"dtype": sample.dtype, "sample": numbers}

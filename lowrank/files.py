@@ -12,7 +12,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-LARGEST_JSON = 64 << 20  # bytes; a plan of ten thousand projections takes a third of it
+LARGEST_JSON = 128 << 20  # bytes; an adapter of a hundred thousand projections fits
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -112,6 +112,22 @@ def sync(path: Path) -> None:
             raise  # some file systems have no fsync of folders
     finally:
         os.close(descriptor)
+
+
+def json_bytes(data: Mapping[str, Any], what: str) -> bytes:
+    """``data`` as JSON that `read_json` reads, a line for each key.
+
+    Raises ValueError where ``what``, so that the message names it, would be too large to be read again, or
+    holds a number that is not finite.
+    """
+    lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in data.items())
+    content = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    if len(content) > LARGEST_JSON:
+        raise ValueError(
+            f"refusing to save: {what} would have {len(content):,} bytes, and no more than {LARGEST_JSON:,} "
+            "are read: adapt fewer projections, or save them as several adapters"
+        )
+    return content
 
 
 def read_json(path: Path) -> dict[str, Any]:

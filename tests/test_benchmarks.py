@@ -172,7 +172,15 @@ def check_experts(results: dict[str, Any]) -> None:
         assert max(ours["kept"], shared["kept"]) < formed["kept"] / 20
 
 
+def check_end_to_end(results: dict[str, Any]) -> None:
+    stages = ["read the base", "wrap", "two steps", "save", "read the base again", "load"]
+    made = [(r["method"], r["stage"]) for r in results["rows"]]
+    assert made == [(method, stage) for method in ("PiSSA", "AILoRA", "TLoRA") for stage in stages]
+    assert all(r["seconds"] > 0 for r in results["rows"])
+
+
 CHECKS = {
+    "bench_end_to_end": check_end_to_end,
     "bench_experts": check_experts,
     "bench_generate": check_generate,
     "bench_launches": check_launches,

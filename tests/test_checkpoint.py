@@ -226,3 +226,13 @@ def test_a_name_is_taken_once(folder: Path) -> None:
     model: nn.Module = lowrank.load_adapter(zoo.build("bert"), folder)
     with pytest.raises(ValueError, match="has an adapter 'default' already"):
         lowrank.load_adapter(model, folder)
+
+
+def test_what_could_not_be_read_again_is_not_saved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    model = lowrank.load_adapter(zoo.build("bert"), folder)
+    perturb(model)
+    monkeypatch.setattr("lowrank.files.LARGEST_JSON", len(before[CONFIG]) // 2)
+    with pytest.raises(ValueError, match=r"refusing to save: adapter\.json would have .* bytes"):
+        lowrank.save_adapter(model, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -175,11 +175,20 @@ def spread(size: int, count: int) -> Tensor:
 
 def _values(tensor: Tensor, places: Tensor) -> Tensor | None:
     """The values at ``places``, counted row by row, without a copy of the whole."""
-    index = torch.unravel_index(places.to(tensor.device), tensor.shape) if tensor.dim() else None
     try:
-        return (tensor.reshape(1) if index is None else tensor[index]).float().double().cpu()
+        taken = tensor[_index(places.to(tensor.device), tensor.shape)] if tensor.dim() else tensor.reshape(1)
+        return taken.float().double().cpu()
     except RuntimeError:  # a tensor's class that cannot be indexed
         return None
+
+
+def _index(places: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """`torch.unravel_index`, which imports sympy at its first call: half a second."""
+    index = []
+    for size in reversed(shape):
+        index.append(places % size)
+        places = places.div(size, rounding_mode="floor")
+    return tuple(reversed(index))
 
 
 def _eps(dtype: str) -> float:

@@ -22,7 +22,7 @@ from lowrank.models.layouts import (
     interleaved,
     layout_of,
 )
-from lowrank.models.patterns import matches
+from lowrank.models.patterns import matches, suffixes
 from lowrank.models.storage import declared_shape, is_linear
 from lowrank.models.structure import blocks_by_structure, blocks_by_trial
 
@@ -52,11 +52,18 @@ class Doubt:
 
 
 def blocks_of(
-    model: nn.Module, path: str, rows: int, columns: int, fused: Fused, attends: Callable[[str], bool]
+    model: nn.Module,
+    path: str,
+    rows: int,
+    columns: int,
+    fused: Fused,
+    attends: Callable[[str], bool],
+    rows_named: Callable[[], Mapping[str, set[int]]],
 ) -> Blocks | Doubt:
     """Roles and rows of the blocks of one weight, or why they cannot be told.
 
-    ``attends`` says of a module by path whether it is an attention: see `attending`.
+    ``attends`` says of a module by path whether it is an attention: see `attending`; ``rows_named`` is of
+    `heights`.
     """
     parent_path, _, name = path.rpartition(".")
     if name in WRAPPERS and parent_path.rpartition(".")[2].lower() in FUSED_NAMES:  # qkv.linear
@@ -91,7 +98,7 @@ def blocks_of(
         shown = blocks_by_trial(model, path)
         if shown and set(holds) <= {role for role, _ in shown}:
             return shown
-        return Doubt(_ask_for_rows(model, path, rows, holds), frozenset(holds))
+        return Doubt(_ask_for_rows(path, rows, holds, rows_named()), frozenset(holds))
     if leaf in GATED_NAMES and rows % 2 == 0:
         return gate_up(parent, rows)
     if leaf == "wi":
@@ -102,7 +109,7 @@ def blocks_of(
     if role == Role.UP and _holds_two(parent, rows, columns):
         holds = (Role.GATE, Role.UP)
         return blocks_by_trial(model, path) or Doubt(
-            _ask_for_rows(model, path, rows, holds), frozenset(holds)
+            _ask_for_rows(path, rows, holds, rows_named()), frozenset(holds)
         )
     if not is_named(path):  # what a block computes goes before the words of a name
         shown = blocks_by_structure(model, path)
@@ -153,16 +160,24 @@ def _told(path: str, rows: int, fused: Fused) -> Blocks | None:
     return interleaved(groups, [(Role(role), size) for role, size in sizes.items()])
 
 
-def _ask_for_rows(model: nn.Module, path: str, rows: int, roles: tuple[Role, ...]) -> str:
+def heights(model: nn.Module) -> Callable[[], Mapping[str, set[int]]]:
+    """The rows of the linear layers of ``model`` that each suffix of a path names; found when first asked."""
+
+    @cache
+    def found() -> Mapping[str, set[int]]:
+        rows: dict[str, set[int]] = {}
+        for path, module in model.named_modules():
+            if path and is_linear(module) and (shape := declared_shape(module)) is not None:
+                for suffix in suffixes(path):
+                    rows.setdefault(suffix, set()).add(shape[0])
+        return rows
+
+    return found
+
+
+def _ask_for_rows(path: str, rows: int, roles: tuple[Role, ...], named: Mapping[str, set[int]]) -> str:
     """The reason, with the shortest pattern that names no weight of another height."""
-    parts = path.split(".")
-    patterns = [".".join(parts[-i:]) for i in range(1, len(parts) + 1)]
-    others = [
-        other
-        for other, module in model.named_modules()
-        if other and is_linear(module) and (declared_shape(module) or (rows,))[0] != rows
-    ]
-    pattern = next((each for each in patterns if not any(matches(other, each) for other in others)), path)
+    pattern = next((each for each in suffixes(path) if named.get(each, {rows}) == {rows}), path)
     said = ", ".join(f'"{role}": rows' for role in roles)
     return (
         f"{path}: it is not known where {' and '.join(roles)} lie in its {rows} rows; give them with "

@@ -38,3 +38,9 @@ def starred(name: str) -> str:
 
 def _is(part: str, wanted: str) -> bool:
     return part == wanted or fnmatchcase(part, wanted)
+
+
+def suffixes(path: str) -> list[str]:
+    """The last part of ``path``, its last two, and so on: the patterns without wildcards that name it."""
+    own = path.split(".")
+    return [".".join(own[-i:]) for i in range(1, len(own) + 1)]

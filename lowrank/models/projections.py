@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowrank.linalg.rows import Rows, height, shifted
 from lowrank.models.experts import GATED, stacks_of
 from lowrank.models.families import INDEXERS, ROUTERS, Role
-from lowrank.models.fused import Doubt, Fused, attending, blocks_of
+from lowrank.models.fused import Doubt, Fused, attending, blocks_of, heights
 from lowrank.models.fused_beside import fused_beside
 from lowrank.models.patterns import SHARED, matches, matches_label, parts
 from lowrank.models.storage import declared_shape, is_linear, rows_of
@@ -161,20 +161,25 @@ def on_weight(model: nn.Module, p: Projection) -> bool:
 
 
 def _scan(model: nn.Module, fused: Fused) -> Iterator[Found]:
-    attends = attending(model)
+    attends, rows_named = attending(model), heights(model)
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # its layers are not Python's
             continue
         if isinstance(module, nn.MultiheadAttention):
             yield from _attention(path, module)
         elif is_linear(module):
-            yield from _linear(model, path, module, fused, attends)
+            yield from _linear(model, path, module, fused, attends, rows_named)
         else:
             yield from _experts(path, module)
 
 
 def _linear(
-    model: nn.Module, path: str, module: nn.Module, fused: Fused, attends: Callable[[str], bool]
+    model: nn.Module,
+    path: str,
+    module: nn.Module,
+    fused: Fused,
+    attends: Callable[[str], bool],
+    rows_named: Callable[[], Mapping[str, set[int]]],
 ) -> Iterator[Found]:
     shape = declared_shape(module)
     assert shape is not None
@@ -189,7 +194,7 @@ def _linear(
         doubt = Doubt(f"{path}: {instead} is called instead", adaptable=False)
         yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), doubt
         return
-    blocks = blocks_of(model, path, rows, columns, fused, attends)
+    blocks = blocks_of(model, path, rows, columns, fused, attends, rows_named)
     if isinstance(blocks, Doubt):
         doubt = _routes(model, path) or blocks
         yield Projection(path, "weight", (0, rows), Role.OTHER, columns, rows), doubt

@@ -12,6 +12,7 @@ from lowrank.models.beside import further, unheld
 from lowrank.models.fused import Doubt, Fused
 from lowrank.models.heads import output_heads
 from lowrank.models.listing import as_names, large_weights, listed, nearest, under
+from lowrank.models.named import named_by
 from lowrank.models.patterns import matches
 from lowrank.models.projections import Projection, Role, Roles, scan, telling
 from lowrank.models.towers import within
@@ -67,7 +68,9 @@ def select(
     held_by_none = [name for name, path in unheld(model, doubts).items() if not inside_trained(path)]
     doubts = {p: doubt for p, doubt in doubts.items() if not inside_trained(p.module)}
     besides = {p: doubt for p, doubt in further(model).items() if not inside_trained(p.module)}
-    known = _Known(model, doubts, output_heads(model), held_by_none, besides)
+    known = _Known(
+        model, doubts, output_heads(model), held_by_none, besides, named_by(doubts), named_by(besides)
+    )
 
     excluded = {p for name in excludes for p in known.named(name, excluding=True)}
     meant: dict[str, set[Projection]] = {}
@@ -104,7 +107,8 @@ def select(
         more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
         raise ValueError(f"{broken[0]}; it cannot be adapted: leave it out with exclude={more}")
     in_order = [p for p in doubts if p in chosen]
-    spelled = {name: [p for p in in_order if p in hits] for name, hits in meant.items()}
+    place = {p: i for i, p in enumerate(in_order)}
+    spelled = {name: sorted(place.keys() & hits, key=place.__getitem__) for name, hits in meant.items()}
     return Selection(in_order, notes, left_out, spelled)
 
 
@@ -117,6 +121,8 @@ class _Known:
     heads: Mapping[str, str]
     unheld: Sequence[str]
     further: Mapping[Projection, Doubt | None]
+    linear_by_name: Callable[[str], list[Projection]]
+    further_by_name: Callable[[str], list[Projection]]
 
     def named(self, name: str, *, excluding: bool = False) -> set[Projection]:
         """The projections that ``name`` means; raises ValueError where it means nothing."""
@@ -135,14 +141,15 @@ class _Known:
                 return hits
         # A name that linear projections have means these alone; embeddings and convolutions it means by
         # their whole path, or where nothing linear is called so.
-        hits = {p for p in self.doubts if p.is_called(name)}
+        hits = set(self.linear_by_name(name))
         if excluding or not hits:
-            hits |= {p for p in self.further if p.is_called(name)}
+            hits.update(self.further_by_name(name))
         hits |= {p for p in self.further if p.name == name}
         if excluding:
-            inside = [path for path, _ in self.model.named_modules() if path and matches(path, name)]
-            hits |= {p for p in (*self.doubts, *self.further) if under(inside)(p.module)}
-            if inside:
+            named = [path for path, _ in self.model.named_modules() if path and matches(path, name)]
+            inside = under(named)
+            hits |= {p for p in (*self.doubts, *self.further) if inside(p.module)}
+            if named:
                 return hits
         if hits:
             return hits

@@ -13,7 +13,7 @@ from lowrank.models.patterns import matches
 def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
     """Paths of the modules that ``train`` names; a path below another of them is left out."""
     paths = [path for path, _ in model.named_modules() if path]
-    found: list[str] = []
+    found: dict[str, None] = {}
     for pattern in as_names(train, "train"):
         hits = [path for path in paths if matches(path, pattern)]
         if not hits:
@@ -25,5 +25,6 @@ def trained_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
                     f"train={pattern!r} names {hit}, a {kind.__name__}, which is never called: "
                     f"name what it holds, such as {pattern + '.*'!r}"
                 )
-        found += [hit for hit in hits if hit not in found]
-    return [path for path in found if not under([p for p in found if p != path])(path)]
+        found |= dict.fromkeys(hits)
+    inside = under(found)
+    return [path for path in found if not inside(path.rpartition(".")[0])]

@@ -6,7 +6,7 @@ two, one inside the other, it is the inner one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
@@ -22,7 +22,8 @@ def unused(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
 def unmoved(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
     """Layers whose gradient is there and exactly zero in all that they train, by their path."""
     found = _chosen(model, parameters, lambda p: p.grad is not None and not whole(p.grad).any())
-    return [layer for layer, names in found.items() if names == [layer] and layer in _layers(model)]
+    layers = _layers(model)
+    return [layer for layer, names in found.items() if names == [layer] and layer in layers]
 
 
 def _chosen(
@@ -34,7 +35,7 @@ def _chosen(
     held: dict[str, list[nn.Parameter]] = {}
     for parameter in parameters:
         name = names.get(parameter, f"one of shape {tuple(parameter.shape)}")
-        above = (path for path in reversed(layers) if name.startswith(f"{path}."))
+        above = (path for path in _above(name) if path in layers)
         held.setdefault(next(above, name), []).append(parameter)
     found = {}
     for name, members in held.items():
@@ -49,6 +50,11 @@ def _chosen(
     return found
 
 
-def _layers(model: nn.Module) -> list[str]:
-    """Outermost first."""
-    return [path for path, module in model.named_modules() if path and getattr(module, "is_layer", False)]
+def _above(name: str) -> Iterator[str]:
+    """The paths of the modules that hold the parameter ``name``, the innermost first."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def _layers(model: nn.Module) -> set[str]:
+    return {path for path, module in model.named_modules() if path and getattr(module, "is_layer", False)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,7 +18,7 @@ from lowrank.models.kinds import kind_of
 from lowrank.models.projections import Projection, on_weight
 from lowrank.models.storage import is_linear, packed, weight_shape
 from lowrank.processes import in_parts
-from lowrank.wrapping.resizing import vocabulary_problem
+from lowrank.wrapping.resizing import layers_of_tokens, vocabulary_problem
 
 PARALLEL = frozenset(
     "DistributedDataParallel DataParallel FullyShardedDataParallel FSDPModule ReplicateModule "
@@ -105,7 +105,7 @@ def check_whole(model: nn.Module, what: str) -> None:
 def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> list[str]:
     """A line for each of ``projections`` that ``model`` does not have in that shape."""
     problems, projections = [], list(projections)
-    modules = dict(model.named_modules())
+    modules, tokens = dict(model.named_modules()), layers_of_tokens(model)
     shared = {(p.module, p.param) for p in projections if p.shared != 1}
     for p in projections:
         module = modules.get(p.module)
@@ -125,7 +125,7 @@ def projection_problems(model: nn.Module, projections: Iterable[Projection]) -> 
         if p.shared == 1 and (p.module, p.param) in shared:
             problems.append(f"{p.name}: another adapter of this plan is shared by all experts of the weight")
             continue
-        if problem := vocabulary_problem(model, p, (rows, columns)):
+        if problem := vocabulary_problem(module, p, (rows, columns), tokens):
             problems.append(problem)
             continue
         fit = lie_within(p.rows, rows) and height(p.rows) == p.out_features
@@ -187,6 +187,7 @@ def check_layers(
                 f"{said} cannot act on {held[0]} ({len(held)} in all), which is adapted on the "
                 f"weight: use {off}, or leave these out with exclude="
             )
+    holders = _holders(model) if train else {}
     for path in train:
         module = model.get_submodule(path)
         for name, stored in module.named_parameters():
@@ -195,18 +196,24 @@ def check_layers(
                     f"train={path!r}: expected floating-point weights, got {name} in {stored.dtype}: "
                     "keep this module from being quantized, or adapt it instead"
                 )
-        tied = _tied_outside(model, module)
+        tied = _tied_outside(module, holders)
         if tied:
             raise ValueError(
                 f"train={path!r}: its weight is tied to {tied}, and a copy trained apart would break the tie"
             )
 
 
-def _tied_outside(model: nn.Module, module: nn.Module) -> str | None:
+def _holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """The modules that hold each parameter, by its id, in the model's order, each with its path."""
+    held: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            held.setdefault(id(parameter), []).append((path, module))
+    return held
+
+
+def _tied_outside(module: nn.Module, holders: Mapping[int, Sequence[tuple[str, nn.Module]]]) -> str | None:
     """The name of a module outside ``module`` that holds one of its parameters."""
     inside = set(module.modules())
-    own = {id(p) for p in module.parameters()}
-    for path, other in model.named_modules():
-        if other not in inside and any(id(p) in own for p in other.parameters(recurse=False)):
-            return path or type(other).__name__
-    return None
+    beside = (each for p in module.parameters() for each in holders[id(p)])
+    return next((path or type(other).__name__ for path, other in beside if other not in inside), None)

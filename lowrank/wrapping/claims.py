@@ -17,6 +17,7 @@ from lowrank.layers.tree import base_modules, hung_at, original
 from lowrank.linalg.rows import pieces
 from lowrank.models.beside import further
 from lowrank.models.fingerprint import Sample, difference, differences, of_projection, of_tensor
+from lowrank.models.listing import under
 from lowrank.models.projections import Projection, find_projections
 from lowrank.models.storage import weight_shape
 from lowrank.models.tokens import row_problems
@@ -67,7 +68,7 @@ def plan_differences(plan: Plan, saved: Any) -> list[str]:
 def plan_problems(model: nn.Module, plan: Plan) -> list[str]:
     """A line for each projection and each trained module that this model does not have like that."""
     known = {(p.module, p.param) for p in (*find_projections(model), *further(model))}
-    strange = [p for p in plan.adapted if (p.module, p.param) not in known or p.rows[0] < 0]
+    strange = dict.fromkeys(p for p in plan.adapted if (p.module, p.param) not in known or p.rows[0] < 0)
     problems = [f"{p.name}: the model has no such weight" for p in strange]
     problems += projection_problems(model, [p for p in plan.adapted if p not in strange])
     if not problems:  # all rows are there
@@ -158,9 +159,9 @@ def samples_of_the_rest(root: nn.Module, plan: Plan) -> dict[str, Sample]:
         rows[p.module, p.param] += p.out_features * p.shared
     found: dict[str, Sample] = {}
     seen: set[int] = set()
-    aside = left_aside(root, plan)
+    aside, trained = left_aside(root, plan), under(plan.train)
     for path, hung in base_modules(root).items():
-        if any(f"{path}.".startswith(f"{name}.") for name in plan.train):
+        if trained(path):
             continue
         module = original(hung)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):

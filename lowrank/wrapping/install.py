@@ -111,12 +111,14 @@ class Fittings:
         self,
         name: str,
         plan: Plan,
-        adapters: Mapping[Projection, Adapter],
+        adapters: dict[Projection, Adapter],
         offsets: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Hangs up the adapters of ``name``, and copies of the modules that it trains. The first one acts.
 
-        ``offsets`` are those of the rows that it trains, by module path; zero where they are not given.
+        ``adapters`` is empty afterwards: those of experts are copied into stacks, and let go one module after
+        the other. ``offsets`` are those of the rows that it trains, by module path; zero where they are not
+        given.
         """
         root, state = self.root, self.state
         if state is None:
@@ -127,8 +129,8 @@ class Fittings:
         layers: dict[nn.Module, list[Adapter]] = {}
         weights: dict[nn.Module, dict[str, list[Adapter]]] = {}
         shared = {(root.get_submodule(p.module), p.param) for p in adapters if p.shared > 1}
-        for p, adapter in adapters.items():
-            module = root.get_submodule(p.module)
+        for p in list(adapters):
+            module, adapter = root.get_submodule(p.module), adapters.pop(p)
             if on_weight(root, p):
                 weights.setdefault(module, {}).setdefault(p.param, []).append(adapter)
                 continue
@@ -146,7 +148,9 @@ class Fittings:
                 )
             held, moved = layers.get(module, []), tokens.get(module)
             self.layers[module].put(name, held, plan.dropout, moved)
-        for module, by_param in weights.items():
+        adapted = list(weights)
+        for module in adapted:
+            by_param = weights.pop(module)
             layouts = {
                 param: Layout(stack.experts, stack.out, stack.transposed, (module, param) in shared)
                 for param, stack in stacks_of(module).items()
@@ -158,7 +162,7 @@ class Fittings:
             else:
                 self.trained[module] = TrainedModule(module, name, state.acting)
         hung = [self.layers[module].adapters[name] for module in {**layers, **tokens}]
-        hung += [self.weights[module][name] for module in weights]
+        hung += [self.weights[module][name] for module in adapted]
         warn_at_first_backward(root, name, dict.fromkeys(p for held in hung for p in trained_within(held)))
 
     def _tokens(

@@ -15,6 +15,7 @@ from torch import nn
 from lowrank.allocate.base import Allocation
 from lowrank.allocate.budget import Costs
 from lowrank.models.experts import active_experts, within_experts
+from lowrank.models.named import named_by
 from lowrank.models.projections import Projection, telling
 from lowrank.policy import Policy
 
@@ -111,8 +112,11 @@ def winning(said: Iterable[str], projections: Sequence[Projection], what: str) -
     Raises ValueError where one matches none.
     """
     found: dict[Projection, str] = {}
+    named, of_role = named_by(projections), dict[str, list[Projection]]()
+    for p in projections:
+        of_role.setdefault(p.role.value, []).append(p)
     for pattern in sorted(said, key=len):
-        hits = [p for p in projections if pattern == p.role.value or p.is_called(pattern)]
+        hits = [*of_role.get(pattern, ()), *named(pattern)]
         if not hits:
             ends = list(dict.fromkeys(p.module.rpartition(".")[2] for p in projections))
             raise ValueError(
@@ -131,15 +135,21 @@ def matched(
         meant: what each name in the target means.
     """
     found = {}
+    place = {p: i for i, p in enumerate(projections)}
+    shared: dict[tuple[str, str, str], list[Projection]] = {}
+    for p in projections:
+        if p.shared > 1:
+            shared.setdefault((p.module, p.param, p.role), []).append(p)
     for name, hits in meant.items():
-        each, weights = set(hits), {(p.module, p.param, p.role) for p in hits}
-        found[f"target={name!r}"] = [
-            p for p in projections if p in each or (p.shared > 1 and (p.module, p.param, p.role) in weights)
-        ]
+        instead = (each for p in hits for each in shared.get((p.module, p.param, p.role), ()))
+        found[f"target={name!r}"] = sorted(place.keys() & {*hits, *instead}, key=place.__getitem__)
     for what, said in (("ranks", policy.ranks), ("alphas", policy.alphas)):
         counts = winning(said, projections, what)
-        for pattern, value in said.items():
-            found[f"{what}[{pattern!r}]={value}"] = [p for p in projections if counts.get(p) == pattern]
+        won: dict[str, list[Projection]] = {pattern: [] for pattern in said}
+        for p in projections:
+            if p in counts:
+                won[counts[p]].append(p)
+        found |= {f"{what}[{pattern!r}]={value}": won[pattern] for pattern, value in said.items()}
     for pattern, role in policy.roles.items():
         told = [p for p in projections if telling(p, policy.roles) == pattern]
         found[f"roles[{pattern!r}]={role}"] = told

@@ -5,6 +5,7 @@ It would put a plain layer in the place of the adapted one, or stop half-way. It
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -48,19 +49,26 @@ def allow_resizing(root: nn.Module) -> None:
             del module.__dict__[RESIZE]
 
 
-def vocabulary_problem(model: nn.Module, p: Projection, shape: tuple[int, int]) -> str:
+def layers_of_tokens(model: nn.Module) -> set[nn.Module]:
+    """The embeddings and output heads of the models of transformers in ``model``."""
+    return {each for m in model.modules() if hasattr(type(m), RESIZE) for each in _layers_of_tokens(m)}
+
+
+def vocabulary_problem(
+    module: nn.Module, p: Projection, shape: tuple[int, int], tokens: Collection[nn.Module]
+) -> str:
     """What is wrong where ``p`` is a whole embedding or output head for another number of tokens; else empty.
 
     Args:
-        shape: ``(rows, in)`` of the weight that ``model`` has in its place.
+        module: what the model has at the path of ``p``.
+        shape: ``(rows, in)`` of its weight.
+        tokens: the model's `layers_of_tokens`.
     """
-    module = model.get_submodule(p.module)
     rows, columns = shape
     if is_embedding(module):
         then, now, fits = p.in_features, columns, p.out_features == rows
     else:
-        heads = (each for m in model.modules() if hasattr(type(m), RESIZE) for each in _layers_of_tokens(m))
-        if p.block or not any(each is module for each in heads):
+        if p.block or module not in tokens:
             return ""
         then, now, fits = p.out_features, rows, p.in_features == columns
     if then == now or not fits:
