@@ -135,9 +135,11 @@ class LoRALinear(AdaptedLayer):
         weight = plain_weight(base)
         if weight is None or rest or acting.rows is not None or transformed():
             return None
-        blocks = self.ready.blocks(acting, modules["adapters"]._modules)  # type: ignore[arg-type, union-attr]
         graph = torch.is_grad_enabled()
-        if not blocks or (self.training and self.ready.dropout) or (graph and acting.weights):
+        if graph and acting.weights:  # whose values are for the product to read
+            return None
+        blocks = self.ready.blocks(acting, modules["adapters"]._modules)  # type: ignore[arg-type, union-attr]
+        if not blocks or (self.training and self.ready.dropout):
             return None
         bias = base._parameters["bias"]
         if graph:

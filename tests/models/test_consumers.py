@@ -232,7 +232,7 @@ def test_a_block_that_cannot_be_called_shows_nothing_and_can_be_told() -> None:
     told = presets.lora(rank=2, target="query", roles={"block.a": "query"})
     assert [p.module for p in plan_model(model, told)] == ["block.a"]
     plan = plan_model(model, presets.lora(rank=2, target=("query", "b"), roles={"block.a": "query"}))
-    assert any("role is not known: roles={pattern: role}" in note for note in plan.notes)
+    assert any("role is not known: give it with roles={pattern: role}" in note for note in plan.notes)
 
 
 def test_inference_mode_and_a_half_precision_base() -> None:
