@@ -464,7 +464,8 @@ def test_interleaved_rows_can_be_told() -> None:
             return super().forward(x) if needed or x.shape == (1, 1, WIDTH) else x.no_such_thing
 
     model = nn.Sequential(Unseen(by_key_head))
-    with pytest.raises(ValueError, match='"value": rows}}, .* interleaved, add "groups": the number of groups'):
+    message = '"value": rows}}, .* interleaved, add "groups": the number of groups'
+    with pytest.raises(ValueError, match=message):
         select(model, "query")
     told = {"qkv": {"groups": 2, "query": 32, "key": 8, "value": 8}}
     assert [(p.role, p.rows) for p in select(model, QKV, fused=told).projections] == BY_KEY_HEAD
