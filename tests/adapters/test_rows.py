@@ -89,7 +89,7 @@ def test_several_train_in_one_step() -> None:
         got = [parameter.grad.clone() for parameter in parameters]
         with lowrank.use_adapters(model, name):
             wanted = torch.autograd.grad(loss(model(**batch).logits, rows), parameters)
-        torch.testing.assert_close(got, list(wanted), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(got, list(wanted), rtol=1e-3, atol=1e-5)
         assert all(gradient.any() for gradient in got)
     assert all(parameter.grad is None for parameter in lowrank.adapter_parameters(model, "it"))
 

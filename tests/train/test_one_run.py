@@ -61,8 +61,10 @@ def test_a_signal_while_saving_leaves_that_checkpoint_whole(
     assert same(whole, model) and bare(again) == bare(history)
 
 
-def test_a_signal_in_the_last_step_is_not_lost(tmp_path: Path) -> None:
+def test_a_signal_in_the_last_step_is_not_lost(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """All is saved, and then it does what it does elsewhere."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt) as interrupted:
         run(tmp_path, evaluate=Evaluate(1, signal.SIGINT), evaluate_every=8)
     assert len(interrupted.value.history) == 8  # type: ignore[attr-defined]
