@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType, NoneType
 from typing import Any
 
@@ -41,8 +41,12 @@ def copied(
         NoCopyError: it holds a module that is not in it, a tensor that is not `is_plain` or whole numbers,
             an open file or a lock, or the copy would hold more than `MOST` numbers.
     """
+    given = given or {}
+    _refuse_too_many(
+        each.numel() for each in (*module.parameters(), *module.buffers()) if id(each) not in given
+    )
     file = io.BytesIO()
-    writer = _Writer(file, module, new, device, given or {})
+    writer = _Writer(file, module, new, device, given)
     try:
         writer.dump(module)
         file.seek(0)
@@ -72,6 +76,11 @@ def can_be_copied(module: nn.Module) -> bool:
     This is quick, and `copied` may still find something that it cannot copy.
     """
     return all(map(_has_a_copy, (*module.parameters(), *module.buffers())))
+
+
+def _refuse_too_many(numbers: Iterable[int]) -> None:
+    if sum(numbers) > MOST:
+        raise NoCopyError(f"a copy would hold more than {MOST} numbers")
 
 
 def _has_a_copy(tensor: Tensor) -> bool:
@@ -133,8 +142,7 @@ class _Writer(pickle.Pickler):
             if not _has_a_copy(tensor):
                 raise NoCopyError(f"it holds a {type(tensor).__name__} of {tensor.dtype}")
             self.numbers += tensor.numel()
-            if self.numbers > MOST:
-                raise NoCopyError(f"a copy would hold more than {MOST} numbers")
+            _refuse_too_many([self.numbers])
             made = self.new(tensor if isinstance(tensor, nn.Parameter) else tensor.detach())
         return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 

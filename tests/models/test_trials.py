@@ -189,6 +189,22 @@ def test_a_block_too_large_for_a_copy_is_not_tried(monkeypatch: pytest.MonkeyPat
     assert found(with_touch(lambda block, x: None)) == TOLD
 
 
+def test_numbers_that_are_too_many_are_counted_before_any_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, made = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)), list[Tensor]()
+    monkeypatch.setattr(copies, "MOST", 8 + 2 * 20 + 8)  # one less than with the batches that it has seen
+
+    def new(tensor: Tensor) -> Tensor:
+        made.append(tensor)
+        return tensor.clone()
+
+    with pytest.raises(NoCopyError, match="more than 56 numbers"):
+        copied(block, new, CPU)
+    assert not made
+    weight = block[0].weight
+    copied(block, new, CPU, {id(weight): weight.detach()})
+    assert made
+
+
 def test_a_module_whose_train_gives_nothing() -> None:
     class Silent(Gated):
         def train(self, mode: bool = True) -> None:  # type: ignore[override]
