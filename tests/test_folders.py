@@ -370,7 +370,7 @@ class Unprintable(Sparse):
 
 INITS: dict[str, Any] = {
     "theirs": Sparse(),
-    "theirs by role": ByRole({Role.QUERY: Sparse(0.25)}, otherwise=Kaiming()),
+    "theirs by role": ByRole({Role.UP: Sparse(0.25)}, otherwise=Kaiming()),
     "unprintable": Unprintable(),
 }
 
@@ -395,6 +395,15 @@ def test_an_initializer_of_somebody_else(case: str, tmp_path: Path) -> None:
     assert dict(base.named_modules()) == modules
     plan.init = Kaiming()
     lowrank.wrap_model(base, plan)
+
+
+def test_an_initializer_of_somebody_else_for_a_role_that_is_not_there(tmp_path: Path) -> None:
+    init = ByRole({Role.QUERY: Sparse()}, otherwise=Kaiming())
+    plan = lowrank.plan_model(net(), presets.lora(rank=2, target="up", init=init), progress=False)
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again.to_json() == plan.to_json()
+    assert lowrank.adapted_layers(lowrank.wrap_model(net(), again, progress=False))
 
 
 RENAMED: list[Any] = [

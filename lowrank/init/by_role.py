@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import getattr_static
 
 from lowrank.init.base import (
     NOTHING,
@@ -39,7 +40,9 @@ class ByRole(Start):
             raise ValueError(f"no such role: {', '.join(unknown)}; there are {', '.join(Role)}")
         named = {Role(key): choice for key, choice in self.choices.items()}
         for choice in [*named.values(), *([] if self.otherwise is None else [self.otherwise])]:
-            if isinstance(choice, type) or not isinstance(choice, Initializer):
+            # `needs` is looked up and not asked: of an initializer that cannot be made here it raises
+            known = callable(choice) and getattr_static(choice, "needs", None) is not None
+            if isinstance(choice, type) or not known:
                 raise ValueError(f"expected an initializer, such as Kaiming(), got {choice!r}")
         object.__setattr__(self, "choices", named)
 

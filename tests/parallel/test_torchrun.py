@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = """
+SCRIPT = r"""
 import os
+import sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +35,8 @@ model = lowrank.wrap_model(zoo.build("llama"), lowrank.presets.lora(rank=2), pro
 model = DistributedDataParallel(model) if kind == "DDP" else sharded(model)
 batches = [zoo.batch("llama", seed=seed) for seed in range(4)][dist.get_rank()::2]
 history = lowrank.train.fit(model, batches, loss, log=os.environ["LOG"])
-print("done", dist.get_rank(), len(history), flush=True)
+sys.stdout.write(f"done {dist.get_rank()} {len(history)}\n")  # at once: both write to one pipe
+sys.stdout.flush()
 dist.destroy_process_group()
 """
 
