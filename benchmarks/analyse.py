@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.studies.cells import Result, read
+from benchmarks.studies.tasks import TASKS
 
 BASELINE = "lora"
 # Student's t for a two-sided interval of 95 %, by degrees of freedom.
@@ -127,9 +128,14 @@ def table(setting: dict[str, Sweep]) -> Iterator[str]:
 def over_tasks(settings: dict[str, dict[str, Sweep]]) -> Iterator[str]:
     """One Markdown row a method: the difference from LoRA in each task, and over all runs that pair.
 
+    Language models are left out: nats and shares of right answers have no mean.
+
     Args:
         settings: by task, of one rank and match.
     """
+    settings = {name: setting for name, setting in settings.items() if not TASKS[name].generates}
+    if not settings:
+        return
     in_all = set.intersection(*(set(setting) for setting in settings.values()))
     rows: list[tuple[float, str]] = []
     for method in sorted(in_all - {BASELINE}) if len(settings) > 1 and BASELINE in in_all else ():
@@ -251,10 +257,10 @@ def main() -> None:
         rows = list(over_tasks(together))
         if rows:
             lines += [
-                f"## All tasks, rank {rank}, equal {match}: the difference from LoRA",
+                f"## All classification, rank {rank}, equal {match}: the difference from LoRA",
                 "",
-                "Methods that were run in every task. The interval takes every pair of runs for a draw of "
-                "its own; tasks differ, so it says nothing of a task that is not here.",
+                "Methods that were run in each of these tasks. The interval takes every pair of runs for a "
+                "draw of its own; tasks differ, so it says nothing of a task that is not here.",
                 "",
                 *rows,
                 "",

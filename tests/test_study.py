@@ -70,6 +70,20 @@ def test_a_table_compares_by_seed_at_each_ones_best_rate() -> None:
     )
 
 
+def test_tasks_are_pooled_where_their_scores_have_one_unit() -> None:
+    def of(task: str, method: str, score: float) -> Result:
+        cell = Cell(task, method, 8, "parameters", 1e-3, 0)
+        return Result(cell, score, {"trainable": 1000, "evaluations": {}})
+
+    scores = {"wordnet": (0.5, 0.6), "reuters": (0.9, 0.8), "definitions": (-2.0, -4.0)}
+    rows = [of(t, m, s) for t, pair in scores.items() for m, s in zip(("lora", "pissa"), pair, strict=True)]
+    settings = {task: setting for (task, _, _), setting in analyse.sweeps(rows).items()}
+    header, _, row = analyse.over_tasks(settings)
+    assert header == "|method|wordnet|reuters|all (runs)|"
+    assert row == "| pissa | +0.1000 | -0.1000 | +0.0000 ± 1.2710 (2) |"
+    assert list(analyse.over_tasks({"definitions": settings["definitions"]})) == []
+
+
 def test_the_step_that_reaches_a_score_is_interpolated() -> None:
     run = result(-6, 0.6)
     assert analyse.steps_to(run, 0.4) == pytest.approx(15.0)
