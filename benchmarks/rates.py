@@ -30,6 +30,7 @@ from lowrank.train.rate import BATCHES, Turns, mean_ratio, measured_rate, turnin
 
 Setting = tuple[str, str, int, str]
 RANK = 8  # the one that the rule was fitted at
+VOCABULARY = 49152  # of SmolLM2
 PAPERS = {  # the best rate over LoRA's, 2602.04998; of LoRA+ the geometric mean of both rates is LoRA's
     "pissa": 1 / 10, "olora": 1 / 18.2, "lora-ga": 1 / 18.2, "milora": 1 / 3.2, "lora+": 1 / 4,
 }  # fmt: skip
@@ -104,9 +105,11 @@ def judge(study: Path, measured: Path) -> None:
     curves: dict[Setting, dict[float, float]] = {}
     for result in read(study):
         if result.cell.seed == 0:
-            curves.setdefault(result.cell.setting, {})[result.cell.lr] = result.score or 0.0
+            score = _score_of_chance(result.cell.task) if result.score is None else result.score
+            curves.setdefault(result.cell.setting, {})[result.cell.lr] = score
     known = [setting for setting in curves if rows.get(setting, {}).get("turns", {}).get("0")]
     fitted = [s for s in known if TASKS[s[0]].development and s[2] == RANK]
+    elsewhere = [s for s in known if not TASKS[s[0]].development]
     best = {setting[1]: max(curves[setting], key=curves[setting].__getitem__) for setting in fitted}
     rules: dict[str, Callable[[Setting], float | None]] = {
         'lr="auto"': lambda s: measured_rate(Turns(*rows[s]["turns"]["0"])) / rows[s]["mean ratio"],
@@ -116,14 +119,13 @@ def judge(study: Path, measured: Path) -> None:
     }
     kinds = {
         "the task that it was fitted on": fitted,
-        "other tasks": [s for s in known if not TASKS[s[0]].development and s[2] == RANK],
+        "other tasks": [s for s in elsewhere if s[2] == RANK and not TASKS[s[0]].generates],
+        "a language model": [s for s in elsewhere if s[2] == RANK and TASKS[s[0]].generates],
         "other ranks": [s for s in known if s[2] != RANK],
     }
     for where, settings in kinds.items():
         for name, rule in rules.items():
-            losses = {
-                s: 1 - _at(curves[s], rate) / max(curves[s].values()) for s in settings if (rate := rule(s))
-            }
+            losses = {s: _loss(curves[s], rate) for s in settings if (rate := rule(s))}
             if not losses:
                 continue
             near, worst = sum(loss <= 0.01 for loss in losses.values()), max(losses, key=losses.__getitem__)
@@ -132,6 +134,17 @@ def judge(study: Path, measured: Path) -> None:
                 f"{where}, {name}: within 1 % in {near} of {len(losses)}, mean loss {mean:.2%}, "
                 f"worst {losses[worst]:.1%} ({worst[1]} on {worst[0]})"
             )
+
+
+def _score_of_chance(task: str) -> float:
+    """What a run that diverged counts: no right answer, or every token as likely as any other."""
+    return -log(VOCABULARY) if TASKS[task].generates else 0.0
+
+
+def _loss(curve: dict[float, float], rate: float) -> float:
+    """The share of the best score that is missed at ``rate``; the scores of a language model are negative."""
+    best = max(curve.values())
+    return (best - _at(curve, rate)) / abs(best)
 
 
 def _at(curve: dict[float, float], rate: float) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import analyse
+from benchmarks import analyse, rates
 from benchmarks.studies.cells import Cell, Result, half_decade, nearest, read, wanted
 from benchmarks.studies.methods import HEAD_LR, METHODS, prepare
 from benchmarks.studies.tasks import Data
@@ -82,6 +82,15 @@ def test_tasks_are_pooled_where_their_scores_have_one_unit() -> None:
     assert header == "|method|wordnet|reuters|all (runs)|"
     assert row == "| pissa | +0.1000 | -0.1000 | +0.0000 ± 1.2710 (2) |"
     assert list(analyse.over_tasks({"definitions": settings["definitions"]})) == []
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.4, 0.8), (-3.0, -2.0)])
+def test_what_a_rate_loses_is_a_share_of_the_best_score(low: float, high: float) -> None:
+    curve = {1e-4: low, 1e-2: high}
+    assert rates._loss(curve, 1e-2) == rates._loss(curve, 1.0) == 0
+    assert rates._loss(curve, 1e-4) == pytest.approx(0.5)
+    assert rates._loss(curve, 1e-3) == pytest.approx(0.25)
+    assert rates._score_of_chance("wordnet") == 0 > -10 > rates._score_of_chance("definitions")
 
 
 def test_the_step_that_reaches_a_score_is_interpolated() -> None:
