@@ -92,11 +92,11 @@ class Checkpoints:
     def _fill(self, partial: Path, step: int, state: Mapping[str, Any]) -> None:
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        content = buffer.getbuffer()
         name = "process-0.pt"
-        described = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        with buffer.getbuffer() as content:  # held beyond an error, it would keep the buffer from closing
+            described = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            (partial / name).write_bytes(content)
         manifest = {"format": FORMAT, "step": step, "torch": torch.__version__, "files": {name: described}}
-        (partial / name).write_bytes(content)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for path in (partial / name, partial / MANIFEST, partial):
             sync(path)

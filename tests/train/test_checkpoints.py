@@ -174,10 +174,11 @@ def test_a_signal_stops_after_the_step(number: int, tmp_path: Path, caplog: pyte
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = run(tmp_path / "whole")
-    write = Path.write_bytes
+    write, lost = Path.write_bytes, []
 
     def full(path: Path, content: Any) -> int:
         if "00000006" in str(path):
+            lost.append(content)
             write(path, bytes(content)[:100])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(path, content)
@@ -188,6 +189,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch
     assert "step 6 cannot be written" in str(caught.value) and "No space left on device" in str(caught.value)
     assert "the last good one is" in str(caught.value) and "step-00000004" in str(caught.value)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-00000002", "step-00000004"]
+    with pytest.raises(ValueError, match="released"):  # else Python 3.13 fails to close its buffer, later
+        len(lost[0])
     assert same(whole, run(tmp_path / "run")[0])
 
 
