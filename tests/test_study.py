@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import analyse, rates
+from benchmarks.studies import tasks
 from benchmarks.studies.cells import Cell, Result, half_decade, nearest, read, wanted
 from benchmarks.studies.methods import HEAD_LR, METHODS, prepare
 from benchmarks.studies.tasks import Data
@@ -98,6 +99,15 @@ def test_the_step_that_reaches_a_score_is_interpolated() -> None:
     assert analyse.steps_to(run, 0.4) == pytest.approx(15.0)
     assert analyse.steps_to(run, 0.1) == 10.0
     assert analyse.steps_to(run, 0.7) is None
+
+
+def test_a_dialogue_goes_on_within_an_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [("0101", "Monica", "Not  even a date."), ("0101", "Joey", "Sure."), ("0102", "Ross", "Hi.")]
+    lines = [f"01\t01\t{episode}\tTitle\t{author}\t {text}" for episode, author, text in said]
+    (tmp_path / "friends-transcripts.tab").write_text("\n".join(["Season", "d", "", "", *lines, ""]))
+    monkeypatch.setattr(tasks, "TEXTS", tmp_path)
+    train, test = tasks.dialogue()
+    assert train + test == [("Monica: Not even a date.\nJoey:", " Sure.")]
 
 
 def test_batches_hold_all_rows_once_and_repeat_with_the_seed() -> None:

