@@ -128,12 +128,14 @@ def table(setting: dict[str, Sweep]) -> Iterator[str]:
 def over_tasks(settings: dict[str, dict[str, Sweep]]) -> Iterator[str]:
     """One Markdown row a method: the difference from LoRA in each task, and over all runs that pair.
 
-    Language models are left out: nats and shares of right answers have no mean.
+    Language models are left out, since nats and shares of right answers have no mean, and runs of another
+    length.
 
     Args:
         settings: by task, of one rank and match.
     """
-    settings = {name: setting for name, setting in settings.items() if not TASKS[name].generates}
+    apart = {name for name, task in TASKS.items() if task.generates or task.length}
+    settings = {name: setting for name, setting in settings.items() if name not in apart}
     if not settings:
         return
     in_all = set.intersection(*(set(setting) for setting in settings.values()))

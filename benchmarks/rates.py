@@ -108,6 +108,7 @@ def judge(study: Path, measured: Path) -> None:
             score = _score_of_chance(result.cell.task) if result.score is None else result.score
             curves.setdefault(result.cell.setting, {})[result.cell.lr] = score
     known = [setting for setting in curves if rows.get(setting, {}).get("turns", {}).get("0")]
+    known = [s for s in known if not TASKS[s[0]].length]
     fitted = [s for s in known if TASKS[s[0]].development and s[2] == RANK]
     elsewhere = [s for s in known if not TASKS[s[0]].development]
     best = {setting[1]: max(curves[setting], key=curves[setting].__getitem__) for setting in fitted}

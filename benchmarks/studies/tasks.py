@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +42,7 @@ class Task:
         train, test: rows that a run uses at most.
         steps, size: optimizer steps of a run, and examples a step.
         development: may be used to choose constants and methods; the others only to judge them.
+        length: it is another task in a run of another length, and not pooled with it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Task:
     steps: int = 250
     size: int = 32
     development: bool = False
+    length: bool = False
 
     @property
     def generates(self) -> bool:
@@ -127,6 +129,8 @@ TASKS = {
         Task("dialogue", dialogue, model="smollm2", train=4_000, test=400, steps=80, size=8),
     )
 }
+for name, of, steps in (("wordnet-short", "wordnet", 80), ("definitions-long", "definitions", 160)):
+    TASKS[name] = replace(TASKS[of], name=name, steps=steps, length=True)
 
 
 # -- what a run takes of them ---------------------------------------------------------------------------
@@ -191,7 +195,7 @@ class Data:
 @cache
 def data_of(task: Task) -> Data:
     """The rows of ``task``, tokenised; kept in a file beside the data."""
-    file = CACHE / f"{task.name}-{task.train}-{task.test}-{LENGTH}.pt"
+    file = CACHE / f"{task.rows.__name__}-{task.train}-{task.test}-{LENGTH}.pt"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{Random().getrandbits(32):08x}")
