@@ -134,7 +134,7 @@ def over_tasks(settings: dict[str, dict[str, Sweep]]) -> Iterator[str]:
     Args:
         settings: by task, of one rank and match.
     """
-    apart = {name for name, task in TASKS.items() if task.generates or task.length}
+    apart = {name for name, task in TASKS.items() if task.generates or task.length_of}
     settings = {name: setting for name, setting in settings.items() if name not in apart}
     if not settings:
         return

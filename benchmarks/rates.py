@@ -26,7 +26,7 @@ from benchmarks.studies.methods import HEAD_LR, METHODS, prepare
 from benchmarks.studies.run import CALIBRATION, HEADS, budget_of
 from benchmarks.studies.tasks import TASKS, build, data_of
 from lowrank.train.optim import parameter_groups
-from lowrank.train.rate import BATCHES, Turns, mean_ratio, measured_rate, turning_steps
+from lowrank.train.rate import BATCHES, STEPS, Turns, mean_ratio, measured_rate, turning_steps
 
 Setting = tuple[str, str, int, str]
 RANK = 8  # the one that the rule was fitted at
@@ -48,7 +48,7 @@ def main() -> None:
     known = (
         {tuple(json.loads(line)["setting"]) for line in open(options.out)} if options.out.exists() else set()
     )
-    settings = dict.fromkeys(result.cell.setting for result in read(options.study))
+    settings = dict.fromkeys(_measured_as(result.cell.setting) for result in read(options.study))
     todo = [s for s in settings if s not in known and METHODS[s[1]].has_rank and METHODS[s[1]].peft is None]
     torch.set_num_threads(1)
     with options.out.open("a", buffering=1) as file:
@@ -101,19 +101,25 @@ def measure(setting: Setting, warm: list[int]) -> dict[str, object]:
 
 def judge(study: Path, measured: Path) -> None:
     """Prints the loss against the best swept score, of scores interpolated in the logarithm of the rate."""
-    rows = {tuple(row["setting"]): row for row in map(json.loads, measured.open())}
+    by_setting = {tuple(row["setting"]): row for row in map(json.loads, measured.open())}
     curves: dict[Setting, dict[float, float]] = {}
     for result in read(study):
         if result.cell.seed == 0:
             score = _score_of_chance(result.cell.task) if result.score is None else result.score
             curves.setdefault(result.cell.setting, {})[result.cell.lr] = score
-    known = [setting for setting in curves if rows.get(setting, {}).get("turns", {}).get("0")]
-    known = [s for s in known if not TASKS[s[0]].length]
+    rows = {setting: by_setting.get(_measured_as(setting), {}) for setting in curves}
+    found = [setting for setting in curves if rows[setting].get("turns", {}).get("0")]
+    known = [s for s in found if TASKS[s[0]].length_of is None]
     fitted = [s for s in known if TASKS[s[0]].development and s[2] == RANK]
     elsewhere = [s for s in known if not TASKS[s[0]].development]
     best = {setting[1]: max(curves[setting], key=curves[setting].__getitem__) for setting in fitted}
+
+    def measure_for(s: Setting, steps: int) -> float:
+        return measured_rate(Turns(*rows[s]["turns"]["0"]), steps) / rows[s]["mean ratio"]
+
     rules: dict[str, Callable[[Setting], float | None]] = {
-        'lr="auto"': lambda s: measured_rate(Turns(*rows[s]["turns"]["0"])) / rows[s]["mean ratio"],
+        'lr="auto"': lambda s: measure_for(s, TASKS[s[0]].steps),
+        "the same without the run's length": lambda s: measure_for(s, STEPS),
         "1e-3 for all": lambda s: 1e-3,
         "1e-3 times the papers' factor": lambda s: 1e-3 * PAPERS.get(s[1], 1.0),
         "the method's best rate on WordNet": lambda s: best.get(s[1]),
@@ -122,6 +128,7 @@ def judge(study: Path, measured: Path) -> None:
         "the task that it was fitted on": fitted,
         "other tasks": [s for s in elsewhere if s[2] == RANK and not TASKS[s[0]].generates],
         "a language model": [s for s in elsewhere if s[2] == RANK and TASKS[s[0]].generates],
+        "runs of another length": [s for s in found if TASKS[s[0]].length_of is not None],
         "other ranks": [s for s in known if s[2] != RANK],
     }
     for where, settings in kinds.items():
@@ -135,6 +142,11 @@ def judge(study: Path, measured: Path) -> None:
                 f"{where}, {name}: within 1 % in {near} of {len(losses)}, mean loss {mean:.2%}, "
                 f"worst {losses[worst]:.1%} ({worst[1]} on {worst[0]})"
             )
+
+
+def _measured_as(setting: Setting) -> Setting:
+    """What is measured before a run does not depend on its length."""
+    return TASKS[setting[0]].length_of or setting[0], *setting[1:]
 
 
 def _score_of_chance(task: str) -> float:

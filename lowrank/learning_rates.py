@@ -12,34 +12,43 @@ from lowrank.adapters import adapter_parameters, one_name, plan_of
 from lowrank.batches import Loss
 from lowrank.choosing import use_adapters
 from lowrank.layers.adapter import Adapter
-from lowrank.train.rate import measured_rate, turning_steps
+from lowrank.train.rate import STEPS, measured_rate, turning_steps
 
 
 def plan_learning_rate(
-    model: nn.Module, batches: Iterable[Any], loss: Loss | None = None, name: str | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    name: str | None = None,
+    *,
+    steps: int = STEPS,
 ) -> float:
     """A peak learning rate for the adapter ``name``, measured on the first batches. The adapter's plan keeps
     it as ``plan.learning_rate``.
 
-    It is what ``fit(lr="auto")`` takes for these parameters, which do not include modules trained in full.
-    The adapter acts alone meanwhile; nothing is trained, and every value, gradient and random number is
-    afterwards what it was. Measure before training: a trained adapter gives another rate.
+    It is what ``fit(lr="auto")`` takes for these parameters, which do not include modules trained in full, in
+    a run of so many steps. The adapter acts alone meanwhile; nothing is trained, and every value, gradient
+    and random number is afterwards what it was. Measure before training: a trained adapter gives another
+    rate.
 
     Args:
         batches: a DataLoader or a list; the first six are read, several times.
         loss: ``loss(model, batch) -> scalar``; by default the ``.loss`` of the model's output.
         name: may be left out where there is one adapter.
+        steps: of the optimizer, in the run that the rate is for. A longer run wants a lower rate.
 
     Raises:
-        ValueError: no adapter of that name, one that is frozen, or nothing can be measured: see
-            `lowrank.train.rate.turning_steps`.
+        ValueError: ``steps`` below 1, no adapter of that name, one that is frozen, or nothing can be
+            measured: see `lowrank.train.rate.turning_steps`.
     """
+    if not steps >= 1:
+        raise ValueError(f"steps: expected a positive number, got {steps}")
     name = one_name(model, name)
     moved = [p for p in adapter_parameters(model, name) if p.requires_grad]
     if not moved:
         raise ValueError(f"the adapter {name!r} is frozen: set requires_grad of what it trains first")
     with use_adapters(model, name):
-        rate = measured_rate(turning_steps(model, batches, loss, parameters=moved))
+        rate = measured_rate(turning_steps(model, batches, loss, parameters=moved), steps)
     plan_of(model, name).learning_rate = rate
     return rate
 

@@ -64,6 +64,16 @@ def test_modules_trained_in_full_stay_where_they_are() -> None:
     )
 
 
+def test_the_rate_is_for_a_run_of_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank.train.rate.HIGHEST", float("inf"))
+    model = network()
+    long, run = (lowrank.plan_learning_rate(model, batches(), loss, steps=n) for n in (400, len(batches())))
+    assert long == pytest.approx(lowrank.plan_learning_rate(model, batches(), loss) * (250 / 400) ** 0.5)
+    assert run == fit(model, batches(), loss, lr="auto", progress=False).learning_rate > long
+    with pytest.raises(ValueError, match="steps: expected a positive number, got 0"):
+        lowrank.plan_learning_rate(model, batches(), loss, steps=0)
+
+
 def test_of_several_adapters_the_named_one_acts_alone() -> None:
     model = network()
     alone = lowrank.plan_learning_rate(model, batches(), loss)
@@ -100,7 +110,7 @@ def test_lora_plus_is_measured_along_its_own_step(monkeypatch: pytest.MonkeyPatc
     assert turns.curved == pytest.approx(alone.curved * mean / 16, rel=1e-2)
     history = fit(model, batches(), loss, lr="auto", parameters=groups, progress=False)
     rate = history.learning_rate
-    assert rate == pytest.approx(measured_rate(turns) / mean, rel=1e-6)
+    assert rate == pytest.approx(measured_rate(turns, len(history)) / mean, rel=1e-6)
     for options in ((), (rate,)):
         model = network()
         groups = lowrank.lora_plus(model, *options)

@@ -88,7 +88,7 @@ def test_several_batches_of_a_step_hold_the_gradient_of_those_before() -> None:
 def test_fit_puts_the_report_into_the_history_and_the_log(
     lr: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lowrank.train.begin.measured_rate", lambda turns: 1e-3)
+    monkeypatch.setattr("lowrank.train.begin.measured_rate", lambda turns, steps: 1e-3)
     monkeypatch.setattr("lowrank.train.begin.turning", lambda *args: 1.0)
     monkeypatch.setattr("lowrank.train.stand_in.free_bytes", lambda device: 1000)
     model, batches = wrapped("llama"), [zoo.batch("llama", seed) for seed in range(2)]

@@ -42,7 +42,7 @@ class Task:
         train, test: rows that a run uses at most.
         steps, size: optimizer steps of a run, and examples a step.
         development: may be used to choose constants and methods; the others only to judge them.
-        length: it is another task in a run of another length, and not pooled with it.
+        length_of: the task that it is in a run of another length; it is not pooled with that.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Task:
     steps: int = 250
     size: int = 32
     development: bool = False
-    length: bool = False
+    length_of: str | None = None
 
     @property
     def generates(self) -> bool:
@@ -129,8 +129,12 @@ TASKS = {
         Task("dialogue", dialogue, model="smollm2", train=4_000, test=400, steps=80, size=8),
     )
 }
-for name, of, steps in (("wordnet-short", "wordnet", 80), ("definitions-long", "definitions", 160)):
-    TASKS[name] = replace(TASKS[of], name=name, steps=steps, length=True)
+for name, of, steps in (
+    ("wordnet-short", "wordnet", 80),
+    ("wordnet-long", "wordnet", 1000),
+    ("definitions-long", "definitions", 160),
+):
+    TASKS[name] = replace(TASKS[of], name=name, steps=steps, length_of=of)
 
 
 # -- what a run takes of them ---------------------------------------------------------------------------

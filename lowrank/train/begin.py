@@ -86,7 +86,7 @@ def begun(
                 aim = make(asked.optimizer, lr=1.0)
                 history.memory = told(model, first, asked.loss, asked.autocast, aim, several)
             turns = turning(gradients(model, optimizer, None), cursor.first(BATCHES), moved)
-            rate = measured_rate(turns) / mean_ratio(given)
+            rate = measured_rate(turns, groups.steps) / mean_ratio(given)
         history.learning_rate = rate
         optimizer = make(asked.optimizer, lr=rate)
         late = _is_late(asked, model, optimizer, parallel, scaled)

@@ -21,7 +21,7 @@ from lowrank.train.parallel import parallel_of
 from lowrank.train.step import Gradients, needs_scaling
 from lowrank.train.together import gradients_of
 
-SHARE, HIGHEST = 0.22, 3e-3  # fitted on 18 methods and one task: docs/choosing.md
+SHARE, STEPS, HIGHEST = 0.22, 250, 3e-3  # fitted on 18 methods and one task: docs/choosing.md
 BATCHES = 6  # how many a measurement takes
 NEAREST, FARTHEST = 1e-3, 1.0  # no step along the sign is longer than four of the latter
 TRIAL = 1e-4  # a step that gives a gradient to what has none at first
@@ -38,9 +38,13 @@ class Turns(NamedTuple):
     walked: float
 
 
-def measured_rate(turns: Turns) -> float:
-    """The peak learning rate: a share of the length t with ``1/t = 1/curved + 1/walked``, up to a highest."""
-    return min(SHARE / (1 / turns.curved + 1 / turns.walked), HIGHEST)
+def measured_rate(turns: Turns, steps: int = STEPS) -> float:
+    """The peak learning rate of a run of so many optimizer steps: a share of a length, up to a highest.
+
+    The length is t with ``1/t = 1/curved + 1/walked``; the share falls with the square root of the steps.
+    """
+    share = min(1.0, SHARE * math.sqrt(STEPS / steps))
+    return min(share / (1 / turns.curved + 1 / turns.walked), HIGHEST)
 
 
 def turning_steps(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lowrank.train import CheckpointError, History, NonFiniteLoss, fit
-from lowrank.train.rate import BATCHES, HIGHEST, SHARE, Turns, measured_rate, turning_steps
+from lowrank.train.rate import BATCHES, HIGHEST, SHARE, STEPS, Turns, measured_rate, turning_steps
 
 
 class Point(nn.Module):
@@ -207,10 +207,29 @@ def test_the_rate_is_a_share_of_both_lengths_up_to_a_highest() -> None:
     assert measured_rate(Turns(0.006, 0.003)) == pytest.approx(SHARE * 0.002)
     assert measured_rate(Turns(0.002, 1e9)) == pytest.approx(SHARE * 0.002)
     assert measured_rate(Turns(1e9, 0.002)) == pytest.approx(SHARE * 0.002)
+    assert measured_rate(Turns(0.004, 0.004), STEPS) == pytest.approx(SHARE * 0.002)
     model = Point(x=[3.0, -1.0, 3.0])
     history = quiet(model, [torch.ones(3)], bowl, lr="auto", warmup=0)
     assert history.learning_rate == HIGHEST == measured_rate(Turns(2.0, 2.0))
     assert [record.lr for record in history] == [history.learning_rate]
+
+
+def test_a_longer_run_gets_a_lower_rate(unlimited: None) -> None:
+    """By the square root of its steps; of a single step the rate is no longer than the length itself."""
+    turns = Turns(0.004, 0.004)
+    assert measured_rate(turns, 4 * STEPS) == pytest.approx(SHARE * 0.001)
+    assert measured_rate(turns, STEPS // 5 * 2) == pytest.approx(SHARE * 0.002 * 2.5**0.5)
+    assert measured_rate(turns, 1) == measured_rate(turns, 9) == pytest.approx(0.002)
+
+    def rate(batches: int, **options: Any) -> float:
+        history = quiet(Point(x=[3.0, -1.0, 3.0]), [torch.ones(3)] * batches, bowl, lr="auto", **options)
+        assert history.learning_rate is not None
+        return history.learning_rate
+
+    assert rate(20) == pytest.approx(measured_rate(Turns(2.0, 2.0), 20), rel=1e-3)
+    assert rate(20, epochs=4) == pytest.approx(rate(20) / 2)
+    assert rate(80, accumulate=4) == pytest.approx(rate(20))
+    assert rate(20, steps=80) == pytest.approx(rate(20) / 2)
 
 
 def test_groups_with_a_rate_of_their_own_keep_it_and_stay(unlimited: None) -> None:
@@ -227,7 +246,7 @@ def test_groups_with_a_rate_of_their_own_keep_it_and_stay(unlimited: None) -> No
     groups = ({"params": iter([p]), **own} for p, own in ((model.x, {}), (model.y, {"lr": 0.5})))
     history = quiet(model, [torch.ones(3)], loss, lr="auto", parameters=groups, optimizer=made)
     turn = 11 / (5.5 + 100)  # s = (1, −1, 1)
-    expected = measured_rate(Turns(turn, turn))
+    expected = measured_rate(Turns(turn, turn), 1)
     assert history.learning_rate == pytest.approx(expected, rel=1e-3)
     assert rates == [[history.learning_rate, 0.5]]
     own = [{"params": [model.x], "lr": 0.1}]
@@ -256,8 +275,9 @@ def test_groups_with_a_ratio_are_measured_along_the_step_that_they_take(unlimite
         turns = turning_steps(model, [torch.ones(3)], loss, parameters=groups)
         assert turns == pytest.approx((turn, turn), rel=1e-3)
         history = quiet(model, [torch.ones(3)], loss, lr="auto", parameters=groups, optimizer=made)
-        assert history.learning_rate == pytest.approx(measured_rate(turns) / 2 / factor, rel=1e-3)
-    assert rates[1] == pytest.approx([measured_rate(turns) / 2, 8 * measured_rate(turns)], rel=1e-3)
+        rate = measured_rate(turns, 1) / 2
+        assert history.learning_rate == pytest.approx(rate / factor, rel=1e-3)
+    assert rates[1] == pytest.approx([rate, 16 * rate], rel=1e-3)
     assert rates[0] == pytest.approx(rates[-1], rel=1e-3)
 
 
@@ -360,4 +380,4 @@ def test_float16_is_measured_with_a_scaled_loss(unlimited: None) -> None:
 
     exact = turning_steps(model, [x], loss, distance=0.05)
     history = quiet(model, [x], loss, lr="auto", autocast=torch.float16)
-    assert history.learning_rate == pytest.approx(measured_rate(exact), rel=0.05)
+    assert history.learning_rate == pytest.approx(measured_rate(exact, 1), rel=0.05)
