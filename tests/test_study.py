@@ -100,6 +100,8 @@ def test_the_step_that_reaches_a_score_is_interpolated() -> None:
     assert analyse.steps_to(run, 0.4) == pytest.approx(15.0)
     assert analyse.steps_to(run, 0.1) == 10.0
     assert analyse.steps_to(run, 0.7) is None
+    easier = result(-6, 0.5, evaluations={"10": 0.6, "20": 0.5})  # a quarter of the tests, then all of them
+    assert analyse.steps_to(easier, 0.5) == 10.0 and analyse.steps_to(easier, 0.55) is None
 
 
 def test_a_dialogue_goes_on_within_an_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
