@@ -74,8 +74,8 @@ def fit(
     lr, weight_decay, betas: AdamW's. ``parameters`` may be parameters, or groups with an ``lr`` of their own,
         or with an ``lr_ratio`` that multiplies lr.
         With lr="auto" the rate is measured on the first batches before the first step, along the step that
-        groups with a ratio take: see `rate`. Groups with an lr of their own keep it, and stay where they are
-        meanwhile. ``history.learning_rate`` has it.
+        groups with a ratio take, and is lower for a longer run: see `rate`. Groups with an lr of their own
+        keep it, and stay where they are meanwhile. ``history.learning_rate`` has it.
     optimizer: ``optimizer(groups) -> torch.optim.Optimizer`` makes another one; each group has its ``lr`` and
         ``weight_decay``, which it may use or not. The schedule multiplies the rates that it starts with.
     schedule: "cosine", "linear" or "constant", after a ``warmup`` of so many steps (int) or that fraction
