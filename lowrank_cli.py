@@ -7,8 +7,15 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 METHODS = "lora rslora lora_fa dora pissa milora olora ailora tlora eva corda lora_ga".split()
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        print(parser.prog, import_module("lowrank").__version__)
+        parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
         description="Inspect, compare, convert and merge adapters: those of lowrank, PEFT and diffusers.",
         epilog="Exit codes: 0 done (diff: equal), 1 diff found differences, 2 an error, in one line.",
     )
+    root.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     an_adapter = "a folder of lowrank or PEFT, or a LoRA file of diffusers"
     a_model = "folder of a model of transformers or diffusers"

@@ -6,7 +6,7 @@ What is in a model is read from the model. Putting adapters in is `wrapping.inst
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from lowrank.layers.trained import TrainedModule
 from lowrank.layers.tree import hung_at, hung_by_name, original, without_copies
 from lowrank.layers.weight import AdaptedWeight, WeightAdapters
 from lowrank.linalg.rows import Rows
+from lowrank.models.fingerprint import Sample
 from lowrank.models.projections import Projection
 from lowrank.plan import Plan
 
@@ -32,6 +33,7 @@ class Adaptation:
     plans: dict[str, Plan]  # by adapter name, in the order in which they were added
     acting: Acting  # which all its layers share
     required_grad: frozenset[str]  # parameters that required grad before, by their names then
+    buffers: Mapping[str, Sample]  # of the base, as they were then
 
 
 def wrapped_root(model: nn.Module) -> nn.Module:
@@ -85,21 +87,24 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:
+def adapter_parameters(
+    model: nn.Module, name: str | None = None, *, train: bool = False
+) -> Iterator[nn.Parameter]:
     """What the adapter ``name`` trains, whether it acts or not, and also while it is frozen.
 
-    Without a name: what all adapters train. Modules trained in full are not among it. Raises ValueError
-    where there is no adapter of that name.
+    Without a name: what all adapters train. Modules trained in full (``Policy(train=...)``) are among it with
+    ``train=True``, and else not. Raises ValueError where there is no adapter of that name.
     """
     if name is not None:
         one_name(model, name)
     seen: set[nn.Parameter] = set()  # rows that a head shares with its embedding hang in both
     for module in model.modules():
-        if isinstance(module, (TrainedModule, WeightAdapters)):  # the latter by the module that holds it
-            continue
+        if isinstance(module, WeightAdapters) or (isinstance(module, TrainedModule) and not train):
+            continue  # the former by the module that holds it
         for owner, held in hung_by_name(module).items():
             if name in (None, owner):
-                for parameter in trained_within(held):
+                trained = held.parameters() if isinstance(module, TrainedModule) else trained_within(held)
+                for parameter in trained:
                     if parameter not in seen:
                         seen.add(parameter)
                         yield parameter

@@ -63,7 +63,8 @@ from lowrank.wrapping.claims import (
 from lowrank.wrapping.install import bare, device_beside
 from lowrank.wrapping.magnitudes import magnitude_of
 from lowrank.wrapping.rows import read_offsets, start_tensors
-from lowrank.wrapping.unused import describe_unused, unused_layers, warn_of_unsaved
+from lowrank.wrapping.unsaved import warn_of_unsaved
+from lowrank.wrapping.unused import describe_unused, unused_layers
 
 OVERRIDE = 'if that is meant: load_adapter(..., base="other")'
 
@@ -74,7 +75,8 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
     Written are the plan, every factor with its anchor, and the modules trained in full. The base is not:
     a sample of its weights is kept, also of those that are not adapted, so that loading onto another base is
     noticed. Of what the folder holds only the tensors of the adapter that was there are deleted.
-    Adapted layers that no forward has used are named in a warning.
+    Adapted layers that no forward has used are named in a warning, and so is what trains or changes in the
+    base outside of the adapter. A base is not compared later in buffers that have changed.
 
     A sharded model (FSDP2) is gathered, one tensor of the base at a time: every process must call this.
     The first one writes, and all wait for it; what fails in one fails in all. A model that each process holds
@@ -113,7 +115,8 @@ def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], dict[s
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"refusing to save: {key} contains NaN or Inf")
-    warn_of_unsaved(root)
+    changed = warn_of_unsaved(root, name)
+    rest = {key: sample for key, sample in samples_of_the_rest(root, plan).items() if key not in changed}
 
     sha256 = digest(packed(tensors))
     config = {
@@ -125,7 +128,7 @@ def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], dict[s
         "plan": plan.to_json(),
         "frozen": {p.name: sorted(adapter.frozen) for p, adapter in adapters.items()},
         "fingerprint": {p.name: sample_to_json(of_projection(holder(root, p), p)) for p in adapters},
-        "rest": {name: sample.to_json() for name, sample in samples_of_the_rest(root, plan).items()},
+        "rest": {key: sample.to_json() for key, sample in rest.items()},
     }
     config["checksum"] = checksum(config)
     return config, tensors

@@ -64,12 +64,14 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def adapters_for_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+def adapters_for_rows(
+    model: nn.Module, names: Sequence[str | None], *, repeats: int = 1
+) -> Iterator[nn.Module]:
     """Inside, each example of a batch has an adapter of its own, or none: for serving many at once.
 
     The output of each example is that of a run with its adapter alone, within rounding; that of None is the
     base's. Each projection makes one grouped product for the whole batch. Gradients reach the adapters of all
-    examples, so that several can train in one step. Works in ``generate``, where a beam is an example.
+    examples, so that several can train in one step. Works in ``generate``; see ``repeats``.
 
     Where no graph is built, the factors in use are copied at the first call, and the copies kept until the
     end. With activation checkpointing call ``backward`` inside too: it runs the forward again.
@@ -79,6 +81,8 @@ def adapters_for_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator
 
     Args:
         names: the adapter of each example, in order; None for the base alone.
+        repeats: a layer may also get each example so many times, one after the other. That is what
+            transformers' ``generate`` makes of ``num_beams`` or ``num_return_sequences``.
 
     Raises:
         ValueError: an unknown name, one with magnitudes (DoRA), or one that trains modules in full or is
@@ -86,6 +90,8 @@ def adapters_for_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator
     """
     if isinstance(names, str) or not names:
         raise ValueError(f"expected a list with the adapter of each example, got {names!r}")
+    if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
+        raise ValueError(f"repeats: expected a whole number from 1 on, got {repeats!r}")
     used = {one_name(model, name) for name in names if name is not None}
     plans = adaptation(model).plans
     if dora := sorted(name for name in used if plans[name].dora):
@@ -113,7 +119,7 @@ def adapters_for_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator
             "these modules cannot have an adapter for each example; run the examples of one adapter at a "
             "time, with use_adapters:\n  " + "\n  ".join(problems)
         )
-    with _acting(model, (), {}, ExampleAdapters(names, paths)):
+    with _acting(model, (), {}, ExampleAdapters(names, paths, repeats)):
         yield model
 
 
@@ -141,6 +147,10 @@ def _checked(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, Tens
 
 def read_weights(model: nn.Module, names: Chosen) -> tuple[list[str], dict[str, Tensor]]:
     """The names and the weights that ``names`` says."""
+    if not isinstance(names, Iterable):
+        raise ValueError(
+            f"expected a name, several, or a mapping from names to weights, got {names!r}; () is none of them"
+        )
     given = [names] if isinstance(names, str) else list(names)
     for name in given:
         one_name(model, name)

@@ -53,24 +53,31 @@ def plan_learning_rate(
     return rate
 
 
-def lora_plus(model: nn.Module, lr: float | None = None, *, ratio: float = 16.0) -> list[dict[str, Any]]:
+def lora_plus(
+    model: nn.Module, lr: float | None = None, *, ratio: float = 16.0, name: str | None = None
+) -> list[dict[str, Any]]:
     """What requires grad in ``model`` in two groups: the factors B with ``ratio · lr``, all else with ``lr``.
 
     This is LoRA+ (Hayou et al. 2024, arXiv:2402.12354). Pass it as ``fit(parameters=...)``, or to an
     optimizer. Without ``lr`` the groups take that of `fit`, also ``lr="auto"``, which is then measured along
-    the step that both take; an optimizer of torch would not heed their ``lr_ratio``. Raises ValueError where
-    no B is to be trained.
+    the step that both take; an optimizer of torch would not heed their ``lr_ratio``. With a
+    ``name`` they hold what that adapter trains, and nothing else. Raises ValueError where no B is to be
+    trained, or there is no adapter of that name.
     """
-    for name, value in (("lr", lr), ("ratio", ratio)):
+    for option, value in (("lr", lr), ("ratio", ratio)):
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
+            raise ValueError(f"{option}: expected a positive number, got {value}")
     faster = {
         module.B for module in model.modules() if isinstance(module, Adapter) and module.B.requires_grad
     }
     if not faster:
         raise ValueError("the model has no factor B that requires grad: wrap it with wrap_model first")
-    others = [p for p in model.parameters() if p.requires_grad and p not in faster]
-    ordered = [p for p in model.parameters() if p in faster]
+    trained = model.parameters() if name is None else adapter_parameters(model, name, train=True)
+    learning = [p for p in trained if p.requires_grad]
+    others = [p for p in learning if p not in faster]
+    ordered = [p for p in learning if p in faster]
+    if not ordered:
+        raise ValueError(f"the adapter {name!r} has no factor B that requires grad")
     groups: list[dict[str, Any]] = [{"params": others}, {"params": ordered, "lr_ratio": ratio}]
     if lr is not None:
         groups = [{"params": others, "lr": lr}, {"params": ordered, "lr": lr * ratio}]

@@ -81,6 +81,8 @@ def memory_report(
         raise ValueError(f"precision: expected a torch.dtype, None, or one of {known}, got {precision!r}")
     factory = optimizer_factory(optimizer)
     wrapped = any("_lowrank" in module.__dict__ for module in model.modules())
+    if not isinstance(plan, Plan | None):
+        raise ValueError(f"plan: expected a Plan, as plan_model makes it, or None, got {type(plan).__name__}")
     if wrapped and plan is not None and plan != plan_of(model):
         raise ValueError(
             "the model is wrapped by another plan: give plan=None, or a model that is not wrapped"

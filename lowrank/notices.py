@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from tqdm import tqdm
 
@@ -24,7 +24,12 @@ class UnusedLayerWarning(LowrankWarning):
 
 
 class UnsavedParametersWarning(LowrankWarning):
-    """Parameters of the base are trained, and saving the adapter does not save them."""
+    """Parameters or buffers of the base change, and saving the adapter does not save them."""
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first ``most`` of ``names`` in one line, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def show(text: str) -> None:

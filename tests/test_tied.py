@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import transformers as hf
 
 import lowrank
 from lowrank import Policy
+from lowrank.layers.tree import original
 from tests import zoo
 from tests.helpers import frozen_logits, logits, perturb
 from tests.peft_format.common import warnings_of_peft
@@ -45,6 +48,49 @@ def test_merging_unties_when_asked_and_the_saved_folder_is_read_as_it_was(
     model.save_pretrained(tmp_path)
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(frozen_logits(again, batch), frozen_logits(model, batch))
+
+
+ENDS: dict[str, dict[str, Any]] = {
+    "embedding": dict(target="embed_tokens"),
+    "head": dict(target="lm_head"),
+    "both": dict(target=("embed_tokens", "lm_head")),
+    "rows": dict(target="query", rows={"embed_tokens": [3, 5]}),
+    "neither": dict(target="query"),
+}
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_tying_again_leaves_the_adapters_where_they_are(ends: str) -> None:
+    batch = zoo.batch("tied_llama")
+    model = perturb(lowrank.wrap_model(zoo.build("tied_llama"), Policy(rank=2, **ENDS[ends]), progress=False))
+    wanted = logits(model, batch)
+    for made in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        modules = dict(made.named_modules())
+        made.tie_weights()
+        assert dict(made.named_modules()) == modules
+        assert torch.equal(logits(made, batch), wanted)
+        base = original(made.model.embed_tokens).weight
+        assert original(made.lm_head).weight is base
+        assert lowrank.unwrap(made).lm_head.weight is base
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_weights_that_come_after_wrapping_are_tied(ends: str) -> None:
+    """As docs/bases.md has it for the meta device: assigning separates what was tied."""
+    family, policy = "tied_llama", Policy(rank=2, **ENDS[ends])
+    base = zoo.build(family)
+    with torch.device("meta"):
+        model = zoo.FAMILIES[family][0]().eval()
+    lowrank.wrap_model(model, policy, progress=False)
+    model.load_state_dict(base.state_dict(), strict=False, assign=True)
+    model.tie_weights()
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module._buffers[name] = base.get_submodule(path)._buffers[name]
+    assert original(model.lm_head).weight is original(model.model.embed_tokens).weight
+    usual = perturb(lowrank.wrap_model(zoo.build(family), policy, progress=False))
+    assert torch.equal(logits(perturb(model), zoo.batch(family)), logits(usual, zoo.batch(family)))
 
 
 def test_what_is_not_tied_keeps_its_parameter() -> None:

@@ -256,6 +256,16 @@ def test_another_plan_is_not_restored(options: dict[str, Any], message: str, tmp
     assert all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
 
 
+def test_the_callback_asks_for_a_name_before_the_first_step(tmp_path: Path) -> None:
+    model = wrapped(llama)
+    lowrank.add_adapter(model, presets.lora(rank=2), name="other", progress=False)
+    with pytest.raises(ValueError, match="several adapters, so name one of them: default, other"):
+        trainer(model, tmp_path, AdapterCallback()).train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    with pytest.raises(ValueError, match="the model is not wrapped"):
+        trainer(llama(), tmp_path, AdapterCallback()).train()
+
+
 @expected
 def test_a_tied_head_that_is_adapted_is_saved_and_resumed(tmp_path: Path) -> None:
     def make() -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from lowrank.adapters import one_name
 from lowrank.checkpoint import save_adapter
 from lowrank.swapping import restore_adapter
 
@@ -43,9 +44,10 @@ class AdapterCallback(TrainerCallback):
         """Restores the adapter of the checkpoint that the Trainer resumes from.
 
         Raises:
-            ValueError: that checkpoint is not found. An AdapterError: it is there, and its adapter does not
-                belong to this model.
+            ValueError: the model is not wrapped, or no adapter, or more than one, is meant; that checkpoint
+                is not found. An AdapterError: it is there, and its adapter does not belong to this model.
         """
+        one_name(model, self.name)
         if state.global_step:
             restore_adapter(model, self._resumed(args, state), self.name)
 

@@ -42,6 +42,18 @@ class Acting:
             if name in held:
                 yield held[name], self.weights.get(name)
 
+    def why_idle(self, held: Iterable[str]) -> str:
+        """Why some of ``held`` get no gradient, and what to do; empty where all of them act."""
+        resting = [] if self.rows is not None else [name for name in held if name not in self.names]
+        if not resting:
+            return ""
+        who = " and ".join(map(repr, resting))
+        said = f"the adapters {who} do" if len(resting) > 1 else f"the adapter {who} does"
+        return (
+            f"{said} not act: choose with set_adapters, and train what acts alone, with "
+            "parameters=adapter_parameters(model, name, train=True)"
+        )
+
     def __repr__(self) -> str:
         shown = (f"{n}: {float(self.weights[n]):.4g}" if n in self.weights else n for n in self.names)
         return f"{type(self).__name__}({', '.join(shown)})"

@@ -158,7 +158,8 @@ class RowBlocks(nn.ModuleList):
         self.dropout = dropout
         self.tokens = tokens
         self.rescales = any(adapter.magnitude is not None for adapter in self.held())  # the whole output
-        self.called = self.read = False  # while acting, ever; not by compiled code: see `seen_by_compiler`
+        # While acting, ever; not by compiled code: see `seen_by_compiler`.
+        self.called = self.read = self.read_in_forward = False
 
     @property
     def used(self) -> bool:

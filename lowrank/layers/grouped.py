@@ -41,11 +41,12 @@ class ExampleAdapters:
     Args:
         names: one for each example.
         paths: of the adapted layers, by their ids: for error messages.
+        repeats: an input may also hold each example so many times, one after the other.
     """
 
-    def __init__(self, names: Sequence[str | None], paths: Mapping[int, str]) -> None:
-        self.names, self.paths = tuple(names), paths
-        self._known: dict[tuple[tuple[str, ...], torch.device], Places] = {}
+    def __init__(self, names: Sequence[str | None], paths: Mapping[int, str], repeats: int = 1) -> None:
+        self.names, self.paths, self.repeats = tuple(names), paths, repeats
+        self._known: dict[tuple[tuple[str, ...], int, torch.device], Places] = {}
         self._stacks: dict[tuple[int, torch.dtype], tuple[list[tuple[int, ...]], Tensor, Tensor]] = {}
 
     def factors(self, layer: Any, parts: Sequence[RowBlocks], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -64,28 +65,32 @@ class ExampleAdapters:
 
     def check(self, x: Tensor, layer: Any) -> None:
         """Raises ValueError where ``x`` does not show which of its rows belong to which example."""
-        if x.dim() < 2 or x.shape[0] != len(self.names):
+        count = len(self.names)
+        if x.dim() < 2 or x.shape[0] not in (count, count * self.repeats):
+            more = f", or {count * self.repeats} with repeats={self.repeats}," if self.repeats > 1 else ","
             raise ValueError(
-                f"{self.path(layer)}: expected an input of {len(self.names)} examples, one for each name in "
-                "adapters_for_rows, as its leading dimension, or of two dimensions with one row an example; "
-                f"got the shape {tuple(x.shape)}"
+                f"{self.path(layer)}: expected an input of {count} examples, one for each name in "
+                f"adapters_for_rows{more} as its leading dimension, or of two dimensions with one row an "
+                f"example; got the shape {tuple(x.shape)}"
             )
 
     def used(self, parts: Mapping[str, RowBlocks]) -> tuple[str, ...]:
         """The names in use that ``parts`` has."""
         return tuple(name for name in dict.fromkeys(self.names) if name is not None and name in parts)
 
-    def places(self, used: tuple[str, ...], device: torch.device) -> Places:
-        """Where the adapters ``used`` are, made once for all layers that have the same ones."""
-        if (used, device) not in self._known:
-            where = [i for i, name in enumerate(self.names) if name in used]
-            which = [used.index(name) for name in self.names if name in used]
+    def places(self, used: tuple[str, ...], examples: int, device: torch.device) -> Places:
+        """Where among ``examples`` the adapters ``used`` are, made once for all layers that have these."""
+        key = used, examples, device
+        if key not in self._known:
+            names = [name for name in self.names for _ in range(examples // len(self.names))]
+            where = [i for i, name in enumerate(names) if name in used]
+            which = [used.index(name) for name in names if name in used]
             with torch.inference_mode(False):
-                at = None if len(where) == len(self.names) else torch.tensor(where, device=device)
+                at = None if len(where) == examples else torch.tensor(where, device=device)
                 counts_up = which == list(range(len(used)))
                 pick = None if counts_up else torch.tensor(which, device=device)
-            self._known[used, device] = Places(used, which, at, pick)
-        return self._known[used, device]
+            self._known[key] = Places(used, which, at, pick)
+        return self._known[key]
 
 
 def _factors(part: RowBlocks) -> Iterator[Tensor]:
@@ -136,7 +141,7 @@ def add_grouped(
 
     x ``(examples, …, in)``, y ``(examples, …, out)``. An example without an adapter keeps its bits in y.
     """
-    used, which, at, pick = rows.places(rows.used(parts), y.device)
+    used, which, at, pick = rows.places(rows.used(parts), len(y), y.device)
     held, x = [parts[name] for name in used], x.to(y.device, y.dtype)
     A, B = rows.factors(layer, held, y.dtype)
     if pick is not None:

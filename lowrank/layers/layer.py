@@ -16,7 +16,7 @@ from lowrank.layers.adapter import Adapter, RowBlocks, full_delta, weighted
 from lowrank.layers.functional import Block
 from lowrank.layers.loading import move_below_base
 from lowrank.layers.offsets import TokenOffsets
-from lowrank.layers.reading import AS_STORED, TRANSPOSED, Layout, read_weight, readable
+from lowrank.layers.reading import AS_STORED, TRANSPOSED, Layout, in_forward, read_weight, readable
 from lowrank.layers.weight import elsewhere
 
 
@@ -71,6 +71,11 @@ class AdaptedLayer(nn.Module):
         return cast("dict[str, RowBlocks]", self.adapters._modules)
 
     @property
+    def why_idle(self) -> str:
+        """What a message says of parameters here that got no gradient; see `Acting.why_idle`."""
+        return self.acting.why_idle(self._parts())
+
+    @property
     def layout(self) -> Layout:
         """How the base stores the matrix ``(out, in)``."""
         return AS_STORED
@@ -107,8 +112,10 @@ class AdaptedLayer(nn.Module):
             if torch.compiler.is_compiling():
                 note_compiler()
             else:
+                what = ["read", "read_in_forward"] if in_forward() else ["read"]
                 for part, _ in acting:
-                    part.note("read")
+                    for each in what:
+                        part.note(each)
 
         return read_weight(weight, blocks, layout=self.layout, used=used)
 

@@ -6,6 +6,7 @@ only ask a weight for its dtype. `ReadWeight` serves both. The layer's own forwa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -62,6 +63,14 @@ def readable(weight: Any) -> bool:
         and weight.is_floating_point()
         and weight.itemsize > 1
     )
+
+
+def in_forward() -> bool:
+    """Does a module's call run now? Else it is a user's own code that asks."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 class ReadWeight(Tensor):

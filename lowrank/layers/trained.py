@@ -58,6 +58,11 @@ class TrainedModule(nn.Module):
         return cast("dict[str, nn.Module]", self._modules["copies"]._modules)  # type: ignore[union-attr]
 
     @property
+    def why_idle(self) -> str:
+        """What a message says of parameters here that got no gradient; see `Acting.why_idle`."""
+        return self.acting.why_idle(self._copies())
+
+    @property
     def in_use(self) -> nn.Module:
         return next((copy for copy, _ in self.acting.among(self._copies())), self.base)
 

@@ -68,6 +68,11 @@ class AdaptedWeight:
     lora: WeightAdapters
     is_layer = True  # messages about its parameters name it as a whole
 
+    @property
+    def why_idle(self) -> str:
+        """What a message says of parameters here that got no gradient; see `Acting.why_idle`."""
+        return self.lora._acting.why_idle(self.lora._modules)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, in which each adapted tensor is computed once however often it is read."""
         self.__dict__["_adapted"] = {}

@@ -60,16 +60,26 @@ def select(
         if not any(telling(p, [pattern]) for p in doubts):
             near = nearest(pattern, [p.name for p in doubts] or paths)
             raise ValueError(f"roles={pattern!r} names no projection of one role{near}")
-    if not doubts:
-        raise ValueError(f"{type(model).__name__} has no linear projection to adapt")
+    besides = further(model)
+    if not doubts and not besides:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer, embedding or convolution, so nothing to adapt"
+        )
     excludes = as_names(exclude, "exclude")
     trained = trained_modules(model, train)
     inside_trained = under(trained)
     held_by_none = [name for name, path in unheld(model, doubts).items() if not inside_trained(path)]
     doubts = {p: doubt for p, doubt in doubts.items() if not inside_trained(p.module)}
-    besides = {p: doubt for p, doubt in further(model).items() if not inside_trained(p.module)}
+    besides = {p: doubt for p, doubt in besides.items() if not inside_trained(p.module)}
     known = _Known(
-        model, doubts, output_heads(model), held_by_none, besides, named_by(doubts), named_by(besides)
+        model,
+        doubts,
+        output_heads(model),
+        held_by_none,
+        [path for path in paths if inside_trained(path)],
+        besides,
+        named_by(doubts),
+        named_by(besides),
     )
 
     excluded = {p for name in excludes for p in known.named(name, excluding=True)}
@@ -114,12 +124,14 @@ def select(
 
 @dataclass(frozen=True)
 class _Known:
-    """What a model offers to a policy: projections with their doubts, heads, and weights in no layer."""
+    """What a model offers to a policy: projections with their doubts, heads, weights in no layer, and modules
+    that are trained in full."""
 
     model: nn.Module
     doubts: Mapping[Projection, Doubt | None]
     heads: Mapping[str, str]
     unheld: Sequence[str]
+    trained: Sequence[str]
     further: Mapping[Projection, Doubt | None]
     linear_by_name: Callable[[str], list[Projection]]
     further_by_name: Callable[[str], list[Projection]]
@@ -161,6 +173,10 @@ class _Known:
             return set()
         if alone:
             raise ValueError(f"{what}={name!r}: no linear layer holds {alone[0]}, so it cannot be adapted")
+        if not excluding and (trained := [path for path in self.trained if matches(path, name)]):
+            raise ValueError(
+                f"target={name!r} names {trained[0]}, which train= trains in full: name it in one"
+            )
         roles = [p.role.value for p in self.doubts if p.role != Role.OTHER]
         suggestions = nearest(
             name, [*(p.module for p in (*self.doubts, *self.further)), *(p.name for p in self.doubts), *roles]

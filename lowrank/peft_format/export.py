@@ -28,6 +28,7 @@ from lowrank.peft_format.tokens import check_rows_written, written_rows
 from lowrank.peft_format.written_config import layer_at, written_config
 from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.magnitudes import magnitudes_by_module
+from lowrank.wrapping.unsaved import warn_of_unsaved
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class PeftExport:
 def export_peft(
     model: nn.Module,
     path: str | Path,
-    *,
     name: str | None = None,
+    *,
     serving: bool = False,
     recompress: bool = False,
     dtype: torch.dtype | None = None,
@@ -104,6 +105,7 @@ def export_peft(
             f"serving engines refuse or ignore modules trained in full ({', '.join((*trained, *tokens))}): "
             "export without serving=True, or merge(model) and serve the whole model"
         )
+    warn_of_unsaved(root, name)
     dora = plan_of(root, name).dora
     if serving and dora:
         raise ValueError(

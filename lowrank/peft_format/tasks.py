@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 from torch import nn
@@ -19,9 +20,17 @@ TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+# What PEFT's class for a task passes to the model by name, whether it is given or not.
+PASSED = {"SEQ_2_SEQ_LM": {"input_ids", "decoder_input_ids"}}
+PASSED_BY_ALL = {"input_ids"}
+
+
 def task_of(root: nn.Module, trained: Sequence[str]) -> str | None:
+    """PEFT's task for ``root``; None where none fits, with which PEFT calls a model as it is called alone."""
     for ending, (task, heads) in TASKS.items():
         if type(root).__name__.endswith(ending):
             unasked = {path for path in base_paths(root) if heads and path.endswith(heads)}
-            return task if unasked <= set(trained) else None
+            taken = inspect.signature(type(root).forward).parameters.keys()
+            fits = unasked <= set(trained) and PASSED.get(task, PASSED_BY_ALL) <= taken
+            return task if fits else None
     return None

@@ -44,6 +44,9 @@ def begun(
     ``scope`` gives back what the run borrows of the model and the generators. Every option is checked before
     the first of it is borrowed.
     """
+    for callback in callbacks:
+        if getattr(callback, "needs_evaluate", False) and asked.evaluate is None:
+            raise ValueError(f"{type(callback).__name__} needs evaluate=, whose scores it watches")
     groups = parallel.planned(Groups.plan(batches, asked.epochs, asked.steps, asked.accumulate))
     asked = asked.over(groups)
     factor = Schedule(asked.schedule, groups.steps, asked.warmup)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -27,7 +27,11 @@ class Callback:
 
     A callback that remembers something has ``state_dict``, of tensors, numbers, strings and containers, and
     ``load_state_dict``: they go into the checkpoints.
+
+    needs_evaluate: without ``fit(evaluate=...)`` it would do nothing, which is an error then.
     """
+
+    needs_evaluate: ClassVar[bool] = False
 
     def after_step(self, run: Watched, record: Record) -> None:
         """``record`` is the step's, evaluation included; the model is in train mode."""
@@ -49,6 +53,7 @@ class _Best(Callback):
     metric: of ``evaluate``; larger is better, unless ``smaller`` says otherwise.
     """
 
+    needs_evaluate: ClassVar[bool] = True
     metric: str
     smaller: bool = False
     best: float = field(default=math.nan, init=False)

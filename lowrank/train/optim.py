@@ -75,6 +75,11 @@ def make_optimizer(
     usual = adamw(model, parameters, **options)
     if factory is None:
         return usual
+    if not callable(factory):
+        raise ValueError(
+            f"optimizer: expected a function from parameter groups to an optimizer, such as "
+            f"lambda groups: torch.optim.SGD(groups, momentum=0.9), got {type(factory).__name__}"
+        )
     groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in usual.param_groups]
     made = factory(groups)
     if not isinstance(made, torch.optim.Optimizer):

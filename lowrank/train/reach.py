@@ -1,7 +1,7 @@
 """Which of what is to train the loss does not reach, in words that lead to it in the model.
 
 A module with ``is_layer = True`` is named as one, by its path, whatever it keeps its parameters in; of
-two, one inside the other, it is the inner one.
+two, one inside the other, it is the inner one. Its ``why_idle`` may say in words why they get no gradient.
 """
 
 from __future__ import annotations
@@ -17,6 +17,13 @@ def unused(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
     """What has no gradient: layers by their path, with the parts where it is not all that they train; other
     parameters by their name, or by their shape where ``model`` does not hold them."""
     return [name for names in _chosen(model, parameters, lambda p: p.grad is None).values() for name in names]
+
+
+def reasons(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
+    """What the layers that hold some of ``parameters`` without a gradient say of that, each once."""
+    idle = {p for p in parameters if p.grad is None}
+    said = (getattr(m, "why_idle", "") for m in model.modules() if not idle.isdisjoint(m.parameters()))
+    return [why for why in dict.fromkeys(said) if why]
 
 
 def unmoved(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:

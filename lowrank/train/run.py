@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lowrank.batches import count_tokens
-from lowrank.notices import LowrankWarning, UnusedLayerWarning
+from lowrank.notices import LowrankWarning, UnusedLayerWarning, few
 from lowrank.train.callbacks import Callback
 from lowrank.train.checkpoints import CheckpointError
 from lowrank.train.data import Cursor
@@ -22,7 +22,7 @@ from lowrank.train.generators import generators, set_generators
 from lowrank.train.history import History, Record
 from lowrank.train.late import Late, Unread, skipping
 from lowrank.train.optim import Schedule
-from lowrank.train.reach import unmoved, unused
+from lowrank.train.reach import reasons, unmoved, unused
 from lowrank.train.state import Trained, differences, load_optimizer
 from lowrank.train.step import NO_TERMS, Gradients, Outcome
 
@@ -222,13 +222,14 @@ def check_reached(model: nn.Module, parameters: Sequence[nn.Parameter], allow_un
     if allow_unused:
         return
     if missing := unused(model, parameters):
+        advice = "freeze it, or pass allow_unused=True if a later batch may reach it"
         raise ValueError(
-            f"the loss gives no gradient to {len(missing)} of what is to train: {', '.join(missing)}; "
-            "freeze it, or pass allow_unused=True if a later batch may reach it"
+            f"the loss gives no gradient to {len(missing)} of what is to train: {few(missing)}; "
+            + ("; ".join(reasons(model, parameters)) or advice)
         )
     if still := unmoved(model, parameters):
         warnings.warn(
-            f"the first gradient is exactly zero in {len(still)} layers: {', '.join(still)}; "
+            f"the first gradient is exactly zero in {len(still)} layers: {few(still)}; "
             "they are called, but the loss does not depend on what they give",
             UnusedLayerWarning,
             stacklevel=4,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank.batches import Loss, count_terms, in_float16, model_device, scalar_loss, to_device
 from lowrank.train.placement import placed
+from lowrank.train.reach import reasons
 from lowrank.train.single import SingleProcess
 from lowrank.train.terms import TermCounter
 
@@ -172,11 +173,14 @@ class Gradients:
         return at_least_fp32(loss.detach()), count
 
     def backward(self, loss: Tensor) -> None:
-        if not loss.requires_grad:
-            raise ValueError(
-                "the loss depends on nothing that requires grad: does the model use what is to train?"
-            )
+        self.check_depends(loss)
         self.scaler.scale(loss).backward()
+
+    def check_depends(self, loss: Tensor) -> None:
+        """Raises ValueError where no parameter can get a gradient from ``loss``."""
+        if not loss.requires_grad:
+            why = reasons(self.model, self.parameters) or ["does the model use what is to train?"]
+            raise ValueError(f"the loss depends on nothing that requires grad: {'; '.join(why)}")
 
     def forward(self, batch: Any, *, watch: bool) -> tuple[Tensor, Tensor | None]:
         """The loss, and the number of terms that were seen in it, on the device."""

@@ -117,10 +117,7 @@ class TogetherGradients(Gradients):
         loss, seen = self.forward(batch, watch=count is None)
         if count is None:
             count = float(count_terms(self.model, batch) if seen is None else seen)
-        if not loss.requires_grad:
-            raise ValueError(
-                "the loss depends on nothing that requires grad: does the model use what is to train?"
-            )
+        self.check_depends(loss)
         return loss, count
 
     # -- that of all ----------------------------------------------------------------------------------------

@@ -70,10 +70,21 @@ def check_adaptable(model: nn.Module) -> None:
     if "_orig_mod" in model._modules:
         raise ValueError("the model is compiled: wrap it first, then call torch.compile")
     _check_not_parallel(model)
+    _check_not_of_peft(model)
     if is_linear(model):
         raise ValueError(
             "the model is itself one projection, which cannot be replaced in place: wrap its parent"
         )
+
+
+def _check_not_of_peft(model: nn.Module) -> None:
+    """Raises ValueError where ``model`` holds layers of PEFT's."""
+    for path, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise ValueError(
+                f"{path or 'the model'} is PEFT's: take its adapters out first (unload(), or "
+                "merge_and_unload()), or bring what PEFT saved to a fresh base, import_peft(base, folder)"
+            )
 
 
 def _check_not_parallel(model: nn.Module) -> None:
@@ -199,7 +210,9 @@ def check_layers(
         tied = _tied_outside(module, holders)
         if tied:
             raise ValueError(
-                f"train={path!r}: its weight is tied to {tied}, and a copy trained apart would break the tie"
+                f"train={path!r}: its weight is tied to {tied}, and a copy trained apart would break the "
+                f"tie: adapt it with target={path!r}, train some of its rows with rows=, or untie the two "
+                "first (docs/targets.md)"
             )
 
 

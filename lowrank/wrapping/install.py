@@ -32,6 +32,8 @@ from lowrank.models.tokens import TokenRows, sharing
 from lowrank.plan import Plan
 from lowrank.wrapping.exchange import Exchange
 from lowrank.wrapping.pretrained import attach, detach
+from lowrank.wrapping.running import hold_statistics, release_statistics
+from lowrank.wrapping.unsaved import samples_of_buffers
 from lowrank.wrapping.unused import warn_at_first_backward
 
 
@@ -81,6 +83,7 @@ class Fittings:
     def take_off(self) -> None:
         """Brings the root back to its base."""
         detach(self.root)
+        release_statistics(self.root)
         replacements: dict[nn.Module, nn.Module] = {}
         for hung in hung_modules(self.root):
             layer, base = without_copies(hung), original(hung)
@@ -104,7 +107,8 @@ class Fittings:
         for module, adapters in self.weights.items():
             adapt_weights(module, adapters)
         if self.state is not None:
-            attach(self.root)
+            attach(self.root, bare)
+            hold_statistics(self.root)
         renew_copies()
 
     def install(
@@ -124,7 +128,8 @@ class Fittings:
         if state is None:
             required_grad = frozenset(path for path, p in root.named_parameters() if p.requires_grad)
             root.requires_grad_(False)
-            state = root.__dict__["_lowrank"] = Adaptation({}, Acting((name,)), required_grad)
+            state = Adaptation({}, Acting((name,)), required_grad, samples_of_buffers(root))
+            root.__dict__["_lowrank"] = state
         state.plans[name], self.installed = plan, name
         layers: dict[nn.Module, list[Adapter]] = {}
         weights: dict[nn.Module, dict[str, list[Adapter]]] = {}

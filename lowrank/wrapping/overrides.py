@@ -44,7 +44,7 @@ def in_layers(projections: Sequence[Projection], policy: Policy) -> tuple[list[P
         absent = sorted(wanted - set(there))
     if absent or not wanted:
         known = f"{there[0]} to {there[-1]}" if there else "none: no path holds a number"
-        said = f"; {', '.join(map(str, absent))} is not there" if absent else ""
+        said = f"; there is no layer {' or '.join(map(str, absent))}" if absent else ""
         raise ValueError(f"layers={policy.layers!r} names layers without a target{said}; they are {known}")
     kept = [p for p, number in numbers.items() if number in wanted]
     left = len(projections) - len(kept)

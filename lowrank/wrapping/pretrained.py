@@ -12,10 +12,10 @@ import inspect
 import re
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -27,7 +27,8 @@ from lowrank.notices import LowrankWarning
 from lowrank.wrapping.resizing import allow_resizing, refuse_resizing
 
 ADAPTED = (AdaptedLayer, AdaptedWeight, TrainedModule)
-SAVE = "save_pretrained"
+SAVE, TIE = "save_pretrained", "tie_weights"
+Bare = Callable[[nn.Module], AbstractContextManager[Any]]
 MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 CONFIG_MARKS = ("quantization_config", "_is_quantized")
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")  # bitsandbytes; torchao, fp8 and others
@@ -37,12 +38,15 @@ class SavePretrainedWarning(LowrankWarning):
     """``save_pretrained`` was called on a wrapped model: ``from_pretrained`` cannot read that folder."""
 
 
-def attach(root: nn.Module) -> None:
+def attach(root: nn.Module, bare: Bare) -> None:
     """Tells what is in ``root`` of transformers that adapters are there now. Undone by `detach`.
 
     A quantized model is accepted by a Trainer, as one with PEFT's adapters is, where its quantizer says that
     gradients pass through its layers. ``save_pretrained`` warns, and keeps the names that the model has.
-    ``resize_token_embeddings`` is refused where it would drop an adapter.
+    ``resize_token_embeddings`` is refused where it would drop an adapter, and ``tie_weights`` meets the base.
+
+    Args:
+        bare: a context in which its argument, ``root``, is its base.
     """
     for module in root.modules():
         quantizer = module.__dict__.get("hf_quantizer")
@@ -53,6 +57,8 @@ def attach(root: nn.Module) -> None:
         saves = callable(getattr(type(module), SAVE, None)) and SAVE not in module.__dict__
         if saves and any(isinstance(part, ADAPTED) for part in module.modules()):
             module.__dict__[SAVE] = _SavePretrained(module)
+        if callable(getattr(type(module), TIE, None)) and TIE not in module.__dict__:
+            module.__dict__[TIE] = _TieWeights(module, root, bare)
     refuse_resizing(root, ADAPTED)
 
 
@@ -64,6 +70,8 @@ def detach(root: nn.Module) -> None:
             module.__dict__["hf_quantizer"] = quantizer.original
         if isinstance(module.__dict__.get(SAVE), _SavePretrained):
             del module.__dict__[SAVE]
+        if isinstance(module.__dict__.get(TIE), _TieWeights):
+            del module.__dict__[TIE]
     allow_resizing(root)
 
 
@@ -143,27 +151,51 @@ def _list_plain_layers(model: Any) -> None:
     model.hf_quantizer = quantizer
 
 
+# -- methods of a model -------------------------------------------------------------------------------------
+
+
+class _Method:
+    """Stands for a method on an instance; copied and pickled with the ``models`` that it is about."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        # Strong references would keep the model until a garbage collection.
+        self._models = [weakref.ref(model) for model in models]
+
+    @property
+    def models(self) -> list[nn.Module]:
+        models = [reference() for reference in self._models]
+        if None in models:
+            raise ReferenceError("the model that this method belongs to does not exist any more")
+        return cast("list[nn.Module]", models)
+
+    def __reduce__(self) -> Any:
+        return type(self), tuple(self.models)
+
+
+class _TieWeights(_Method):
+    """Stands for a wrapped model's ``tie_weights``, which looks for the base's own names."""
+
+    def __init__(self, model: nn.Module, root: nn.Module, bare: Bare) -> None:
+        super().__init__(model, root)
+        self.bare = bare
+
+    def __reduce__(self) -> Any:
+        return type(self), (*self.models, self.bare)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model, root = self.models
+        with self.bare(root):
+            return getattr(model, TIE)(*args, **kwargs)
+
+
 # -- save_pretrained ----------------------------------------------------------------------------------------
 
 
-class _SavePretrained:
-    """Stands for a wrapped model's ``save_pretrained``, on the instance; copied and pickled with it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)  # a strong one would keep the model until a garbage collection
-
-    @property
-    def model(self) -> nn.Module:
-        model = self._model()
-        if model is None:
-            raise ReferenceError("the model that this save_pretrained belongs to does not exist any more")
-        return model
-
-    def __reduce__(self) -> Any:
-        return _SavePretrained, (self.model,)
+class _SavePretrained(_Method):
+    """Stands for a wrapped model's ``save_pretrained``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.model
+        (model,) = self.models
         warnings.warn(
             f"{type(model).__name__} holds adapters: save_pretrained writes a folder that from_pretrained "
             "cannot read, because the adapted layers have other names. Use lowrank.save_adapter for the "

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowrank.adapters import added_parameters, one_name, wrapped_root
+from lowrank.adapters import one_name, wrapped_root
 from lowrank.layers.adapter import RowBlocks
 from lowrank.layers.layer import AdaptedLayer, seen_by_compiler
 from lowrank.layers.tree import base_modules, without_copies
-from lowrank.notices import UnsavedParametersWarning, UnusedLayerWarning
+from lowrank.notices import UnusedLayerWarning, few
 
 
 def unused_layers(model: nn.Module, name: str | None = None) -> list[str]:
@@ -29,9 +29,9 @@ def unused_layers(model: nn.Module, name: str | None = None) -> list[str]:
 
 
 def layers_only_read(model: nn.Module, name: str | None = None) -> set[str]:
-    """Paths of the layers whose weight was read and which were not called, while others were."""
+    """Paths of the layers whose weight was read and which were not called, where a forward has run."""
     parts = replaced_layers(model, name)
-    if seen_by_compiler() or not any(part.called for part in parts.values()):
+    if seen_by_compiler() or not any(part.called or part.read_in_forward for part in parts.values()):
         return set()
     return {path for path, part in parts.items() if part.read and not part.called}
 
@@ -55,10 +55,9 @@ def _acts_elsewhere(part: RowBlocks, parts: Mapping[str, RowBlocks]) -> bool:
 
 def describe_unused(paths: Sequence[str]) -> str:
     """What a warning says of adapted layers that nothing has used."""
-    shown = ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
     return (
-        f"no forward has used these adapted layers so far: {shown}. Their adapters have no effect and do "
-        "not train. If no later batch uses them, leave them out with exclude=: the model may "
+        f"no forward has used these adapted layers so far: {few(paths)}. Their adapters have no effect and "
+        "do not train. If no later batch uses them, leave them out with exclude=: the model may "
         "hold the original layer in a place that cannot be replaced, or read its weight in a packed form"
     )
 
@@ -99,17 +98,3 @@ def warn_at_first_backward(model: nn.Module, name: str, parameters: Iterable[nn.
     for parameter in parameters:
         if parameter.requires_grad:
             handles.append(parameter.register_post_accumulate_grad_hook(first))
-
-
-def warn_of_unsaved(root: nn.Module) -> None:
-    """Names parameters of the base that train, but are no part of an adapter."""
-    added = {id(parameter) for parameter in added_parameters(root)}
-    learning = [name for name, p in root.named_parameters() if p.requires_grad and id(p) not in added]
-    if learning:
-        more = f" and {len(learning) - 5} more" if len(learning) > 5 else ""
-        warnings.warn(
-            f"these parameters of the base require grad, but are not saved with the adapter: "
-            f"{', '.join(learning[:5])}{more}; name their modules in Policy(train=...) when wrapping",
-            UnsavedParametersWarning,
-            stacklevel=4,
-        )

@@ -110,6 +110,42 @@ def test_generate() -> None:
             torch.testing.assert_close(step[i], wanted[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("returned", [1, 3])
+def test_generate_with_beams(family: str, returned: int) -> None:
+    """T5's encoder sees each example once, its decoder and all of Llama as often as there are beams."""
+    model = model_of(family).eval()
+    ids = zoo.batch(family)["input_ids"]
+    names = ["fr", None, "de"]
+    options: dict[str, Any] = dict(
+        num_beams=3, num_return_sequences=returned, max_new_tokens=5, do_sample=False
+    )
+
+    def generated(ids: Tensor) -> Tensor:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=5, **options)
+
+    with lowrank.adapters_for_rows(model, names, repeats=3):
+        got = generated(ids).unflatten(0, (3, returned))
+    for i, name in enumerate(names):
+        with lowrank.use_adapters(model, name or ()):
+            assert torch.equal(got[i], generated(ids[i : i + 1]))
+
+
+@pytest.mark.parametrize("examples", [1, 2, 4, 9, 12])
+def test_another_number_of_repeats_is_refused(examples: int) -> None:
+    model, ids = model_of("llama"), torch.ones(examples, 4, dtype=torch.long)
+    message = r"expected an input of 3 examples, .*, or 6 with repeats=2, as its leading"
+    with lowrank.adapters_for_rows(model, NAMES[0], repeats=2), pytest.raises(ValueError, match=message):
+        model(ids)
+
+
+@pytest.mark.parametrize("repeats", [0, -1, True, 2.0, None])
+def test_bad_repeats(repeats: Any) -> None:
+    model = model_of("llama")
+    with pytest.raises(ValueError, match="repeats: expected a whole number from 1 on"):
+        lowrank.adapters_for_rows(model, NAMES[0], repeats=repeats).__enter__()
+
+
 class Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

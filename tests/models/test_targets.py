@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 from torch import nn
@@ -101,8 +102,28 @@ def test_a_name_that_means_nothing_is_an_error(target: object, options: dict, me
 def test_a_model_without_projections() -> None:
     import torch
 
-    with pytest.raises(ValueError, match="ReLU has no linear projection"):
+    with pytest.raises(ValueError, match="ReLU has no linear layer, embedding or convolution"):
         select(torch.nn.ReLU(), "all-linear")
+
+
+WITHOUT_LINEAR: dict[str, tuple[Callable[[], nn.Module], str, list[str]]] = {
+    "by role": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), "conv", ["0", "2"]),
+    "by name": (lambda: nn.ModuleDict({"words": nn.Embedding(9, 4)}), "words", ["words"]),
+    "an embedding": (lambda: nn.ModuleDict({"words": nn.Embedding(9, 4)}), "embedding", ["words"]),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_LINEAR)
+def test_a_model_without_a_linear_layer(case: str) -> None:
+    build, target, wanted = WITHOUT_LINEAR[case]
+    assert [p.module for p in select(build(), target).projections] == wanted
+    with pytest.raises(ValueError, match="the model has nothing of target='all-linear'"):
+        select(build(), "all-linear")
+
+
+def test_a_target_that_is_trained_in_full_is_said() -> None:
+    with pytest.raises(ValueError, match="'classifier' names classifier, which train= trains in full"):
+        select(zoo.build("bert"), "classifier", train=("classifier",))
 
 
 def undivided() -> nn.Module:

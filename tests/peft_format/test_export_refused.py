@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank
@@ -73,6 +74,35 @@ def test_all_of_them_are_named(tmp_path: Path) -> None:
         lowrank.export_peft(adapted("mamba", presets.lora(rank=2)), tmp_path / "peft")
     lines = str(raised.value).splitlines()
     assert len(lines) == 1 + 2 * 3 and all("_proj: its weight is read" in line for line in lines[1:])
+
+
+class Reads(nn.Module):
+    """Uses its layers' weights, and calls none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(x, self.up.weight)), self.down.weight)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_layers_of_which_all_are_only_read_are_refused_once_the_model_ran(grad: bool, tmp_path: Path) -> None:
+    model = perturb(lowrank.wrap_model(Reads(), presets.lora(rank=2), progress=False))
+    with torch.set_grad_enabled(grad):
+        model(torch.randn(2, 6))
+    with pytest.raises(ValueError, match="down: its weight is read without a call"):
+        lowrank.export_peft(model, tmp_path / "peft")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_look_at_a_weight_is_no_run_of_the_model(tmp_path: Path) -> None:
+    model = adapted("bert", policy("bert"))
+    for layer in model.modules():
+        if isinstance(layer, lowrank.LoRALinear):
+            layer.weight.norm()
+    assert lowrank.export_peft(model, tmp_path)
 
 
 def test_serving_takes_no_trained_modules(tmp_path: Path) -> None:

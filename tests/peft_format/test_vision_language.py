@@ -18,6 +18,7 @@ import lowrank
 from lowrank import AdapterError
 from lowrank.peft_format.names import present_name
 from tests import zoo
+from tests.helpers import perturb
 from tests.peft_format.common import logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -200,3 +201,21 @@ def test_embeddings_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
         AdapterError, match=r"embed_tokens.weight: expected the shape \(72, 32\), got \(64, 32\)"
     ):
         lowrank.import_peft(model, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_a_tied_module_that_peft_trained_apart_comes_to_an_untied_base(module: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=4, init_lora_weights=False, target_modules=["q_proj"], modules_to_save=[module]
+    )
+    theirs = perturb(peft.get_peft_model(zoo.build("tied_llama"), config).eval())
+    theirs.save_pretrained(tmp_path)
+    wanted, model = logits(theirs, "tied_llama"), zoo.build("tied_llama")
+    with pytest.raises(AdapterError, match=r"is tied to .*target='.*rows=, or untie the two first"):
+        lowrank.import_peft(model, tmp_path)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # as docs/targets.md has it
+    model.config.tie_word_embeddings = False
+    lowrank.import_peft(model, tmp_path)
+    torch.testing.assert_close(logits(model, "tied_llama"), wanted, **CLOSE)

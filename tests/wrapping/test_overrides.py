@@ -49,7 +49,7 @@ def test_the_longest_pattern_counts_and_scales_by_its_own_rank() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": (0, 7)}, "7 is not there; they are 0 to 1"),
+        ({"layers": (0, 7)}, "there is no layer 7; they are 0 to 1"),
         ({"layers": "5:9"}, "they are 0 to 1"),
         ({"layers": "a:b"}, "layers: expected numbers"),
         ({"layers": -1}, "layers: expected numbers"),
