@@ -18,7 +18,7 @@ class Triplets:
     """k singular triplets of a matrix M (out, in): ``M·Vhᵀ = U·diag(S)`` and nearly ``Mᵀ·U = Vhᵀ·diag(S)``.
 
     U: (out, k), orthonormal columns. S: (k,), descending. Vh: (k, in), orthonormal rows. In fp32;
-        fp64 if M is.
+        fp64 if M is. Of the two signs that a triplet may have, the largest entry of each row of Vh is positive.
     energy: ΣS² / ‖M‖²_F, the share of M's squared singular values (0 of a zero matrix); None for a
         product that was not formed.
     angle: the sine of the angle between the subspace found and the exact one, estimated from the measured
@@ -138,11 +138,12 @@ def triplets(
     norm = frobenius(question.matrix.matrix) if isinstance(question.matrix, Dense) else None
     energy = None if norm is None else float(S.double().square().sum()) / norm**2 if norm else 0.0
     scale = float(S[0]) if norm is None else norm
-    layout = torch.contiguous_format  # copies, so that no larger tensor is kept alive
+    largest = V.gather(0, V.abs().argmax(0, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(V.dtype)
     return Triplets(
-        U=U.to(question.dtype).clone(memory_format=layout),
+        U=(U * signs).to(question.dtype).contiguous(),  # a copy, so that no larger tensor is kept alive
         S=(S.double() / question.scale).to(U.device, question.dtype),
-        Vh=V.mT.to(question.dtype).clone(memory_format=layout),
+        Vh=(V * signs).mT.to(question.dtype).contiguous(),
         energy=None if energy is None else min(1.0, energy),
         angle=angle,
         residual=float(residual.max()) / scale if scale else 0.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import sqrt
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -176,6 +177,25 @@ def test_the_seed_decides_and_nothing_else(end: str, width: int) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first.U, again.U) and torch.equal(first.S, again.S) and torch.equal(first.Vh, again.Vh)
     assert angle(other.Vh, first.Vh) < 1e-3
+
+
+@pytest.mark.parametrize("end", FIND)
+@pytest.mark.parametrize("shape", [(64, 64), (40, 96), (520, 520), (520, 560)], ids=str)
+def test_the_sign_of_a_triplet_is_its_own(shape: tuple[int, int], end: str, monkeypatch: Any) -> None:
+    """Whatever the method, the seed, and rows of zeros: what two machines find can be averaged."""
+    matrix = geometric(*shape, 1e3)
+    first = find(end, matrix, 8)
+    at = first.Vh.abs().argmax(1, keepdim=True)
+    assert bool((first.Vh.gather(1, at) > 0).all())
+    others = [find(end, matrix, 8, seed=1), find(end, matrix.flip(0), 8), find(end, 2 * matrix, 8)]
+    if end == "top":
+        others.append(find(end, torch.cat([matrix, torch.zeros(7, shape[1])]), 8))
+    for method in ("_krylov", "_inverse", "_gram"):
+        monkeypatch.setattr(singular, method, lambda *_, **__: None)
+    others.append(find(end, matrix, 8))
+    assert others[-1].method == "svd"
+    for other in others:
+        assert torch.allclose(other.Vh, first.Vh, atol=5e-3)
 
 
 @pytest.mark.parametrize("end", FIND)
