@@ -18,7 +18,8 @@ class Triplets:
     """k singular triplets of a matrix M (out, in): ``M·Vhᵀ = U·diag(S)`` and nearly ``Mᵀ·U = Vhᵀ·diag(S)``.
 
     U: (out, k), orthonormal columns. S: (k,), descending. Vh: (k, in), orthonormal rows. In fp32;
-        fp64 if M is. Of the two signs that a triplet may have, the largest entry of each row of Vh is positive.
+        fp64 if M is. Of a triplet's two signs it has the one with which the largest entry of its row of Vh
+        is positive.
     energy: ΣS² / ‖M‖²_F, the share of M's squared singular values (0 of a zero matrix); None for a
         product that was not formed.
     angle: the sine of the angle between the subspace found and the exact one, estimated from the measured
