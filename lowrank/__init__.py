@@ -7,7 +7,7 @@ from lowrank.calibration import calibrate
 from lowrank.calibration.roles import FoundRoles, find_roles
 from lowrank.calibration.statistics import Statistics
 from lowrank.checkpoint import AdapterError, load_adapter, save_adapter
-from lowrank.choosing import adapters_for_rows, disable_adapters, set_adapters, use_adapters
+from lowrank.choosing import acting_adapters, adapters_for_rows, disable_adapters, set_adapters, use_adapters
 from lowrank.combining import combine_adapters
 from lowrank.comparing import compare_plans
 from lowrank.init import Factors
@@ -50,6 +50,7 @@ __all__ = [
     "Statistics",
     "UnsavedParametersWarning",
     "UnusedLayerWarning",
+    "acting_adapters",
     "adapted_layers",
     "adapter_names",
     "adapter_parameters",

@@ -45,6 +45,16 @@ def set_adapters(model: nn.Module, names: Chosen) -> nn.Module:
     return model
 
 
+def acting_adapters(model: nn.Module) -> dict[str, float]:
+    """The names of the adapters that act now, each with the weight of its ΔW, as `set_adapters` takes them.
+
+    Empty inside `disable_adapters`, and inside `adapters_for_rows`, where each example has its own. Raises
+    ValueError where the model is not wrapped.
+    """
+    acting = adaptation(model).acting
+    return {name: float(acting.weights.get(name, 1.0)) for name in acting.names}
+
+
 @contextmanager
 def use_adapters(model: nn.Module, names: Chosen) -> Iterator[nn.Module]:
     """`set_adapters` inside; what acted before acts again afterwards. Arguments and errors as there.

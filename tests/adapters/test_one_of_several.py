@@ -141,3 +141,22 @@ def test_a_model_with_adapters_of_peft_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="0 is PEFT's"):
         lowrank.wrap_model(inside, presets.lora(rank=2))
     assert lowrank.wrap_model(model.unload(), presets.lora(rank=2), progress=False)
+
+
+def test_what_acts_can_be_asked() -> None:
+    model = zoo.build("llama")
+    with pytest.raises(ValueError, match="not wrapped"):
+        lowrank.acting_adapters(model)
+    for name in ("a", "b"):
+        lowrank.add_adapter(model, presets.lora(rank=2), name=name, progress=False)
+    assert lowrank.acting_adapters(model) == {"a": 1.0}
+    lowrank.set_adapters(model, {"b": 0.25, "a": 2})
+    assert lowrank.acting_adapters(model) == {"b": 0.25, "a": 2.0}
+    with lowrank.disable_adapters(model):
+        assert lowrank.acting_adapters(model) == {}
+    with lowrank.adapters_for_rows(model, ["a", None]):
+        assert lowrank.acting_adapters(model) == {}
+    assert lowrank.acting_adapters(nn.Sequential(model)) == {"b": 0.25, "a": 2.0}
+    lowrank.set_adapters(model, lowrank.acting_adapters(model))
+    lowrank.remove_adapter(model, "b")
+    assert lowrank.acting_adapters(model) == {"a": 2.0}
