@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lowrank.adapters import adaptation, adapted_layers, wrapped_root
 from lowrank.layers.acting import Acting
 from lowrank.layers.adapter import RowBlocks
 from lowrank.layers.bases import plain_weight
-from lowrank.layers.copied import begin, end, renew_copies, unseen
+from lowrank.layers.copied import begin, end, mark_stale, renew_copies, unseen
 from lowrank.layers.linear import LoRALinear
 from lowrank.layers.tree import hung_by_name
 from lowrank.layers.weight import AdaptedWeight, original_class
@@ -42,7 +42,8 @@ class MergedCopies:
     bytes: int
 
     def renew(self) -> None:
-        """Makes the copies again that are out of date, for code that is compiled; see `merged`."""
+        """Makes all copies again, after a change that `merged` does not see."""
+        mark_stale()
         renew_copies()
 
     def __str__(self) -> str:
@@ -68,7 +69,8 @@ def merged(model: nn.Module, *, progress: bool = True) -> Iterator[MergedCopies]
 
     A copy is made again when what acts, a factor, a magnitude or the base's weight has changed. Compiled code
     cannot look; for it the copies are made again after an optimizer's step and whenever lowrank changes the
-    adapters. After any other change (``B.add_(…)``, ``model.to(…)``) call ``copies.renew()``.
+    adapters. After any other change (``B.add_(…)``, ``model.to(…)``) call ``copies.renew()``, and without
+    compiling after writing through ``.data``, which leaves no trace.
 
     Args:
         progress: a progress bar where it takes longer than two seconds.
@@ -83,7 +85,7 @@ def merged(model: nn.Module, *, progress: bool = True) -> Iterator[MergedCopies]
     plain = {path: cast(LoRALinear, layer) for path, layer in adapted.items() if path not in by_factors}
     plain = {path: layer for path, layer in plain.items() if isinstance(layer, LoRALinear)}
     entered = [layer for layer in dict.fromkeys(plain.values()) if not layer.copied.on]
-    after_step = register_optimizer_step_post_hook(lambda *_: renew_copies())
+    after_step = register_optimizer_step_post_hook(_after_step)
     try:
         begin(entered)
         with bar(None, "merged copies", total=len(entered), shown=progress, delay=2, leave=False) as shown:
@@ -98,6 +100,11 @@ def merged(model: nn.Module, *, progress: bool = True) -> Iterator[MergedCopies]
     finally:
         after_step.remove()
         end(entered)
+
+
+def _after_step(optimizer: Optimizer, *_: object) -> None:
+    mark_stale(parameter for group in optimizer.param_groups for parameter in group["params"])
+    renew_copies()
 
 
 def _by_factors(layer: nn.Module, acting: Acting) -> str | None:

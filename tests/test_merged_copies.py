@@ -25,8 +25,10 @@ from tests.layers.test_inference import (
     edit_anchor,
     exchange,
     exchange_the_weight,
+    fused_step,
     hook_the_base,
     load_state,
+    own_step,
     put_another,
     reassign_data,
     rescale,
@@ -136,9 +138,9 @@ def load_another(net: nn.Module) -> None:
 
 
 CHANGES = [
-    step, edit, edit_anchor, exchange, reassign_data, load_state, train_through_data, rescale, put_another,
-    switch_off, hook_the_base, exchange_the_weight, weigh, other_bits_in_the_base, other_data_in_the_base,
-    move_to_fp64, merge_one_of_two, load_another, lowrank.merge, lowrank.unwrap,
+    step, fused_step, own_step, edit, edit_anchor, exchange, reassign_data, load_state, train_through_data,
+    rescale, put_another, switch_off, hook_the_base, exchange_the_weight, weigh, other_bits_in_the_base,
+    other_data_in_the_base, move_to_fp64, merge_one_of_two, load_another, lowrank.merge, lowrank.unwrap,
 ]  # fmt: skip
 
 
@@ -156,6 +158,40 @@ def test_a_change_is_seen_by_the_next_call(change: Callable[[nn.Module], object]
         assert torch.equal(after, before) == (change is lowrank.merge)
         assert torch.equal(run(net, x), after)
     assert torch.equal(run(net, x), run(copy.deepcopy(net), x))
+
+
+def average(net: nn.Module) -> None:
+    for parameter in lowrank.adapter_parameters(net):
+        parameter.data.add_(0.1)
+
+
+def test_what_leaves_no_trace_is_seen_when_asked_for() -> None:
+    net, x = model(), torch.randn(3, IN, dtype=BF16)
+    with lowrank.merged(net, progress=False) as copies:
+        average(net)
+        copies.renew()
+        assert torch.equal(run(net, x), merged_apart(net, x))
+
+
+def test_a_step_of_another_models_optimizer_makes_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, other, x = model(), nn.Linear(2, 2), torch.randn(3, IN, dtype=BF16)
+    with lowrank.merged(net, progress=False):
+        before = run(net, x)
+        monkeypatch.setattr("lowrank.layers.copied.add_updates", lambda *_: pytest.fail("made again"))
+        other(torch.randn(3, 2)).sum().backward()
+        torch.optim.AdamW(other.parameters(), fused=True).step()
+        assert torch.equal(run(net, x), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_compiled_code_sees_a_fused_step() -> None:
+    net, x = model(), torch.randn(3, IN, dtype=BF16)
+    compiled = torch.compile(net, backend="eager")
+    with lowrank.merged(net, progress=False):
+        before = run(compiled, x)
+        fused_step(net)
+        after = run(compiled, x)
+        assert torch.equal(after, merged_apart(net, x)) and not torch.equal(after, before)
 
 
 def test_a_magnitude_is_seen() -> None:

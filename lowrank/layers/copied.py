@@ -128,6 +128,14 @@ def end(layers: Iterable[LoRALinear]) -> None:
         _layers.pop(id(layer), None)
 
 
+def mark_stale(written: Iterable[Tensor] | None = None) -> None:
+    """Notes that copies made of these parameters are out of date, which may not show; None: all copies."""
+    ids = None if written is None else set(map(id, written))
+    for layer in _layers.values():
+        if ids is None or any(id(parameter) in ids for parameter in layer.parameters()):
+            layer.copied.stale = True
+
+
 def renew_copies() -> None:
     """Makes every copy again that is out of date: after a change of which compiled code would not know."""
     for layer in _layers.values():

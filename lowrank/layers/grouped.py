@@ -16,6 +16,7 @@ from torch import Tensor
 from lowrank.layers.adapter import RowBlocks
 from lowrank.layers.block import Block
 from lowrank.layers.gemm import down, up
+from lowrank.layers.steps import steps
 from lowrank.linalg.rows import spread
 
 
@@ -47,13 +48,13 @@ class ExampleAdapters:
     def __init__(self, names: Sequence[str | None], paths: Mapping[int, str], repeats: int = 1) -> None:
         self.names, self.paths, self.repeats = tuple(names), paths, repeats
         self._known: dict[tuple[tuple[str, ...], int, torch.device], Places] = {}
-        self._stacks: dict[tuple[int, torch.dtype], tuple[list[tuple[int, ...]], Tensor, Tensor]] = {}
+        self._stacks: dict[tuple[int, torch.dtype], tuple[Any, Tensor, Tensor]] = {}
 
     def factors(self, layer: Any, parts: Sequence[RowBlocks], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`stacked` of ``parts``, which ``layer`` holds; where no graph is built, from an earlier call."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return stacked(parts, layer.out_features, dtype)
-        seen = [_identity(tensor) for part in parts for tensor in _factors(part)]
+        seen = steps.watched(), [_identity(tensor) for part in parts for tensor in _factors(part)]
         key = id(layer), dtype
         if key not in self._stacks or self._stacks[key][0] != seen:
             with torch.inference_mode(False), torch.no_grad():
@@ -101,7 +102,7 @@ def _factors(part: RowBlocks) -> Iterator[Tensor]:
 
 
 def _identity(tensor: Tensor) -> tuple[int, ...]:
-    """Changes with what the tensor holds, unless it is written to as ``.data``."""
+    """Changes with what the tensor holds, unless it is written to as ``.data``, or by some optimizers."""
     return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 

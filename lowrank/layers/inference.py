@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowrank.layers.block import Block, same_blocks
 from lowrank.layers.gemm import accumulate, down, flat, joined, up
+from lowrank.layers.steps import steps
 from lowrank.layers.transient import Transient
 from lowrank.linalg.rows import Rows, view
 
@@ -189,6 +190,7 @@ class _Held(NamedTuple):
     least: int  # tokens
     most: int
     seen: list[tuple[Tensor, int, int]]  # each factor, its address and its version
+    steps: int  # of all optimizers
     memory: list[Tensor]
     laid: Laid
 
@@ -198,7 +200,7 @@ class _Held(NamedTuple):
             return False
         if self.dtype is not x.dtype or self.autocast is not torch.is_autocast_enabled("cpu"):
             return False
-        if not self.least <= tokens_of(x) <= self.most:
+        if not self.least <= tokens_of(x) <= self.most or self.steps != steps.count:
             return False
         for factor, address, version in self.seen:
             if version != factor._version or address != factor.data_ptr():
@@ -211,9 +213,10 @@ class Kept(Transient):
 
     It holds at most one copy of them, for the dtype of the last activation and about as many tokens. The copy
     is out of date when another tensor is in a factor's place, or one was moved, or written to by any
-    operation (its version says so). Writing through ``.data`` leaves no trace. Some optimizers do so; a layer
-    calls `drop` whenever it builds a graph, as every training step does. Inference tensors have no version;
-    nothing is kept of them; nor under the compiler, nor in a CUDA graph, which would go on with the old copy.
+    operation (its version says so), or when an optimizer has taken a step. Writing through ``.data`` leaves
+    no trace; a layer calls `drop` whenever it builds a graph, and when its mode is set. Inference tensors
+    have no version; nothing is kept of them; nor under the compiler, nor in a CUDA graph, which would go on
+    with the old copy.
     """
 
     def __init__(self) -> None:
@@ -239,7 +242,8 @@ class Kept(Transient):
             seen = [(factor, factor.data_ptr(), factor._version) for factor in factors]
             memory = [factor.detach() for factor in factors]
         autocast = torch.is_autocast_enabled("cpu")
-        self._held = _Held(tuple(blocks), x.dtype, autocast, least, most, seen, memory, laid)
+        held = _Held(tuple(blocks), x.dtype, autocast, least, most, seen, steps.watched(), memory, laid)
+        self._held = held
         return laid
 
     def drop(self) -> None:

@@ -7,7 +7,7 @@ are in `adapter`; it knows no model.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,12 @@ class LoRALinear(AdaptedLayer):
     @property
     def layout(self) -> Layout:
         return TRANSPOSED if self.transposed else AS_STORED
+
+    def train(self, mode: bool = True) -> Self:
+        """Also drops what a call without a graph has kept: writing through ``.data`` leaves no trace."""
+        if "kept" in self.__dict__:
+            self.kept.drop()
+        return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base makes of its arguments, of which the first is x, plus the updates."""

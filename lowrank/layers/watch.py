@@ -14,7 +14,7 @@ class Watch:
     """Notes what was read, and says later whether any of it is another object or was written to.
 
     A tensor has changed when it was moved, or written to by any operation (its version says so). Writing
-    through ``.data`` leaves no trace. Inference tensors have no version.
+    through ``.data`` leaves no trace, nor do some optimizers: see `steps`. Inference tensors have no version.
     """
 
     def __init__(self) -> None:

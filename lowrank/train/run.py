@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.batches import count_tokens
 from lowrank.notices import LowrankWarning, UnusedLayerWarning, few
@@ -65,7 +65,11 @@ class Run:
 
     def __post_init__(self) -> None:
         self.optimizer = self.gradients.optimizer
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        # As it is before the first step: some optimizers count in their groups.
+        self._groups = str(
+            [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
+        )
         self.trained = Trained(self.model, self.parameters)
         self._reached = list(self.model.parameters())
         self._late = Late(self.gradients)
@@ -102,9 +106,13 @@ class Run:
 
     def take(self, epoch: int, place: int, group: Sequence[Any]) -> None:
         """One optimizer step over ``group``, which is in the epoch from ``place`` on. See `records`."""
+        share, step = self.schedule(self.taken), self.taken + 1
         for target, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            target["lr"] = peak * self.schedule(self.taken)
-        lr, step = self.optimizer.param_groups[0]["lr"], self.taken + 1
+            if isinstance(target["lr"], Tensor):
+                target["lr"].fill_(peak * share)
+            else:
+                target["lr"] = peak * share
+        lr = self.peaks[0] * share
         outcome: Unread | Outcome = (self._late if self.late else self.gradients)(group, step, place)
         if not self.checked:  # of the first step all must be known
             outcome = outcome.read()
@@ -164,15 +172,12 @@ class Run:
 
     def described(self) -> dict[str, Any]:
         """Everything that a run that goes on must have in common with the one that was saved."""
-        groups = [
-            {k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups
-        ]
         return {
             **self.options,
             "steps in all": self.schedule.steps,
             "batches in an epoch": self.cursor.groups.length,
             "learning rates": str(self.peaks),
-            "optimizer": f"{type(self.optimizer).__name__}, {groups}",
+            "optimizer": f"{type(self.optimizer).__name__}, {self._groups}",
             "callbacks": str([type(callback).__name__ for callback in self.callbacks]),
             "trains": self.trained.described(),
             "layer": self.trained.layers(),

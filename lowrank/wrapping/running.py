@@ -12,10 +12,12 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lowrank.layers.tree import hung_modules, original
 
 COUNTING = _NormBase, _SpectralNorm  # batch norms, instance norms that track; vectors of a power iteration
+HOOK = SpectralNorm  # those of the older spectral_norm, which hooks them onto the layer
 TRAIN = "train"
 
 
@@ -53,4 +55,6 @@ def release_statistics(root: nn.Module) -> None:
 
 
 def _counts(module: nn.Module) -> bool:
+    if any(isinstance(hook, HOOK) for hook in module._forward_pre_hooks.values()):
+        return True
     return isinstance(module, COUNTING) and any(buffer is not None for buffer in module._buffers.values())

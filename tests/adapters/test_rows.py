@@ -131,6 +131,21 @@ def test_generate_with_beams(family: str, returned: int) -> None:
             assert torch.equal(got[i], generated(ids[i : i + 1]))
 
 
+def test_a_fused_step_is_seen() -> None:
+    """It leaves the version of a tensor as it is."""
+    model, batch = model_of("llama"), zoo.batch("llama")
+    names = ["fr", "de", None]
+    parameters = list(lowrank.adapter_parameters(model, "fr"))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with lowrank.adapters_for_rows(model, names):
+        before = logits(model, batch)
+        torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
+        after = logits(model, batch)
+    torch.testing.assert_close(after, by_example(model, names, batch), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(after[0], before[0], atol=1e-3) and torch.equal(after[1:], before[1:])
+
+
 @pytest.mark.parametrize("examples", [1, 2, 4, 9, 12])
 def test_another_number_of_repeats_is_refused(examples: int) -> None:
     model, ids = model_of("llama"), torch.ones(examples, 4, dtype=torch.long)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,29 @@ def step(net: nn.Module) -> None:
     torch.optim.SGD(factors, lr=0.1).step()
 
 
+def fused_step(net: nn.Module) -> None:
+    """Which leaves the version of a tensor as it is."""
+    factors = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    for factor in factors:
+        factor.grad = torch.ones_like(factor)
+    torch.optim.AdamW(factors, lr=0.1, fused=True).step()
+
+
+class Writes(torch.optim.Optimizer):
+    """Goes by addresses, as optimizers with kernels of their own do."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.add_(0.1)
+
+
+def own_step(net: nn.Module) -> None:
+    Writes(parameter for parameter in net.parameters() if parameter.requires_grad).step()
+
+
 def edit(net: nn.Module) -> None:
     with torch.no_grad():
         net[0].part()[0].B.add_(0.5)
@@ -145,9 +169,21 @@ def train_through_data(net: nn.Module) -> None:
             factor.data.add_(factor.grad, alpha=-0.1)
 
 
+def average_and_evaluate(net: nn.Module) -> None:
+    """As moving averages of weights do, for an evaluation."""
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1)
+    net.eval()
+
+
 @pytest.mark.usefixtures("keeping")
 @pytest.mark.parametrize(
-    "change", [step, edit, edit_anchor, exchange, reassign_data, load_state, train_through_data]
+    "change",
+    [
+        *(step, fused_step, own_step, edit, edit_anchor, exchange, reassign_data, load_state),
+        *(train_through_data, average_and_evaluate),
+    ],
 )
 def test_a_changed_factor_is_seen(change: Callable[[nn.Module], None]) -> None:
     net, x = model(), torch.randn(3, IN, dtype=BF16)

@@ -284,6 +284,35 @@ def test_an_optimizer_of_the_users_own_resumes(tmp_path: Path) -> None:
         run(tmp_path / "other", optimizer=lambda groups: torch.optim.SGD([nn.Parameter(torch.ones(1))]))
 
 
+class Counting(torch.optim.SGD):
+    """Counts in its groups, as Prodigy and the schedule-free optimizers do, and goes by the count."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(groups, momentum=0.9)
+        for group in self.param_groups:
+            group["k"] = 0
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+            group["momentum"] = 0.9 / group["k"]
+        super().step()
+
+
+def tensor_rate(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([{**group, "lr": torch.tensor(group["lr"])} for group in groups])
+
+
+@pytest.mark.parametrize("optimizer", [Counting, tensor_rate])
+def test_an_optimizer_with_more_in_its_groups_is_continued(optimizer: Any, tmp_path: Path) -> None:
+    whole, history = run(tmp_path / "whole", optimizer=optimizer)
+    broken_off(tmp_path / "run", optimizer=optimizer)
+    model, again = run(tmp_path / "run", optimizer=optimizer, callbacks=[Interrupt(9, fail)])
+    assert same(whole, model) and bare(history) == bare(again)
+    with pytest.raises(CheckpointError, match="optimizer: it was"):
+        run(tmp_path / "run", optimizer=lambda groups: torch.optim.SGD(groups, momentum=0.5))
+
+
 def test_lora_plus_gives_b_a_rate_of_its_own() -> None:
     model = network()
     slow, fast = lowrank.lora_plus(model, 1e-3, ratio=8)
