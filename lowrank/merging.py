@@ -31,7 +31,7 @@ from lowrank.models.projections import Projection
 from lowrank.models.storage import as_rows, one_expert, quantized
 from lowrank.wrapping.checks import check_whole
 from lowrank.wrapping.install import bare
-from lowrank.wrapping.magnitudes import renew_squares
+from lowrank.wrapping.magnitudes import renew_norms
 from lowrank.wrapping.mergeable import check_effects, check_mergeable, holders, stored_weight
 from lowrank.wrapping.pretrained import forget_quantization, forget_ties
 from lowrank.wrapping.rows import check_rows_mergeable, merge_rows
@@ -125,7 +125,7 @@ def merge(
             for name in set(chosen) & set(trained.copies):
                 original(trained.base).load_state_dict(trained.copies[name].state_dict())
         fittings.drop(chosen)
-        renew_squares(fittings, {module for module, _ in by_weight})
+        renew_norms(fittings, {module for module, _ in by_weight})
     if any(unpacked):
         forget_quantization(root)
     return model

@@ -22,10 +22,11 @@ from lowrank.layers.functional import add_lora, fused_lora, to_autocast, transfo
 from lowrank.layers.grouped import ExampleAdapters, add_grouped
 from lowrank.layers.inference import Kept, infer
 from lowrank.layers.layer import AdaptedLayer, note_compiler
-from lowrank.layers.magnitude import excess_of, multiplied_by, rescaled
+from lowrank.layers.magnitude import excess_of, multiplied_by, rescaled, row_norms
 from lowrank.layers.offsets import TokenOffsets
 from lowrank.layers.reading import AS_STORED, TRANSPOSED, Layout
 from lowrank.layers.ready import Ready
+from lowrank.linalg.rows import take
 
 
 class LoRALinear(AdaptedLayer):
@@ -61,6 +62,7 @@ class LoRALinear(AdaptedLayer):
         super().__init__(base, in_features=in_features, out_features=out_features, name=name, acting=acting)
         self.transposed = hasattr(base, "nf") if transposed is None else transposed
         self.ready, self.kept, self.copied = Ready(), Kept(), MergedWeight()
+        self.register_load_state_dict_post_hook(_follow_base)
         first = list(adapters)
         if first:
             self.put(name, first, dropout)
@@ -68,6 +70,10 @@ class LoRALinear(AdaptedLayer):
     @property
     def layout(self) -> Layout:
         return TRANSPOSED if self.transposed else AS_STORED
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.__dict__["_base_came"] = f"{prefix}base.weight" in state_dict
 
     def train(self, mode: bool = True) -> Self:
         """Also drops what a call without a graph has kept: writing through ``.data`` leaves no trace."""
@@ -223,3 +229,18 @@ class LoRALinear(AdaptedLayer):
         stored = cast(Tensor, self.base.weight)
         dtype = stored.dtype if stored.is_floating_point() and stored.itemsize > 1 else A.dtype
         return self._excess(part, plain_weight(self.base), dtype)
+
+
+def _follow_base(layer: LoRALinear, *_: Any) -> None:
+    """Tells the magnitudes in ``layer`` of a weight that it has just loaded.
+
+    Those of an adapter that changes nothing yet start from that weight.
+    """
+    weight = plain_weight(layer.base) if layer.__dict__.pop("_base_came", False) else None
+    if weight is None or weight.is_meta:
+        return
+    for part in layer._parts().values():
+        for adapter in part.held():
+            if adapter.magnitude is not None:
+                norms = row_norms(take(weight, adapter.rows))
+                adapter.magnitude.follow(norms, start=not adapter.moved())

@@ -26,27 +26,31 @@ Times = Callable[[Tensor], Tensor]  # x (n, in) → x·Wᵀ (n, out), without bi
 class Magnitude(nn.Module):
     """The magnitudes ``start + offset`` of some rows of a weight; ``offset`` is trained, and zero at first.
 
-    ``squares`` are the base's own squared row norms. They are not saved: they belong to the base that the
-    adapter hangs on. Where ``start`` is their root, and ΔW is zero, nothing is changed, bit for bit.
+    ``norms`` are the base's own row norms. They are not saved: they belong to the base that the adapter hangs
+    on. Where ``start`` is equal to them, and ΔW is zero, nothing is changed, bit for bit, also in another
+    dtype: the root of a number's square is that number.
 
     Args:
-        squares: (rows,), of the base.
+        norms: (rows,), of the base.
         start: (rows,), the magnitudes before training; by default those of the base.
     """
 
-    def __init__(self, squares: Tensor, start: Tensor | None = None) -> None:
+    norms: Tensor
+    start: Tensor
+
+    def __init__(self, norms: Tensor, start: Tensor | None = None) -> None:
         super().__init__()
-        squares = squares.detach()
-        start = squares.sqrt() if start is None else start.detach().to(squares)
-        if start.shape != squares.shape:
-            raise ValueError(f"expected {tuple(squares.shape)} magnitudes, got {tuple(start.shape)}")
-        self.offset = nn.Parameter(torch.zeros_like(squares))
+        norms = norms.detach()
+        start = norms.clone() if start is None else start.detach().to(norms)
+        if start.shape != norms.shape:
+            raise ValueError(f"expected {tuple(norms.shape)} magnitudes, got {tuple(start.shape)}")
+        self.offset = nn.Parameter(torch.zeros_like(norms))
         self.register_buffer("start", start)
-        self.register_buffer("squares", squares, persistent=False)
+        self.register_buffer("norms", norms, persistent=False)
 
     def values(self) -> Tensor:
         """The magnitudes (rows,), differentiable."""
-        return cast(Tensor, self.start) + self.offset
+        return self.start + self.offset
 
     def excess(self, block: Block, times: Times) -> Tensor:
         """``m / ‖W + ΔW‖ − 1`` (rows,), differentiable in m alone; exactly zero before training.
@@ -54,15 +58,27 @@ class Magnitude(nn.Module):
         With ``P = W·Aᵀ`` and ``G = A·Aᵀ`` the squared norms are those of W plus the row sums of
         ``s·B ∘ (2·P + s·B·G)``: W + ΔW is not formed.
         """
-        squares = cast(Tensor, self.squares)
-        with torch.no_grad(), without_autocast(squares):
-            A = down(block.A, block.A0, squares.dtype)
-            B = block.scaling * up(block.B, block.B0, squares.dtype)
-            P = take(times(A), block.rows, dim=1).t().to(squares.dtype)
+        held = self.norms
+        dtype = torch.promote_types(torch.float32, held.dtype)
+        with torch.no_grad(), without_autocast(held):
+            A = down(block.A, block.A0, dtype)
+            B = block.scaling * up(block.B, block.B0, dtype)
+            P = take(times(A), block.rows, dim=1).t().to(dtype)
             added = (B * (2 * P + B @ (A @ A.t()))).sum(1)
-            tiny = torch.finfo(squares.dtype).tiny
-            norms = (squares + added).clamp_min(tiny).sqrt()
+            norms = (held.to(dtype).square() + added).clamp_min(torch.finfo(dtype).tiny).sqrt()
         return (self.values() - norms) / norms
+
+    def follow(self, norms: Tensor, *, start: bool) -> None:
+        """The base's rows have other ``norms`` now; with ``start`` the magnitudes start from them."""
+        self.norms = norms.to(self.norms)
+        if start:
+            self.start = norms.to(self.start)
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """The norm of each row, in fp32 or better; some rows at a time."""
+    dtype = torch.promote_types(torch.float32, weight.dtype)
+    return torch.cat([rows.detach().to(dtype).square().sum(1).sqrt() for rows in weight.split(1024)])
 
 
 def excess_of(adapters: Sequence[Adapter], times: Times, out: int) -> Tensor:

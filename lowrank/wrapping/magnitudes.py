@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowrank.adapters import holder
 from lowrank.layers.adapter import Adapter
 from lowrank.layers.bases import multiplies
-from lowrank.layers.magnitude import Magnitude
+from lowrank.layers.magnitude import Magnitude, row_norms
 from lowrank.linalg.rows import copy_
 from lowrank.models.projections import Projection
 from lowrank.models.storage import as_rows
@@ -30,13 +30,13 @@ def magnitude_of(
         ValueError: the weight cannot be read, or its layer computes more than a product with it.
     """
     module = model.get_submodule(p.module)
-    squares = squared_norms(model, p)
+    norms = norms_of(model, p)
     if not multiplies(module, as_rows(module, p.param)):
         raise ValueError(
             f"the forward of {type(module).__name__} is more than a product with its weight, so dora=True "
             "has no meaning there: leave it out with exclude="
         )
-    magnitude = Magnitude(squares.to(adapter.A), start)
+    magnitude = Magnitude(norms.to(adapter.A), start)
     if offset is not None:
         with torch.no_grad():
             magnitude.offset.copy_(offset)
@@ -44,19 +44,17 @@ def magnitude_of(
 
 
 @torch.no_grad()
-def squared_norms(model: nn.Module, p: Projection) -> Tensor:
-    """The squared norm of each row of ``p``'s weight in the base, in fp32 or better; some rows at a time."""
+def norms_of(model: nn.Module, p: Projection) -> Tensor:
+    """The norm of each row of ``p``'s weight in the base, in fp32 or better."""
     weight = p.weight(model)
     if weight.is_meta:
         raise ValueError(
             "it is on the meta device, and dora=True needs the norms of its rows: load the base first"
         )
-    dtype = torch.promote_types(torch.float32, weight.dtype)
-    parts = [rows.to(dtype).square().sum(1) for rows in weight.split(1024)]
-    squares = torch.cat(parts)
-    if not squares.isfinite().all():
+    norms = row_norms(weight)
+    if not norms.isfinite().all():
         raise ValueError("its weight holds NaN or Inf, or its rows are too large for dora=True")
-    return squares
+    return norms
 
 
 @torch.no_grad()
@@ -72,7 +70,7 @@ def magnitudes_by_module(root: nn.Module, adapters: Mapping[Projection, Adapter]
     return found
 
 
-def renew_squares(fittings: Fittings, changed: Collection[str]) -> None:
+def renew_norms(fittings: Fittings, changed: Collection[str]) -> None:
     """Tells the magnitudes that stay on the weights of the modules ``changed`` of what these are now."""
     state = fittings.state
     for name, plan in state.plans.items() if state is not None else ():
@@ -86,4 +84,4 @@ def renew_squares(fittings: Fittings, changed: Collection[str]) -> None:
                 if p.module == module:
                     for adapter in layer.part(name).held():
                         if adapter.rows == p.rows and adapter.magnitude is not None:
-                            adapter.magnitude.squares = squared_norms(fittings.root, p).to(adapter.A)
+                            adapter.magnitude.follow(norms_of(fittings.root, p), start=False)

@@ -184,5 +184,31 @@ def test_on_another_base_the_magnitudes_are_the_saved_ones(tmp_path: Path) -> No
     other = lowrank.load_adapter(network(seed=4), tmp_path, base="other")
     (mine,), (theirs,) = (each[0].part().held() for each in (model, other))  # type: ignore[index]
     assert torch.equal(mine.magnitude.values(), theirs.magnitude.values())
-    assert not torch.equal(mine.magnitude.squares, theirs.magnitude.squares)
+    assert not torch.equal(mine.magnitude.norms, theirs.magnitude.norms)
     torch.testing.assert_close(logits(other, x), expected(other[0], x), rtol=1e-4, atol=1e-4)  # type: ignore[index]
+
+
+def test_weights_that_come_after_wrapping_are_followed() -> None:
+    """Magnitudes that were not trained start from them; others stay, beside the norms that are there now."""
+    model, other, x = adapted(), network(seed=4), inputs()
+    model.load_state_dict(other.state_dict(), strict=False)
+    assert torch.equal(logits(model, x), logits(other, x))
+    trained = perturb(adapted())
+    magnitudes = trained[0].part().held()[0].magnitude.values().detach().clone()
+    trained.load_state_dict(other.state_dict(), strict=False)
+    (adapter,) = trained[0].part().held()
+    assert torch.equal(adapter.magnitude.values(), magnitudes)
+    torch.testing.assert_close(logits(trained, x), expected(trained[0], x), rtol=1e-4, atol=1e-4)
+    again = adapted()
+    again.load_state_dict(trained.state_dict())
+    assert torch.equal(logits(again, x), logits(trained, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_another_dtype_is_the_base_in_that_dtype(dtype: torch.dtype) -> None:
+    model, x = adapted().to(dtype), inputs().to(dtype)
+    assert torch.equal(logits(model, x), logits(network().to(dtype), x))
+    trained = perturb(adapted())
+    wanted = logits(trained, inputs())
+    tolerance = 0.1 if dtype.itemsize == 2 else 1e-4
+    torch.testing.assert_close(logits(trained.to(dtype), x).float(), wanted, rtol=tolerance, atol=tolerance)

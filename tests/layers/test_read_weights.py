@@ -149,7 +149,7 @@ def test_it_trains_in_half_precision_under_autocast_and_checkpointing(name: str)
     with torch.autocast("cpu", torch.bfloat16):
         cast = torch.autograd.grad(loss(), parameters)
     for one, other in zip(exact, cast, strict=True):
-        assert other.dtype == torch.float32 and (one - other).norm() < 0.1 * one.norm()
+        assert other.dtype == torch.float32 and (one - other).norm() < 0.2 * one.norm()
 
 
 # -- what is read ---------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_magnitudes_are_those_of_rank_0(tmp_path: Path) -> None:
     """Also what is not saved: the start is exact only where they are the norms that it was made from."""
     one, two = together(with_magnitudes, tmp_path)
     assert one["tensors"].keys() == two["tensors"].keys()
-    assert any(key.endswith("magnitude.squares") for key in one["tensors"])
+    assert any(key.endswith("magnitude.norms") for key in one["tensors"])
     for key, tensor in one["tensors"].items():
         assert torch.equal(tensor, two["tensors"][key]), key
     for kind, message in (one["plans"], two["plans"]):
