@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank.cli.models import configuration, tied
 from lowrank.cli.placing import Matrix, Names, matrices
 from lowrank.cli.saved import Saved, Update, read, whole
 from lowrank.cli.shards import DTYPES, Stored, others, rewrite, stored_tensors, values_at
@@ -25,6 +27,7 @@ from lowrank.linalg.rows import lie_within, view
 from lowrank.models.fingerprint import OF_PROJECTION, Sample, difference, spread
 from lowrank.progress import bar
 
+CONFIG = "config.json"
 Change = Callable[[Tensor, int], Tensor]
 
 
@@ -52,6 +55,7 @@ def merge_files(base: Path, saved: Saved, out: Path, *, progress: bool = True) -
         raise ValueError(f"{out} exists: name a new folder")
     stored = stored_tensors(base)
     changes = _changes(stored, saved)
+    _check_tied(base, stored, {step.tensor for step in changes}, saved)
     make_folder(out.absolute().parent)
     room = unused_name(out.absolute())
     room.mkdir()
@@ -110,6 +114,37 @@ def _changes(stored: Mapping[str, Stored], saved: Saved) -> list[_Step]:
     if problems:
         raise AdapterError(f"{saved.path} does not fit this checkpoint:\n  " + "\n  ".join(problems))
     return changes
+
+
+def _check_tied(base: Path, stored: Mapping[str, Stored], changed: Collection[str], saved: Saved) -> None:
+    """Raises AdapterError where another module of the model has a changed weight too.
+
+    The model is built for that, without weights, so only where a weight has as many rows as there are tokens.
+    """
+    config = configuration(base) if (base / CONFIG).is_file() else {}
+    parts = [part for part in (config, *config.values()) if isinstance(part, dict) and "vocab_size" in part]
+    doubtful = {name for name in changed if any(p["vocab_size"] in stored[name].shape for p in parts)}
+    if not doubtful or all(part.get("tie_word_embeddings") is False for part in parts):
+        return
+    try:
+        shared = tied(base)
+    except Exception as error:
+        raise AdapterError(
+            f"{base}: only the model's class says whether {', '.join(sorted(doubtful))} is tied to another "
+            f"weight, and it could not be asked ({error}): load the model and use lowrank.merge"
+        ) from error
+    names, problems = Names(stored), []
+    for each in shared:
+        for name in each:
+            with suppress(AdapterError):
+                if (found := names.find(name)) in doubtful:
+                    others = ", ".join(other for other in each if other != name)
+                    problems.append(f"{found}: it is tied to {others}, which merging would change too")
+    if problems:
+        raise AdapterError(
+            f"{saved.path} changes tied weights; load the model and use lowrank.merge(model, untie=True):\n  "
+            + "\n  ".join(dict.fromkeys(problems))
+        )
 
 
 def _replacement(name: str, stored: Stored, tensor: Tensor) -> Change:

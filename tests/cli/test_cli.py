@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -191,6 +192,58 @@ def test_merge_into_an_embedding(base: Path, tmp_path: Path, format: str) -> Non
     for name, tensor in lowrank.merge(model).state_dict().items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-2, atol=1e-6)  # one step of bf16
     assert not torch.equal(got["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("format", ["lowrank", "peft"])
+@pytest.mark.parametrize("flag", [None, True])
+def test_merge_refuses_a_tied_embedding(
+    gpt2: Path, tmp_path: Path, format: str, flag: bool | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint has the weight once, and nothing but the model's class says that a head has it too."""
+    base = tmp_path / "base"
+    shutil.copytree(gpt2, base)
+    config = json.loads((base / "config.json").read_text())
+    config.pop("tie_word_embeddings")
+    flags = {} if flag is None else {"tie_word_embeddings": flag}
+    (base / "config.json").write_text(json.dumps(config | flags))
+    model = adapted(base, tmp_path / "lowrank", lowrank.presets.lora(rank=2, target=("wte", "c_fc")))
+    lowrank.export_peft(model, tmp_path / "peft")
+    with pytest.raises(ValueError, match="tied to another module's weight"):
+        lowrank.merge(model)
+    assert call("merge", base, tmp_path / format, "--out", tmp_path / "merged", "--quiet") == 2
+    said = capsys.readouterr().err
+    assert "wte.weight: it is tied to lm_head.weight, which merging would change too" in said
+    assert "lowrank.merge(model, untie=True)" in said and not (tmp_path / "merged").exists()
+
+
+def test_merge_into_an_embedding_that_no_head_shares(tmp_path: Path) -> None:
+    """A class without a head, whose configuration says that embeddings are tied, as is its default."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    base = hf.BertForSequenceClassification(hf.BertConfig(vocab_size=64, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    assert base.config.tie_word_embeddings
+    lowrank.wrap_model(base, lowrank.presets.lora(rank=2, target=("word_embeddings", "query")))
+    lowrank.save_adapter(perturb(base), tmp_path / "adapter")
+    assert (
+        call("merge", tmp_path / "base", tmp_path / "adapter", "--out", tmp_path / "merged", "--quiet") == 0
+    )
+    got = hf.BertForSequenceClassification.from_pretrained(tmp_path / "merged").state_dict()
+    for name, tensor in lowrank.merge(base).state_dict().items():
+        torch.testing.assert_close(got[name], tensor)
+
+
+def test_merge_refuses_an_embedding_of_a_class_that_cannot_be_asked(
+    gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(gpt2, tmp_path / "base")
+    adapted(tmp_path / "base", tmp_path / "adapter", lowrank.presets.lora(rank=2, target=("wte",)))
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**config, "architectures": ["Nobody"]}))
+    assert (
+        call("merge", tmp_path / "base", tmp_path / "adapter", "--out", tmp_path / "merged", "--quiet") == 2
+    )
+    assert "could not be asked" in capsys.readouterr().err and not (tmp_path / "merged").exists()
 
 
 def test_convert_and_combine(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
