@@ -15,14 +15,15 @@ class Trained:
     """The tensors of ``model`` that a run changes: ``parameters``, and the buffers that go with them.
 
     These are the buffers of a module that holds one of the parameters, those that count running statistics,
-    and those that have been written to since this object was made.
+    and those that have been written to since this object was made: their version says so, or where that was
+    passed by (``.data``) the sum of what they hold.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         names = {parameter: _plain(name) for name, parameter in model.named_parameters()}
         self.model = model
         self.parameters = {names.get(p, f"parameter {i}"): p for i, p in enumerate(parameters)}
-        self._before = {name: (id(buffer), buffer._version) for name, _, _, buffer in self._buffers()}
+        self._before = {name: _marks(buffer) for name, _, _, buffer in self._buffers()}
 
     def described(self) -> list[str]:
         """A line for each parameter: its name, shape and dtype."""
@@ -64,7 +65,7 @@ class Trained:
         changing = {
             id(module)
             for name, module, _, buffer in self._buffers()
-            if self._before.get(name) != (id(buffer), buffer._version)
+            if self._before.get(name) != _marks(buffer)
             or getattr(module, "track_running_stats", False)
             or any(id(p) in ids for p in module.parameters(recurse=False))
         }
@@ -76,6 +77,13 @@ class Trained:
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     yield _plain(f"{path}.{key}"), module, key, buffer
+
+
+def _marks(buffer: Tensor) -> tuple[int, int, float]:
+    """What tells whether it is another one, or holds something else."""
+    counts = buffer.is_floating_point() and not buffer.is_meta and buffer.itemsize > 1
+    total = float(buffer.detach().sum(dtype=torch.float64)) if counts else 0.0
+    return id(buffer), 0 if buffer.is_inference() else buffer._version, total
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.batches import Loss, count_terms, in_float16, model_device, scalar_loss, to_device
+from lowrank.notices import once
 from lowrank.train.placement import placed
 from lowrank.train.reach import reasons
 from lowrank.train.single import SingleProcess
@@ -191,6 +192,12 @@ class Gradients:
             torch.autocast(device.type, self.autocast, enabled=self.autocast is not None),
         ):
             loss = scalar_loss(self.loss, self.model, to_device(batch, device))
+        if counter.by_hand:
+            once(
+                "the loss averages by itself what F.cross_entropy gives (reduction='none' or 'sum'), so each "
+                "batch counts by its labels beside the others of a step; if it is a mean over something "
+                "else, such as examples, pass weight=, as lambda batch: len(batch['labels'])"
+            )
         return loss, counter.total()
 
     @torch.no_grad()

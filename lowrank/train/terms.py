@@ -32,6 +32,11 @@ class TermCounter(TorchFunctionMode):
             (self.means if mean else self.parts).append(terms)
         return func(*args, **kwargs)
 
+    @property
+    def by_hand(self) -> bool:
+        """Does the loss average by itself, over what can only be guessed?"""
+        return bool(self.parts) and not self.means
+
     def total(self) -> Tensor | None:
         """The terms of the loss, on the device; None where none was seen.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowrank
-from lowrank import presets
+from lowrank import notices, presets
 from lowrank.batches import count_examples, count_targets, count_tokens
 from lowrank.train import History, fit
 from tests import zoo
@@ -251,6 +251,31 @@ def test_a_loss_of_the_users_own(loss: Any) -> None:
     batch = ragged("right")
     model = nn.Embedding(zoo.VOCABULARY, zoo.VOCABULARY, dtype=torch.float64)
     check(model, split(batch, (1, 3)), batch, loss)
+
+
+def by_example(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean over examples of what each gives on average."""
+    labels, logits = batch["labels"], model(batch["input_ids"]).mT
+    each = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+    return (each.sum(1) / (labels != IGNORED).sum(1)).mean()
+
+
+@pytest.mark.parametrize("loss", [by_hand, by_example, shifted])
+def test_a_loss_that_averages_by_itself_is_said_to_be_guessed(
+    loss: Any, caplog: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(notices, "_said", set())
+    torch.manual_seed(0)
+    batch = ragged("right")
+    model = nn.Embedding(zoo.VOCABULARY, zoo.VOCABULARY, dtype=torch.float64)
+    if loss is by_example:
+        with pytest.raises(AssertionError):
+            check(model, split(batch, (1, 3)), batch, loss)
+        check(model, split(batch, (1, 3)), batch, loss, weight=lambda batch: len(batch["labels"]))
+    else:
+        check(model, split(batch, (1, 3)), batch, loss)
+    said = [record.getMessage() for record in caplog.records if "averages by itself" in record.getMessage()]
+    assert len(said) == (loss is not shifted) and all("pass weight=" in each for each in said)
 
 
 def test_probabilities_as_targets() -> None:

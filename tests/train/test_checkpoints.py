@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,42 @@ def test_an_optimizer_of_the_users_own_resumes(tmp_path: Path) -> None:
     assert same(whole, model) and bare(history) == bare(again)
     with pytest.raises(ValueError, match="expected one that trains all parameters of the groups"):
         run(tmp_path / "other", optimizer=lambda groups: torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+
+
+class Quantizer(nn.Module):
+    """Moves its buffers past autograd and versions, as a vector quantizer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("steps", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.data.lerp_(x.detach().mean(0), 0.1)
+            self.steps.data.add_(1)
+        return x - self.mean
+
+
+def test_buffers_that_are_written_without_a_trace_are_continued(tmp_path: Path) -> None:
+    def train(folder: Path, at: int = 99) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), Quantizer(), nn.Linear(6, 3))
+        batches = [torch.randn(4, 6) for _ in range(6)]
+        lowrank.wrap_model(model, presets.lora(rank=2), progress=False)
+        with suppress(Broken):
+            fit(
+                model, batches, lambda model, x: model(x).square().mean(), lr=1e-2, epochs=2, every=3,
+                checkpoint=folder, callbacks=[Interrupt(at, fail)], progress=False,
+            )  # fmt: skip
+        return model
+
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "run", at=7)
+    again = train(tmp_path / "run")
+    assert float(whole[1].steps) == 12 and bool(whole[1].mean.any())
+    assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), again.buffers(), strict=True))
+    assert same(whole, again)
 
 
 class Counting(torch.optim.SGD):
