@@ -13,11 +13,14 @@ from lowrank.cli.saved import Saved, Update, read, whole
 from lowrank.linalg.rows import spread
 from lowrank.peft_format.pairs import relative_distance
 
+ROUNDING = 1e-12  # of distances, which are taken in fp64: the same products in other factors
+
 
 def run(options: Namespace) -> int:
     one, other = read(options.one), read(options.other)
     distances, problems = _compare(one, other)
-    differs = bool(problems) or any(distance > 0 for distance in distances.values())
+    distances = {name: 0.0 if distance < ROUNDING else distance for name, distance in distances.items()}
+    differs = bool(problems) or any(distances.values())
     if options.json:
         print(json.dumps({"equal": not differs, "distances": distances, "problems": problems}, indent=1))
         return int(differs)
