@@ -246,16 +246,16 @@ def test_merge_refuses_an_embedding_of_a_class_that_cannot_be_asked(
     assert "could not be asked" in capsys.readouterr().err and not (tmp_path / "merged").exists()
 
 
-def test_an_export_of_fused_weights_is_the_same_adapter(
+def test_an_export_in_other_factors_is_the_same_adapter(
     gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = adapted(gpt2, tmp_path / "own", lowrank.presets.pissa(rank=3, target=("query", "value")))
-    lowrank.export_peft(model, tmp_path / "peft")
+    model = adapted(gpt2, tmp_path / "own", lowrank.presets.pissa(rank=3))
+    lowrank.export_peft(model, tmp_path / "peft", serving=True)
     assert call("diff", tmp_path / "own", tmp_path / "peft") == 0
     assert capsys.readouterr().out == "the two adapters are equal\n"
     with torch.no_grad():
         next(lowrank.adapter_parameters(model)).mul_(1 + 1e-6)
-    lowrank.export_peft(model, tmp_path / "peft")
+    lowrank.export_peft(model, tmp_path / "peft", serving=True)
     assert call("diff", tmp_path / "own", tmp_path / "peft") == 1
 
 
