@@ -30,6 +30,7 @@ from lowrank.train.rate import BATCHES, STEPS, Turns, mean_ratio, measured_rate,
 
 Setting = tuple[str, str, int, str]
 RANK = 8  # the one that the rule was fitted at
+SWEPT = 3  # rates at least, or a sweep says nothing of the best one
 VOCABULARY = 49152  # of SmolLM2
 PAPERS = {  # the best rate over LoRA's, 2602.04998; of LoRA+ the geometric mean of both rates is LoRA's
     "pissa": 1 / 10, "olora": 1 / 18.2, "lora-ga": 1 / 18.2, "milora": 1 / 3.2, "lora+": 1 / 4,
@@ -108,7 +109,8 @@ def judge(study: Path, measured: Path) -> None:
             score = _score_of_chance(result.cell.task) if result.score is None else result.score
             curves.setdefault(result.cell.setting, {})[result.cell.lr] = score
     rows = {setting: by_setting.get(_measured_as(setting), {}) for setting in curves}
-    found = [setting for setting in curves if rows[setting].get("turns", {}).get("0")]
+    swept = [setting for setting, curve in curves.items() if len(curve) >= SWEPT]
+    found = [setting for setting in swept if rows[setting].get("turns", {}).get("0")]
     known = [s for s in found if TASKS[s[0]].length_of is None]
     fitted = [s for s in known if TASKS[s[0]].development and s[2] == RANK]
     elsewhere = [s for s in known if not TASKS[s[0]].development]

@@ -229,7 +229,7 @@ def check_reached(model: nn.Module, parameters: Sequence[nn.Parameter], allow_un
     if missing := unused(model, parameters):
         advice = "freeze it, or pass allow_unused=True if a later batch may reach it"
         raise ValueError(
-            f"the loss gives no gradient to {len(missing)} of what is to train: {few(missing)}; "
+            f"the loss gives no gradient to {len(missing)} of what is to train: {few(missing, 8)}; "
             + ("; ".join(reasons(model, parameters)) or advice)
         )
     if still := unmoved(model, parameters):

@@ -55,10 +55,10 @@ def test_one_of_two_is_trained_and_the_other_stays() -> None:
 def test_a_run_that_trains_what_does_not_act_says_so(resting: str) -> None:
     model = two()
     lowrank.set_adapters(model, "b" if resting == "a" else "a")
-    message = rf"no gradient to 14 of .* and 9 more; the adapter '{resting}' does not act"
+    message = rf"no gradient to 14 of .* and 6 more; the adapter '{resting}' does not act"
     with pytest.raises(ValueError, match=message) as raised:
         train(model)
-    assert "allow_unused" not in str(raised.value) and len(str(raised.value)) < 700
+    assert "allow_unused" not in str(raised.value) and len(str(raised.value)) < 1000
     lowrank.set_adapters(model, ())
     with pytest.raises(ValueError, match="the adapters 'a' and 'b' do not act"):
         train(model)
