@@ -95,7 +95,7 @@ def held_in_a_step(model: nn.Module, batch: dict[str, Tensor]) -> int:
     [
         ("MiniLM", torch.float32),
         ("SmolLM2-135M", torch.bfloat16),
-        pytest.param("Llama of 1B", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("Llama of 1B", torch.bfloat16, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )
 def test_the_peak_is_within_a_tenth_of_what_is_measured(
