@@ -115,7 +115,7 @@ def _content(model: nn.Module, name: str | None) -> tuple[dict[str, Any], dict[s
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"refusing to save: {key} contains NaN or Inf")
-    changed = warn_of_unsaved(root, name)
+    changed = warn_of_unsaved(root, name, stacklevel=3)
     rest = {key: sample for key, sample in samples_of_the_rest(root, plan).items() if key not in changed}
 
     sha256 = digest(packed(tensors))

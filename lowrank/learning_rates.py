@@ -70,14 +70,16 @@ def lora_plus(
     faster = {
         module.B for module in model.modules() if isinstance(module, Adapter) and module.B.requires_grad
     }
-    if not faster:
-        raise ValueError("the model has no factor B that requires grad: wrap it with wrap_model first")
     trained = model.parameters() if name is None else adapter_parameters(model, name, train=True)
     learning = [p for p in trained if p.requires_grad]
     others = [p for p in learning if p not in faster]
     ordered = [p for p in learning if p in faster]
     if not ordered:
-        raise ValueError(f"the adapter {name!r} has no factor B that requires grad")
+        raise ValueError(
+            "the model has no factor B that requires grad: wrap it with wrap_model first"
+            if name is None
+            else f"the adapter {name!r} has no factor B that requires grad"
+        )
     groups: list[dict[str, Any]] = [{"params": others}, {"params": ordered, "lr_ratio": ratio}]
     if lr is not None:
         groups = [{"params": others, "lr": lr}, {"params": ordered, "lr": lr * ratio}]

@@ -27,9 +27,9 @@ class UnsavedParametersWarning(LowrankWarning):
     """Parameters or buffers of the base change, and saving the adapter does not save them."""
 
 
-def few(names: Sequence[str], most: int = 5) -> str:
+def few(names: Sequence[object], most: int = 5) -> str:
     """The first ``most`` of ``names`` in one line, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def show(text: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from lowrank.allocate.apportion import apportion
 from lowrank.allocate.base import Allocation, Request
 from lowrank.models.projections import Projection
+from lowrank.notices import few
 
 
 class Costs(dict[Projection, int]):
@@ -87,10 +88,10 @@ def limits(projections: Sequence[Projection], cost: Costs, rank: int, initialize
     notes = []
     if none:
         notes.append(
-            f"{_projections(none)} left alone, since {initializer!r} can make no rank there: {_short(none)}"
+            f"{_projections(none)} left alone, since {initializer!r} can make no rank there: {few(none, 3)}"
         )
     if less:
-        notes.append(f"{_projections(less)} limited to less than the reference rank {rank}: {_short(less)}")
+        notes.append(f"{_projections(less)} limited to less than the reference rank {rank}: {few(less, 3)}")
     return notes
 
 
@@ -113,8 +114,3 @@ def unspent(
 
 def _projections(names: Sequence[str]) -> str:
     return "1 projection is" if len(names) == 1 else f"{len(names)} projections are"
-
-
-def _short(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

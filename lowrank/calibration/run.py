@@ -24,7 +24,7 @@ from lowrank.calibration.undisturbed import undisturbed
 from lowrank.models.fingerprint import of_projections
 from lowrank.models.projections import Projection
 from lowrank.models.storage import kept_unpacked
-from lowrank.notices import logger
+from lowrank.notices import few, logger
 from lowrank.processes import Processes
 from lowrank.progress import bar
 
@@ -242,5 +242,4 @@ def _spoilt(model: nn.Module) -> str:
     """Which parameters hold NaN or Inf, as the end of a message; empty where none does."""
     plain = [(name, p) for name, p in model.named_parameters() if type(p) is nn.Parameter and not p.is_meta]
     names = [name for name, p in plain if p.dtype in NUMBERS and not p.isfinite().all()]
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"; these weights hold NaN or Inf: {', '.join(names[:5])}{more}" if names else ""
+    return f"; these weights hold NaN or Inf: {few(names)}" if names else ""

@@ -112,10 +112,10 @@ class AdaptedLayer(nn.Module):
             if torch.compiler.is_compiling():
                 note_compiler()
             else:
-                what = ["read", "read_in_forward"] if in_forward() else ["read"]
                 for part, _ in acting:
-                    for each in what:
-                        part.note(each)
+                    part.note("read")
+                    if not part.read_in_forward and in_forward():
+                        part.note("read_in_forward")
 
         return read_weight(weight, blocks, layout=self.layout, used=used)
 

@@ -12,6 +12,7 @@ from lowrank.models.listing import nearest
 from lowrank.models.patterns import matches
 from lowrank.models.projections import Projection
 from lowrank.models.storage import is_embedding, is_linear, weight_shape
+from lowrank.notices import few
 
 SHOWN = 5  # ids in a message or a table
 
@@ -84,11 +85,13 @@ def row_problems(model: nn.Module, rows: Iterable[TokenRows]) -> list[str]:
             )
         elif outside:
             problems.append(
-                f"{each.module}: it has the rows 0 to {size - 1}, got {_few(outside)}; for new tokens call "
-                "model.resize_token_embeddings first"
+                f"{each.module}: it has the rows 0 to {size - 1}, got {few(outside, SHOWN)}; for new tokens "
+                "call model.resize_token_embeddings first"
             )
         elif not ids or list(ids) != sorted(set(ids)):
-            problems.append(f"{each.module}: expected ids in ascending order, each once, got {_few(ids)}")
+            problems.append(
+                f"{each.module}: expected ids in ascending order, each once, got {few(ids, SHOWN)}"
+            )
         elif module.padding_idx in ids:
             problems.append(f"{each.module}: {module.padding_idx} is its padding_idx, which gets no gradient")
         elif problem := embedding_problem(module):
@@ -133,7 +136,3 @@ def _cannot_follow(other: nn.Module, embedding: nn.Embedding) -> str:
     if fits and other._parameters.get("weight") is embedding.weight:
         return ""
     return f"{type(other).__name__} is neither an embedding nor a linear layer"
-
-
-def _few(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:SHOWN])) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")

@@ -105,7 +105,7 @@ def export_peft(
             f"serving engines refuse or ignore modules trained in full ({', '.join((*trained, *tokens))}): "
             "export without serving=True, or merge(model) and serve the whole model"
         )
-    warn_of_unsaved(root, name)
+    warn_of_unsaved(root, name, stacklevel=2)
     dora = plan_of(root, name).dora
     if serving and dora:
         raise ValueError(

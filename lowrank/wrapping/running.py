@@ -17,7 +17,6 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from lowrank.layers.tree import hung_modules, original
 
 COUNTING = _NormBase, _SpectralNorm  # batch norms, instance norms that track; vectors of a power iteration
-HOOK = SpectralNorm  # those of the older spectral_norm, which hooks them onto the layer
 TRAIN = "train"
 
 
@@ -55,6 +54,7 @@ def release_statistics(root: nn.Module) -> None:
 
 
 def _counts(module: nn.Module) -> bool:
-    if any(isinstance(hook, HOOK) for hook in module._forward_pre_hooks.values()):
+    # The older spectral_norm hooks its power iteration onto the layer.
+    if any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
         return True
     return isinstance(module, COUNTING) and any(buffer is not None for buffer in module._buffers.values())

@@ -39,8 +39,11 @@ def changed_buffers(root: nn.Module, name: str) -> list[str]:
     ]
 
 
-def warn_of_unsaved(root: nn.Module, name: str) -> list[str]:
-    """Names what trains or changes in the base and is no part of ``name``; returns `changed_buffers`."""
+def warn_of_unsaved(root: nn.Module, name: str, stacklevel: int) -> list[str]:
+    """Names what trains or changes in the base and is no part of ``name``; returns `changed_buffers`.
+
+    ``stacklevel`` is that of the warnings, as if the caller gave them.
+    """
     added = {id(parameter) for parameter in added_parameters(root)}
     learning = [key for key, p in root.named_parameters() if p.requires_grad and id(p) not in added]
     changed = changed_buffers(root, name)
@@ -53,6 +56,6 @@ def warn_of_unsaved(root: nn.Module, name: str) -> list[str]:
                 f"{what}, but are not saved with the adapter: {few(keys)}; name their modules in "
                 "Policy(train=...) when wrapping",
                 UnsavedParametersWarning,
-                stacklevel=4,
+                stacklevel=stacklevel + 1,
             )
     return changed

@@ -176,8 +176,11 @@ def test_a_buffer_of_a_trained_module_is_saved_with_it(tmp_path: Path) -> None:
     assert torch.equal(lowrank.load_adapter(untouched, tmp_path).eval()(x), model.eval()(x))
 
 
-def test_parameters_of_the_base_that_train_are_named_by_an_export(tmp_path: Path) -> None:
+def test_parameters_of_the_base_that_train_are_named_where_they_are_not_written(tmp_path: Path) -> None:
     model = lowrank.wrap_model(with_norm(), presets.lora(rank=2), progress=False)
     model[1].weight.requires_grad_()
-    with pytest.warns(lowrank.UnsavedParametersWarning, match=r"require grad.*: 1\.weight; name their"):
-        lowrank.export_peft(model, tmp_path)
+    message = r"require grad.*: 1\.weight; name their"
+    for write in (lowrank.export_peft, lowrank.save_adapter):
+        with pytest.warns(lowrank.UnsavedParametersWarning, match=message) as seen:
+            write(model, tmp_path / write.__name__)
+        assert seen[0].filename == __file__
